@@ -1,0 +1,1 @@
+"""What is inferred: data, model, and the checks that a model must pass."""

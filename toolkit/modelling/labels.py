@@ -1,0 +1,80 @@
+"""Labels that may switch: which sites carry them, and how draws are brought to one labelling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Exchangeable labels of a model, such as the topics of a topic model.
+
+    Attributes:
+        axes: Site name to the axis that carries the label, counted from the end (-1 is the last).
+        by: The site whose rows are matched; each label's values are compared by their squared distance.
+        count: How many labels there are; the posterior has `count!` equal copies.
+    """
+
+    axes: Mapping[str, int]
+    by: str
+    count: int
+
+    @property
+    def log_copies(self) -> float:
+        """log(count!): what a fit that sits on one labelling lacks in log evidence, in nats."""
+        return math.lgamma(self.count + 1)
+
+    def relabel(
+        self, draws: Mapping[str, np.ndarray], anchor: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        """The same draws, each permuted to the labelling nearest to one anchor.
+
+        Args:
+            draws: Site name to `(chain, draw, ...)`. Sites without labels pass through.
+            anchor: The value of the site `by` to match, without sample dimensions; if not given, it is found
+                from the draws: the last draw of the first chain, then twice the mean of what was relabelled to it.
+
+        Raises:
+            ValueError: The site `by` is not among the draws.
+        """
+        if self.by not in draws:
+            raise ValueError(f"Expected draws of site '{self.by}' to match labels by; got {sorted(draws)}.")
+        rows = np.moveaxis(np.asarray(draws[self.by]), self.axes[self.by], 2)
+        rows = rows.reshape(*rows.shape[:3], -1)
+        if anchor is None:
+            target = rows[0, -1]
+            for _ in range(2):
+                order = _assignments(rows, target)
+                target = np.take_along_axis(rows, order[..., None], axis=2).mean(axis=(0, 1))
+        else:
+            target = np.moveaxis(np.asarray(anchor), self.axes[self.by], 0)
+            target = target.reshape(self.count, -1)
+        order = _assignments(rows, target)
+        return {
+            site: _permuted(np.asarray(values), order, self.axes[site])
+            if site in self.axes
+            else np.asarray(values)
+            for site, values in draws.items()
+        }
+
+
+def _assignments(rows: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """For each draw, which of its labels stands at each place of the target; shape (chain, draw, label)."""
+    cost = ((target**2).sum(-1)[:, None] - 2 * target @ np.swapaxes(rows, -1, -2)) + (rows**2).sum(-1)[
+        ..., None, :
+    ]
+    order = np.empty(rows.shape[:3], dtype=int)
+    for index in np.ndindex(rows.shape[:2]):
+        order[index] = linear_sum_assignment(cost[index])[1]
+    return order
+
+
+def _permuted(values: np.ndarray, order: np.ndarray, axis: int) -> np.ndarray:
+    moved = np.moveaxis(values, axis, 2)
+    index = order.reshape(order.shape + (1,) * (moved.ndim - 3))
+    return np.moveaxis(np.take_along_axis(moved, index, axis=2), 2, axis)

@@ -1,0 +1,1 @@
+"""What is shown: figures, HTML, Markdown and tables. Nothing here runs inference."""

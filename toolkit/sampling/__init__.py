@@ -1,0 +1,1 @@
+"""The reference: NUTS, exact draws, or draws from a file."""

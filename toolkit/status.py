@@ -1,0 +1,38 @@
+"""How a fit or a reference ended, as values whose texts are the sentences a reader sees."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Status(Enum):
+    """The outcome of a fit or of a reference; the value is the sentence that the report prints.
+
+    A statistical failure is a value and not an exception, so that one guide's failure never loses
+    another guide's work. `Status.ok` tells whether numbers may be read as what they are named.
+    """
+
+    ARRIVED = "the optimiser arrived: more steps no longer raise the ELBO"
+    BUDGET = "the optimiser used up its steps while the ELBO was still rising"
+    BELOW_SMALLER_FAMILY = (
+        "a smaller family that this one contains has a higher ELBO: the optimiser is at fault"
+    )
+    NO_VALID_START = "no start was found at which the model's density is finite"
+    DIVERGED = "the ELBO became NaN or infinite and did not recover"
+    FAILED = "an error stopped it"
+
+    EXACT = "independent draws from the exact posterior, which is known for this model"
+    PASSED = "NUTS passed every check"
+    LOADED = "draws loaded from a file passed every check that draws alone allow"
+    RHAT = "the chains disagree (R-hat above the limit)"
+    FEW_DRAWS = "too few effective draws"
+    DIVERGENCES = "NUTS met divergent transitions"
+    LOW_ENERGY = "the energy was explored too slowly (E-BFMI below the limit)"
+
+    @property
+    def ok(self) -> bool:
+        """Whether the numbers that come with this status may be used for a verdict."""
+        return self in _OK
+
+
+_OK = frozenset({Status.ARRIVED, Status.EXACT, Status.PASSED, Status.LOADED})

@@ -1,0 +1,1 @@
+"""The fits: guides, objectives, solvers and the verb `fit`."""
