@@ -9,9 +9,7 @@ from types import ModuleType
 
 def names() -> tuple[str, ...]:
     """The curated models' names, sorted; one for each file of this folder."""
-    return tuple(
-        sorted(info.name for info in pkgutil.iter_modules(__path__) if not info.ispkg and info.name[0] != "_")
-    )
+    return tuple(sorted(info.name for info in pkgutil.iter_modules(__path__) if not info.ispkg and info.name[0] != "_"))
 
 
 def load(name: str) -> ModuleType:

@@ -8,15 +8,11 @@ import pytest
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-_CACHE = Path(
-    os.environ.get("ELBOWROOM_TEST_JAX_CACHE", Path(__file__).parent.parent / ".pytest_cache" / "jax")
-)
+_CACHE = Path(os.environ.get("ELBOWROOM_TEST_JAX_CACHE", Path(__file__).parent.parent / ".pytest_cache" / "jax"))
 jax.config.update("jax_compilation_cache_dir", str(_CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
-SHARED_DATA = Path(
-    os.environ.get("ELBOWROOM_SHARED_DATA", Path(__file__).parent.parent.parent / "shared" / "data")
-)
+SHARED_DATA = Path(os.environ.get("ELBOWROOM_SHARED_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
 
 
 @pytest.fixture(scope="session")

@@ -34,10 +34,10 @@ class Dataset:
     """
 
     name: str
-    arrays: Mapping[str, ArrayLike]
+    arrays: Mapping[str, np.ndarray]
     static: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
-    coords: Mapping[str, ArrayLike] = field(default_factory=dict, kw_only=True)
-    truth: Mapping[str, ArrayLike] = field(default_factory=dict, kw_only=True)
+    coords: Mapping[str, np.ndarray] = field(default_factory=dict, kw_only=True)
+    truth: Mapping[str, np.ndarray] = field(default_factory=dict, kw_only=True)
     source: str = field(default="not stated", kw_only=True)
     licence: str = field(default="not stated", kw_only=True)
 
@@ -70,9 +70,7 @@ def _numeric(name: str, values: ArrayLike) -> np.ndarray:
     return array
 
 
-def read_dataset(
-    path: str | Path, fn: Callable[..., Any], static: Mapping[str, Any] | None = None
-) -> Dataset:
+def read_dataset(path: str | Path, fn: Callable[..., Any], static: Mapping[str, Any] | None = None) -> Dataset:
     """The arguments of `fn` that a file holds, as a `Dataset`.
 
     A CSV gives one array a column, by the column's name; a text column becomes integer codes whose sorted
@@ -102,14 +100,10 @@ def read_dataset(
     ) as error:
         raise ValueError(f"Expected a readable {path.suffix} file; '{path}' is not: {error}") from error
     parameters = [
-        p
-        for p in signature(fn).parameters.values()
-        if p.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+        p for p in signature(fn).parameters.values() if p.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
     ]
     missing = [
-        p.name
-        for p in parameters
-        if p.name not in columns and p.name not in static and p.default is Parameter.empty
+        p.name for p in parameters if p.name not in columns and p.name not in static and p.default is Parameter.empty
     ]
     if missing:
         raise ValueError(

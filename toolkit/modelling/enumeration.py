@@ -28,9 +28,7 @@ def sum_out_discrete(fn: Callable[..., Any], discrete: tuple[str, ...]) -> Calla
     from numpyro.contrib.funsor import config_enumerate, enum, log_density
 
     def summed(**kwargs: Any) -> None:
-        hidden = handlers.block(
-            handlers.substitute(fn, substitute_fn=_first_value(discrete)), hide_fn=_not_continuous
-        )
+        hidden = handlers.block(handlers.substitute(fn, substitute_fn=_first_value(discrete)), hide_fn=_not_continuous)
         with handlers.trace() as trace:
             hidden(**kwargs)
         latents = {name: m["value"] for name, m in trace.items() if m["type"] == "sample"}

@@ -29,9 +29,7 @@ class Labels:
         """log(count!): what a fit that sits on one labelling lacks in log evidence, in nats."""
         return math.lgamma(self.count + 1)
 
-    def relabel(
-        self, draws: Mapping[str, np.ndarray], anchor: np.ndarray | None = None
-    ) -> dict[str, np.ndarray]:
+    def relabel(self, draws: Mapping[str, np.ndarray], anchor: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """The same draws, each permuted to the labelling nearest to one anchor.
 
         Args:
@@ -56,18 +54,14 @@ class Labels:
             target = target.reshape(self.count, -1)
         order = _assignments(rows, target)
         return {
-            site: _permuted(np.asarray(values), order, self.axes[site])
-            if site in self.axes
-            else np.asarray(values)
+            site: _permuted(np.asarray(values), order, self.axes[site]) if site in self.axes else np.asarray(values)
             for site, values in draws.items()
         }
 
 
 def _assignments(rows: np.ndarray, target: np.ndarray) -> np.ndarray:
     """For each draw, which of its labels stands at each place of the target; shape (chain, draw, label)."""
-    cost = ((target**2).sum(-1)[:, None] - 2 * target @ np.swapaxes(rows, -1, -2)) + (rows**2).sum(-1)[
-        ..., None, :
-    ]
+    cost = ((target**2).sum(-1)[:, None] - 2 * target @ np.swapaxes(rows, -1, -2)) + (rows**2).sum(-1)[..., None, :]
     order = np.empty(rows.shape[:3], dtype=int)
     for index in np.ndindex(rows.shape[:2]):
         order[index] = linear_sum_assignment(cost[index])[1]

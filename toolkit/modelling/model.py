@@ -110,9 +110,7 @@ class Model:
                 "give the data as obs= of a numpyro.sample, or add the likelihood with numpyro.factor."
             )
         if not any(site.kind == LATENT for site in sites.values()):
-            raise ValueError(
-                f"Expected model '{self.name}' to have a latent site; everything in it is observed."
-            )
+            raise ValueError(f"Expected model '{self.name}' to have a latent site; everything in it is observed.")
         put("quantities", tuple(self.quantities) or self._default_quantities())
         self._check_quantities()
         self._check_coords()
@@ -178,8 +176,7 @@ class Model:
         return {
             name: message["value"]
             for name, message in trace.items()
-            if message["type"] == "deterministic"
-            or (message["type"] == "sample" and not message["is_observed"])
+            if message["type"] == "deterministic" or (message["type"] == "sample" and not message["is_observed"])
         }
 
     def log_density(self, unconstrained: Sites, arrays: Sites, chart: str | None = None) -> Any:
@@ -196,18 +193,14 @@ class Model:
         )
         return dict(latents)
 
-    def start(
-        self, key: jax.Array, arrays: Sites, radius: float = 2.0, chart: str | None = None
-    ) -> dict[str, Any]:
+    def start(self, key: jax.Array, arrays: Sites, radius: float = 2.0, chart: str | None = None) -> dict[str, Any]:
         """A point in unconstrained space, uniform in [-radius, radius] in every latent coordinate."""
         seeded = handlers.seed(self.bound(chart), rng_seed=key)
         with handlers.block(), handlers.trace() as trace:
             handlers.substitute(seeded, substitute_fn=init_to_uniform(radius=radius))(**arrays)
         latents = {n: m for n, m in trace.items() if m["type"] == "sample" and not m["is_observed"]}
         inverse = {name: biject_to(message["fn"].support) for name, message in latents.items()}
-        return transform_fn(
-            inverse, {name: message["value"] for name, message in latents.items()}, invert=True
-        )
+        return transform_fn(inverse, {name: message["value"] for name, message in latents.items()}, invert=True)
 
     def fingerprint(self) -> str:
         """A hash of what the model computes, its data and settings; the same in every process.
@@ -223,13 +216,9 @@ class Model:
             point = jax.eval_shape(lambda: self.start(jax.random.PRNGKey(0), self.arrays))
             text = jax.jit(program).lower(point, self.arrays).as_text()
         digest = hashlib.sha256(text.encode())
-        digest.update(
-            repr((jax.__version__, numpyro.__version__, self.chart, self.labels, self.quantities)).encode()
-        )
+        digest.update(repr((jax.__version__, numpyro.__version__, self.chart, self.labels, self.quantities)).encode())
         for name, array in sorted(self.dataset.arrays.items()):
-            digest.update(
-                f"{name}{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes()
-            )
+            digest.update(f"{name}{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
     def _trace(self, fn: Callable[..., Any]) -> dict[str, Site]:
@@ -292,8 +281,7 @@ def _check_arguments(fn: Callable[..., Any], dataset: Dataset) -> None:
     needed: Iterable[Parameter] = (
         p
         for p in parameters
-        if p.default is Parameter.empty
-        and p.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+        if p.default is Parameter.empty and p.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
     )
     missing = [p.name for p in needed if p.name not in given]
     if missing:

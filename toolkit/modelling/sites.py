@@ -61,9 +61,7 @@ def trace_sites(fn: Callable[..., Any], kwargs: Mapping[str, Any]) -> dict[str, 
         with handlers.block(), handlers.trace() as trace:
             start(**{**kwargs, **arrays})
         sites.update(
-            (name, _site(message))
-            for name, message in trace.items()
-            if message["type"] in ("sample", "deterministic")
+            (name, _site(message)) for name, message in trace.items() if message["type"] in ("sample", "deterministic")
         )
         return 0
 
@@ -102,8 +100,7 @@ def _site(message: Mapping[str, Any]) -> Site:
         OBSERVED if message["is_observed"] else LATENT,
         shape,
         plates=tuple(
-            (frame.name, frame.size, frame.dim)
-            for frame in sorted(message["cond_indep_stack"], key=lambda f: f.dim)
+            (frame.name, frame.size, frame.dim) for frame in sorted(message["cond_indep_stack"], key=lambda f: f.dim)
         ),
         event_dims=distribution.event_dim,
         event_names=tuple(message["infer"].get("event_dims", ())),
