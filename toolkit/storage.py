@@ -103,8 +103,12 @@ def default_storage() -> Storage:
     Raises:
         ValueError: The folder cannot be made or written.
     """
-    folder = os.environ.get("ELBOWROOM_CACHE") or platformdirs.user_cache_dir("elbowroom", appauthor=False)
-    return Storage(Path(folder))
+    return Storage(cache_folder())
+
+
+def cache_folder() -> Path:
+    """The folder that `ELBOWROOM_CACHE` names, else the platform's cache folder for elbowroom."""
+    return Path(os.environ.get("ELBOWROOM_CACHE") or platformdirs.user_cache_dir("elbowroom", appauthor=False))
 
 
 def _replace(path: Path, content: bytes) -> None:

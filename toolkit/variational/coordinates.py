@@ -1,0 +1,140 @@
+"""Coordinates in which every Gaussian guide is easy to fit: measured from a start, in that start's own scale.
+
+A NumPyro autoguide's parameters have the model's units, so that one step size is too long for one posterior sd and too
+short for another. Here the optimiser works on dimensionless parameters that are zero at the start, and the autoguide's
+own parameters are a function of them. The start is the family's best approximation of a Gaussian with the
+curvature found there, which is exact where the posterior is Gaussian.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+from numpyro.infer import autoguide
+
+from toolkit.variational.starts import Space, Start
+
+_DENSE_LIMIT = 400  # above it, products of d x d matrices in every step cost more than they save
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """A map from dimensionless parameters, zero at the start, to an autoguide's own.
+
+    Attributes:
+        initial: Name to array of zeros (small noise for a low-rank factor).
+        to_params: From such a dictionary to the autoguide's parameters by their NumPyro names.
+    """
+
+    initial: dict[str, np.ndarray]
+    to_params: Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def coordinates(guide: Any, space: Space, start: Start) -> Coordinates | None:
+    """The coordinates for a Gaussian autoguide around a start; None for any other guide."""
+    if isinstance(guide, autoguide.AutoNormal | autoguide.AutoDiagonalNormal):
+        return _diagonal(guide, space, start)
+    if isinstance(guide, autoguide.AutoMultivariateNormal):
+        return _dense(guide, start)
+    if isinstance(guide, autoguide.AutoLowRankMultivariateNormal):
+        return _low_rank(guide, start)
+    return None
+
+
+def _location(start: Start) -> Callable[[Any], Any]:
+    """The location as a function of its coordinates, whitened by the curvature where it is known."""
+    if start.precision is None:
+        return lambda shift: start.loc + 0.1 * shift
+    factor = _lower(start.precision)
+    return lambda shift: start.loc + factor @ shift
+
+
+def _lower(precision: np.ndarray) -> np.ndarray:
+    """The lower Cholesky factor of the inverse of a positive definite matrix."""
+    covariance = scipy.linalg.cho_solve(scipy.linalg.cho_factor(precision, lower=True), np.eye(len(precision)))
+    return np.linalg.cholesky((covariance + covariance.T) / 2)
+
+
+def _diagonal(guide: Any, space: Space, start: Start) -> Coordinates:
+    location = _location(start)
+    # The best factorised Gaussian has the precision's diagonal (Bishop 2006, section 10.1.2).
+    scale = np.full(space.size, 0.1) if start.precision is None else 1 / np.sqrt(np.diag(start.precision))
+
+    def to_params(given: dict[str, Any]) -> dict[str, Any]:
+        loc, scales = location(given["shift"]), scale * jnp.exp(given["log_scale"])
+        if isinstance(guide, autoguide.AutoDiagonalNormal):
+            return {f"{guide.prefix}_loc": loc, f"{guide.prefix}_scale": scales}
+        locs, per_site = space.unravel(loc), space.unravel(scales)
+        return {f"{name}_{guide.prefix}_loc": locs[name] for name in space.names} | {
+            f"{name}_{guide.prefix}_scale": per_site[name] for name in space.names
+        }
+
+    return Coordinates({"shift": np.zeros(space.size), "log_scale": np.zeros(space.size)}, to_params)
+
+
+def _dense(guide: Any, start: Start) -> Coordinates:
+    location, size = _location(start), len(start.loc)
+    factor: np.ndarray = 0.1 * np.eye(size) if start.precision is None else _lower(start.precision)
+    row_scale = np.linalg.norm(factor, axis=1)
+
+    def to_params(given: dict[str, Any]) -> dict[str, Any]:
+        log_diagonal, below = given["log_diagonal"], jnp.tril(given["below"], -1)
+        if size <= _DENSE_LIMIT:
+            scale_tril = factor @ (below + jnp.diag(jnp.exp(log_diagonal)))
+        else:
+            diagonal = jnp.diag(jnp.diag(factor) * jnp.exp(log_diagonal))
+            scale_tril = jnp.tril(factor, -1) + row_scale[:, None] * below + diagonal
+        return {f"{guide.prefix}_loc": location(given["shift"]), f"{guide.prefix}_scale_tril": scale_tril}
+
+    zeros = {"shift": np.zeros(size), "log_diagonal": np.zeros(size), "below": np.zeros((size, size))}
+    return Coordinates(zeros, to_params)
+
+
+def _low_rank(guide: Any, start: Start) -> Coordinates:
+    location, size = _location(start), len(start.loc)
+    rank = round(size**0.5) if guide.rank is None else guide.rank
+    if start.precision is None:
+        scale, factor = np.full(size, 0.1), np.zeros((size, rank))
+    else:
+        scale, factor = best_low_rank(start.precision, rank)
+    # A factor of exactly zero is a saddle of the ELBO, from which no gradient leads away.
+    noise = 1e-3 * np.random.default_rng(0).standard_normal((size, rank))
+
+    def to_params(given: dict[str, Any]) -> dict[str, Any]:
+        return {
+            f"{guide.prefix}_loc": location(given["shift"]),
+            f"{guide.prefix}_cov_factor": factor + given["factor"],
+            f"{guide.prefix}_scale": scale * jnp.exp(given["log_scale"]),
+        }
+
+    return Coordinates({"shift": np.zeros(size), "log_scale": np.zeros(size), "factor": noise}, to_params)
+
+
+def best_low_rank(precision: np.ndarray, rank: int, rounds: int = 100) -> tuple[np.ndarray, np.ndarray]:
+    """Scale (size,) and factor (size, rank) of the low-rank Gaussian nearest in KL(q || p) to N(0, precision^-1).
+
+    q has covariance S (I + W W') S with S = diag(scale). Given S, W lies along the eigenvectors of S precision S with
+    the smallest eigenvalues; given W, each scale solves a quadratic. Both are exact, so the KL falls in every round.
+    """
+    size = len(precision)
+    scale = 1 / np.sqrt(np.diag(precision))
+    factor = np.zeros((size, rank))
+    last = np.inf
+    for _ in range(rounds):
+        values, vectors = scipy.linalg.eigh(precision * np.outer(scale, scale), subset_by_index=(0, rank - 1))
+        factor = vectors * np.sqrt(np.maximum(1 / values - 1, 0))
+        weights = precision * (np.eye(size) + factor @ factor.T)
+        for i in range(size):
+            others = weights[i] @ scale - weights[i, i] * scale[i]
+            scale[i] = (np.sqrt(others**2 + 4 * weights[i, i]) - others) / (2 * weights[i, i])
+        inner = np.eye(rank) + factor.T @ factor
+        loss = 0.5 * (scale @ weights @ scale - np.linalg.slogdet(inner)[1]) - np.log(scale).sum()
+        if last - loss < 1e-4:
+            break
+        last = loss
+    return scale, factor

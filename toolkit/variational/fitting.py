@@ -1,0 +1,346 @@
+"""The verb `fit`: one guide, one model, and how it ended."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+from numpyro import handlers
+from numpyro.distributions import biject_to
+from numpyro.infer import Trace_ELBO, init_to_value
+from numpyro.infer.autoguide import AutoContinuous, AutoDelta, AutoGuide, AutoLaplaceApproximation
+from numpyro.infer.util import constrain_fn, log_density
+
+from toolkit.cost import Cost
+from toolkit.estimate import Estimate
+from toolkit.modelling.model import Model
+from toolkit.progress import Progress, silent
+from toolkit.status import Status
+from toolkit.variational.coordinates import Coordinates, coordinates
+from toolkit.variational.guides import Guide, find_guide
+from toolkit.variational.objectives import StickTheLandingELBO, log_weight
+from toolkit.variational.solvers.svi import Solution, Trace, compile_programs, optimise
+from toolkit.variational.starts import Start, Starts, find_starts
+
+_PARTICLES = 8
+_ELBO_DRAWS = 2_048
+_BATCH = 64  # draws that are computed side by side
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """A guide fitted to a model: it can draw, and where its family has one, give its log density.
+
+    Attributes:
+        guide: The family.
+        model: The model.
+        status: How the optimisation ended.
+        message: A detail on the status, for the report; empty if there is none.
+        elbo: E_q[log p(x, z) - log q(z)] in nats on draws that the fit has not seen; None if it could not be had.
+        gap_bound: An upper bound on the family's best ELBO minus this one, in nats; None where none was computed.
+        traces: The course of each start.
+        invalid_steps: Steps skipped because loss or gradient were NaN or infinite.
+        cost: Time, gradient evaluations, memory.
+        autoguide: NumPyro's guide; everything that NumPyro does with a guide works with it and `params`.
+        params: Its parameters, constrained, and the model's own parameters where its chart has any; empty if the fit
+            failed.
+    """
+
+    guide: Guide
+    model: Model
+    status: Status
+    message: str = ""
+    elbo: Estimate | None = None
+    gap_bound: Estimate | None = None
+    traces: tuple[Trace, ...] = ()
+    invalid_steps: int = 0
+    cost: Cost = field(default_factory=Cost)
+    autoguide: Any = None
+    params: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def chart(self) -> str:
+        """The model's chart that the guide looks at."""
+        return self.guide.chart or self.model.chart
+
+    @property
+    def usable(self) -> bool:
+        """Whether there is an approximation to draw from."""
+        return bool(self.params)
+
+    @property
+    def has_density(self) -> bool:
+        """Whether the family has a density; a point mass has none."""
+        return self.usable and not isinstance(self.autoguide, AutoDelta)
+
+    def draw(self, key: jax.Array, draws: int, sites: tuple[str, ...] | None = None) -> dict[str, np.ndarray]:
+        """Independent draws of latent and deterministic sites, `(draws, ...)` each, in constrained space.
+
+        Args:
+            key: Random key.
+            draws: How many.
+            sites: Which sites; all if None. What is not asked for is not computed.
+
+        Raises:
+            ValueError: The fit failed and has nothing to draw from, or a site is unknown.
+        """
+        self._require_usable()
+
+        def one(key: jax.Array, params: Any, arrays: Any) -> dict[str, Any]:
+            values = self.model.values(self._latents(key, params, arrays), arrays, params, self.chart)
+            unknown = sorted(set(sites or ()) - set(values))
+            if unknown:
+                raise ValueError(f"Expected sites of model '{self.model.name}', {sorted(values)}; got {unknown}.")
+            return {name: value for name, value in values.items() if sites is None or name in sites}
+
+        return {name: np.asarray(value) for name, value in self._map(one, key, draws).items()}
+
+    def log_weights(self, key: jax.Array, draws: int) -> np.ndarray:
+        """Log p(x, z) - log q(z) at independent draws z of the guide, shape (draws,), in nats.
+
+        Raises:
+            ValueError: The fit failed, or its family has no density.
+        """
+        self._require_density()
+        program = self.model.bound(self.chart)
+        return np.asarray(
+            self._map(lambda k, params, arrays: log_weight(k, params, program, self._program, arrays), key, draws)
+        )
+
+    def log_density(self, latents: Mapping[str, Any]) -> np.ndarray:
+        """Log q(z) of latent sites `(draws, ...)` in the guide's chart, shape (draws,), in nats.
+
+        The density is with respect to the constrained sites' own volume, as NumPyro's `log_density` has it.
+
+        Raises:
+            ValueError: The fit failed, or its family has no density.
+        """
+        self._require_density()
+        with jax.enable_x64(True):
+            return np.asarray(
+                jax.lax.map(
+                    lambda z: self._log_density(z), {k: np.asarray(v) for k, v in latents.items()}, batch_size=_BATCH
+                )
+            )
+
+    @property
+    def _program(self) -> Callable[..., Any]:
+        """The guide as a NumPyro program; a Laplace approximation becomes the Gaussian that it stands for."""
+        if isinstance(self.autoguide, AutoLaplaceApproximation):
+            return _laplace_program(self.autoguide, self.params)
+        return self.autoguide
+
+    def _latents(self, key: jax.Array, params: Any, arrays: Any) -> dict[str, Any]:
+        guide = handlers.seed(handlers.substitute(self._program, data=params), key)
+        trace = handlers.trace(guide).get_trace(**arrays)
+        return {
+            name: site["value"]
+            for name, site in trace.items()
+            if site["type"] == "sample" and not site["is_observed"] and not site["infer"].get("is_auxiliary")
+        }
+
+    def _log_density(self, latents: Mapping[str, Any]) -> Any:
+        guide = self.autoguide
+        if not isinstance(guide, AutoContinuous):
+            value, _ = log_density(handlers.seed(guide, 0), (), self.model.arrays, {**self.params, **latents})
+            return value
+        trace = handlers.trace(
+            handlers.seed(handlers.substitute(self.model.bound(self.chart), data={**self.params, **latents}), 0)
+        ).get_trace(**self.model.arrays)
+        jacobian, unconstrained = 0.0, {}
+        for name in guide._init_locs:
+            transform = biject_to(trace[name]["fn"].support)
+            unconstrained[name] = transform.inv(latents[name])
+            jacobian += transform.log_abs_det_jacobian(unconstrained[name], latents[name]).sum()
+        # In the guide's own order; its `_unpack_latent.inv` needs an argument that nothing gives (NumPyro 0.22).
+        vector = jnp.concatenate([jnp.ravel(value) for value in unconstrained.values()])
+        return guide.get_posterior(self.params).log_prob(vector) - jacobian
+
+    def _map(self, one: Callable[..., Any], key: jax.Array, draws: int) -> Any:
+        if draws < 1:
+            raise ValueError(f"Expected at least 1 draw; got {draws}.")
+        with jax.enable_x64(True):
+
+            @jax.jit
+            def many(keys: Any, params: Any, arrays: Any) -> Any:
+                return jax.lax.map(lambda k: one(k, params, arrays), keys, batch_size=_BATCH)
+
+            return jax.device_get(many(jax.random.split(key, draws), self.params, self.model.arrays))
+
+    def _require_usable(self) -> None:
+        if not self.usable:
+            raise ValueError(f"Expected a fit that can draw; '{self.guide.name}' has none: {self.status.value}.")
+
+    def _require_density(self) -> None:
+        self._require_usable()
+        if not self.has_density:
+            raise ValueError(f"Expected a family with a density; '{self.guide.name}' is a point mass.")
+
+
+def fit(
+    model: Model,
+    guide: str | Guide,
+    *,
+    key: jax.Array,
+    tolerance: float = 0.1,
+    max_steps: int = 20_000,
+    starts: Starts | int = 2,
+    progress: Progress = silent,
+) -> Fit:
+    """The guide fitted by NumPyro's SVI, with step sizes, stopping and starts chosen for the user.
+
+    Everything runs in float64. A statistical failure (no valid start, divergence, steps used up) is told by the fit's
+    status and is not raised.
+
+    Args:
+        model: The model.
+        guide: A `Guide`, or the name of one of `GUIDES`, such as `"full_rank"` or `"mean_field@centred"`.
+        key: Random key; the same key gives the same fit.
+        tolerance: In nats: a gain in ELBO that is worth no further work.
+        max_steps: The budget of each start, in steps of eight draws.
+        starts: How many dispersed searches for a mode to begin with, or their result (`find_starts`), which several
+            guides may share.
+        progress: Called between blocks of steps.
+
+    Raises:
+        ValueError: The guide's name or chart is unknown, or the guide cannot be built for this model.
+    """
+    guide = find_guide(guide)
+    chart = guide.chart or model.chart
+    program = model.bound(chart)
+    if tolerance <= 0:
+        raise ValueError(f"Expected a positive tolerance in nats; got {tolerance}.")
+    with jax.enable_x64(True):
+        if isinstance(starts, int):
+            starts = find_starts(model, key=jax.random.fold_in(key, 0), chart=chart, count=starts)
+        cost = Cost(0.0, starts.seconds, starts.gradient_evaluations, 0)
+        if not starts.points:
+            return Fit(guide, model, Status.NO_VALID_START, cost=cost)
+        runs = [
+            _run(model, guide, program, starts, start, jax.random.fold_in(key, 1 + i), tolerance, max_steps, progress)
+            for i, start in enumerate(starts.points)
+        ]
+    best = max(runs, key=lambda run: run.elbo.value if run.elbo else -np.inf)
+    return replace(
+        best,
+        traces=tuple(trace for run in runs for trace in run.traces),
+        invalid_steps=sum(run.invalid_steps for run in runs),
+        cost=functools.reduce(_together, (run.cost for run in runs), cost),
+    )
+
+
+def _run(
+    model: Model,
+    guide: Guide,
+    program: Callable[..., Any],
+    starts: Starts,
+    start: Start,
+    key: jax.Array,
+    tolerance: float,
+    max_steps: int,
+    progress: Progress,
+) -> Fit:
+    """One start's fit."""
+    built = build_guide(model, guide, starts.space.unravel(start.loc))
+    chosen = coordinates(built, starts.space, start)
+    working = built if chosen is None else _working_guide(built, chosen)
+    loss = StickTheLandingELBO(_PARTICLES) if chosen is not None else Trace_ELBO(_PARTICLES)
+    stage = f"fit {guide.name}"
+    progress(stage, 0, max_steps, "compiling")
+    programs = compile_programs(program, working, loss, model.arrays, key)
+
+    def report(steps: int, elbo: float) -> None:
+        progress(stage, steps, max_steps, f"ELBO {elbo:.2f}")
+
+    # In the working coordinates 0.05 is a twentieth of a posterior sd; elsewhere units are unknown.
+    step_size = 0.05 if chosen is not None else 0.01
+    solution = optimise(programs, key=key, step_size=step_size, tolerance=tolerance, max_steps=max_steps, report=report)
+    progress(stage, max_steps, max_steps, "done")
+    params = jax.device_get(programs.constrain(solution.params))
+    if chosen is not None:
+        names = set(chosen.initial)
+        own = {name: value for name, value in params.items() if name not in names}
+        params = own | jax.device_get(chosen.to_params({name: params[name] for name in names}))
+    status, message = _outcome(solution, max_steps)
+    fitted = Fit(
+        guide,
+        model,
+        status,
+        message,
+        traces=(solution.trace,),
+        invalid_steps=solution.invalid_steps,
+        cost=solution.cost,
+        autoguide=built,
+        params=params if status is not Status.DIVERGED else {},
+    )
+    if not fitted.has_density:
+        return fitted
+    elbo = solution.elbo
+    if isinstance(built, AutoLaplaceApproximation):  # what was climbed is the log density, not the Gaussian's ELBO
+        elbo = Estimate.of_mean(fitted.log_weights(jax.random.fold_in(key, 1), _ELBO_DRAWS))
+    return replace(fitted, elbo=elbo)
+
+
+def build_guide(model: Model, guide: Guide, start: Mapping[str, Any] | None = None) -> Callable[..., Any]:
+    """NumPyro's guide for the model, set up on its data; an autoguide begins at the unconstrained point `start`."""
+    program = model.bound(guide.chart)
+    built = guide.build(program)
+    if not isinstance(built, AutoGuide):
+        return built
+    with jax.enable_x64(True):
+        if start is not None:
+            values = constrain_fn(program, (), model.arrays, dict(start))
+            built.init_loc_fn = init_to_value(values=values)
+        handlers.seed(built, 0)(**model.arrays)
+    return built
+
+
+def _working_guide(built: Any, chosen: Coordinates) -> Callable[..., Any]:
+    """The autoguide as a function of the dimensionless parameters."""
+    hidden = list(chosen.to_params(chosen.initial))
+
+    def working(**kwargs: Any) -> Any:
+        given = {name: numpyro.param(name, value) for name, value in chosen.initial.items()}
+        with handlers.block(hide=hidden), handlers.substitute(data=chosen.to_params(given)):
+            return built(**kwargs)
+
+    return working
+
+
+def _outcome(solution: Solution, max_steps: int) -> tuple[Status, str]:
+    message = f"{solution.invalid_steps} invalid steps were skipped" if solution.invalid_steps else ""
+    if not np.isfinite(solution.elbo.value):
+        return Status.DIVERGED, message
+    if not solution.arrived:
+        return Status.BUDGET, message or f"{max_steps:,} steps"
+    return Status.ARRIVED, message
+
+
+def _together(first: Cost, second: Cost) -> Cost:
+    return Cost(
+        first.compile_seconds + second.compile_seconds,
+        first.run_seconds + second.run_seconds,
+        first.gradient_evaluations + second.gradient_evaluations,
+        max(first.peak_bytes, second.peak_bytes),
+    )
+
+
+def _laplace_program(guide: AutoLaplaceApproximation, params: Mapping[str, Any]) -> Callable[..., Any]:
+    """The Gaussian that a Laplace approximation stands for, as a NumPyro guide."""
+    from numpyro.infer.autoguide import AutoMultivariateNormal
+
+    gaussian = AutoMultivariateNormal(guide.model, prefix=guide.prefix, init_loc_fn=guide.init_loc_fn)
+    posterior = guide.get_posterior(params)
+
+    def program(**kwargs: Any) -> Any:
+        fixed = {f"{guide.prefix}_loc": posterior.loc, f"{guide.prefix}_scale_tril": posterior.scale_tril}
+        with handlers.block(hide=list(fixed)), handlers.substitute(data=fixed):
+            return gaussian(**kwargs)
+
+    return program

@@ -1,0 +1,72 @@
+"""Fits kept on disk, so that an interrupted study goes on from what it finished."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from typing import Any
+
+import jax
+import numpy as np
+
+from toolkit.cost import Cost
+from toolkit.estimate import Estimate
+from toolkit.modelling.model import Model
+from toolkit.status import Status
+from toolkit.storage import Storage
+from toolkit.variational.fitting import Fit, build_guide
+from toolkit.variational.guides import GUIDES, Guide
+from toolkit.variational.solvers.svi import Trace
+
+_KIND = "fit"
+
+
+def fit_key(fingerprint: str, guide: Guide, key: jax.Array, settings: dict[str, Any]) -> str | None:
+    """The name under which a fit is kept; None for a user's own guide, whose code has no fingerprint."""
+    family = guide.name.partition("@")[0]
+    if family not in GUIDES or GUIDES[family].build is not guide.build:
+        return None
+    parts = (fingerprint, guide.name, guide.chart, jax.random.key_data(key).tolist(), sorted(settings.items()))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def keep_fit(storage: Storage, name: str, fit: Fit) -> None:
+    """Store a fit's parameters, course and figures."""
+    arrays = {f"param/{key}": np.asarray(value) for key, value in fit.params.items()}
+    for number, trace in enumerate(fit.traces):
+        arrays |= {f"trace{number}/{column}": getattr(trace, column) for column in ("steps", "elbo", "se")}
+    meta = {
+        "status": fit.status.name,
+        "message": fit.message,
+        "elbo": fit.elbo,
+        "gap_bound": fit.gap_bound,
+        "invalid_steps": fit.invalid_steps,
+        "cost": asdict(fit.cost),
+        "traces": len(fit.traces),
+    }
+    storage.save(_KIND, name, arrays, meta)
+
+
+def kept_fit(storage: Storage, name: str, model: Model, guide: Guide) -> Fit | None:
+    """The fit that was stored under that name; None if there is none, or it was damaged."""
+    entry = storage.load(_KIND, name)
+    if entry is None:
+        return None
+    arrays, meta = entry
+    params = {key.removeprefix("param/"): value for key, value in arrays.items() if key.startswith("param/")}
+    return Fit(
+        guide,
+        model,
+        Status[meta["status"]],
+        meta["message"],
+        Estimate(*meta["elbo"]) if meta["elbo"] else None,
+        Estimate(*meta["gap_bound"]) if meta["gap_bound"] else None,
+        tuple(
+            Trace(*(arrays[f"trace{number}/{column}"] for column in ("steps", "elbo", "se")))
+            for number in range(meta["traces"])
+        ),
+        meta["invalid_steps"],
+        Cost(**meta["cost"]),
+        build_guide(model, guide) if params else None,
+        params,
+    )

@@ -1,0 +1,36 @@
+"""Families that contain one another: the larger one's best can never be lower."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from toolkit.status import Status
+from toolkit.variational.fitting import Fit
+
+_SE_LIMIT = 3.0
+
+
+def check_nesting(fits: Sequence[Fit], tolerance: float = 0.1) -> tuple[Fit, ...]:
+    """The same fits, each one whose ELBO lies below that of a family that it contains marked as not arrived.
+
+    A difference counts where it exceeds both the tolerance in nats and three standard errors.
+    """
+    by_name = {fit.guide.name: fit for fit in fits}
+    return tuple(
+        _checked(fit, [by_name[name] for name in fit.guide.contains if name in by_name], tolerance) for fit in fits
+    )
+
+
+def _checked(fit: Fit, contained: Sequence[Fit], tolerance: float) -> Fit:
+    if fit.elbo is None:
+        return fit
+    for smaller in contained:
+        if smaller.elbo is None:
+            continue
+        deficit = smaller.elbo.value - fit.elbo.value
+        if deficit > max(tolerance, _SE_LIMIT * math.hypot(smaller.elbo.se, fit.elbo.se)):
+            message = f"{deficit:.1f} nats below {smaller.guide.name}, which it contains"
+            return replace(fit, status=Status.BELOW_SMALLER_FAMILY, message=message)
+    return fit

@@ -1,0 +1,211 @@
+"""Stochastic optimisation through NumPyro's SVI: scanned blocks, decaying steps, averaged iterates.
+
+The step size is held while it still pays and cut by four when it no longer does; at each step size the iterates are
+averaged, which removes most of the noise that a constant step leaves (Polyak & Juditsky 1992; Dhaka et al. 2020,
+section 3). Whether a block paid is read from the ELBO of the averages on common draws, paired, so that gains far
+below the ELBO's own noise are seen.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from numpyro.infer import SVI
+from numpyro.infer.elbo import ELBO
+
+from toolkit.cost import Cost
+from toolkit.estimate import Estimate
+from toolkit.variational.objectives import log_weight
+
+Params = dict[str, Any]
+Program = Callable[..., Any]
+
+BLOCK = 250
+_CUTS = 3
+_CHECK_DRAWS = 512
+_PATIENCE = 2  # blocks in a row without a gain before the step size is cut
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The course of one start: after so many `steps` (n,), the ELBO in nats of that block (n,) and its `se` (n,)."""
+
+    steps: np.ndarray
+    elbo: np.ndarray
+    se: np.ndarray
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Where an optimiser stopped.
+
+    Attributes:
+        params: The averaged iterate, unconstrained, by the names of the working guide's parameters.
+        elbo: On draws of its own, in nats.
+        arrived: Whether the last step size no longer raised the ELBO by a fraction of the tolerance.
+        trace: The course.
+        invalid_steps: Steps skipped because loss or gradient were NaN or infinite.
+        cost: Time, gradient evaluations, memory.
+    """
+
+    params: Params
+    elbo: Estimate
+    arrived: bool
+    trace: Trace
+    invalid_steps: int
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class Programs:
+    """The compiled parts of one optimisation: a block of steps, and a check of two iterates on common draws."""
+
+    svi: SVI
+    arrays: dict[str, Any]
+    particles: int
+    block: Any
+    check: Any
+    initial: Any
+    constrain: Callable[[Params], Params]
+    compile_seconds: float
+    peak_bytes: int
+
+
+def compile_programs(model: Program, guide: Program, loss: ELBO, arrays: dict[str, Any], key: jax.Array) -> Programs:
+    """Trace and compile everything that an optimisation runs, for arrays of these shapes."""
+    begun = time.perf_counter()
+    optimiser = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)
+    svi = SVI(model, guide, optimiser, loss)
+    initial = svi.init(key, **arrays)
+
+    def block(state: Any, arrays: Any) -> tuple[Any, Params, Any]:
+        def step(carry: Any, _: None) -> tuple[Any, Any]:
+            state, total = carry
+            state, value = svi.stable_update(state, **arrays)
+            total = jax.tree.map(jnp.add, total, svi.optim.get_params(state.optim_state))
+            return (state, total), value
+
+        zeros = jax.tree.map(jnp.zeros_like, svi.optim.get_params(state.optim_state))
+        (state, total), losses = jax.lax.scan(step, (state, zeros), None, length=BLOCK)
+        return state, jax.tree.map(lambda t: t / BLOCK, total), losses
+
+    def check(key: jax.Array, params: Params, arrays: Any) -> Any:
+        constrained = svi.constrain_fn(params)
+        return jax.lax.map(
+            lambda k: log_weight(k, constrained, model, guide, arrays),
+            jax.random.split(key, _CHECK_DRAWS),
+            batch_size=64,
+        )
+
+    params = svi.optim.get_params(initial.optim_state)
+    # Tracing shares NumPyro's one stack of handlers and stays in this thread; compiling does not.
+    lowered = jax.jit(block).lower(initial, arrays), jax.jit(check).lower(key, params, arrays)
+    with ThreadPoolExecutor(len(lowered)) as pool:
+        compiled_block, compiled_check = pool.map(lambda program: program.compile(), lowered)
+    memory = compiled_block.memory_analysis()
+    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return Programs(
+        svi,
+        arrays,
+        loss.num_particles,
+        compiled_block,
+        compiled_check,
+        initial,
+        svi.constrain_fn,
+        time.perf_counter() - begun,
+        peak,
+    )
+
+
+def optimise(
+    programs: Programs,
+    *,
+    key: jax.Array,
+    step_size: float,
+    tolerance: float,
+    max_steps: int,
+    report: Callable[[int, float], None],
+) -> Solution:
+    """The averaged iterate at which further steps no longer raise the ELBO.
+
+    Args:
+        programs: From `compile_programs`.
+        key: For the steps and for the checks, which use draws that no step has seen.
+        step_size: Adam's first, in the units of the parameters.
+        tolerance: In nats; a step size is left when its blocks gain less than a fifth of it.
+        max_steps: The budget.
+        report: Called after each block with the steps taken and the block's mean ELBO.
+    """
+    begun = time.perf_counter()
+    state = programs.initial._replace(rng_key=jax.random.fold_in(key, 0))
+    course: list[tuple[int, float, float]] = []
+    invalid, steps, checks = 0, 0, 0
+    best: Params | None = None
+    best_weights = np.full(_CHECK_DRAWS, -np.inf)
+    arrived = False
+    # One set of draws for all checks, so that differences between iterates are paired.
+    check_key = jax.random.fold_in(key, 1)
+    for cut in range(_CUTS + 1):
+        state = _with_step_size(programs.svi, state, step_size / 4**cut, best)
+        idle = 0
+        while idle < _PATIENCE and steps < max_steps:
+            state, average, losses = programs.block(state, programs.arrays)
+            values = -np.asarray(losses)
+            steps += BLOCK
+            invalid += int((~np.isfinite(values)).sum())
+            course.append((steps, *_block_mean(values)))
+            report(steps, course[-1][1])
+            weights = np.asarray(programs.check(check_key, average, programs.arrays))
+            checks += 1
+            gain = _gain(weights, best_weights)
+            if gain.value > 0:
+                best, best_weights = average, weights
+            idle = 0 if gain.value > max(tolerance / 5, 2 * gain.se) else idle + 1
+        if steps >= max_steps:
+            break
+    else:
+        arrived = True
+    if best is None:
+        best = programs.svi.optim.get_params(state.optim_state)
+    fresh = np.concatenate(
+        [np.asarray(programs.check(jax.random.fold_in(key, 2 + i), best, programs.arrays)) for i in range(4)]
+    )
+    finite = bool(np.isfinite(fresh).all())
+    cost = Cost(programs.compile_seconds, time.perf_counter() - begun, steps * programs.particles, programs.peak_bytes)
+    elbo = Estimate.of_mean(fresh) if finite else Estimate(-math.inf, math.nan)
+    trace = Trace(*(np.array(column, dtype=float) for column in zip(*course, strict=True)))
+    return Solution(best, elbo, arrived and finite, trace, invalid, cost)
+
+
+def _gain(weights: np.ndarray, before: np.ndarray) -> Estimate:
+    """By how much the ELBO rose, from log weights on common draws."""
+    if not np.isfinite(weights).all():
+        return Estimate(-math.inf, 0.0)
+    if not np.isfinite(before).all():
+        return Estimate(math.inf, 0.0)
+    return Estimate.of_mean(weights - before)
+
+
+def _block_mean(values: np.ndarray) -> tuple[float, float]:
+    """Mean and standard error of a block's finite ELBO estimates, which are independent given the iterates."""
+    finite = values[np.isfinite(values)]
+    return Estimate.of_mean(finite) if finite.size > 1 else Estimate(math.nan, math.nan)
+
+
+def _with_step_size(svi: SVI, state: Any, step_size: float, params: Params | None) -> Any:
+    """The state with another step size, continued from the given iterate with fresh moments."""
+    params = svi.optim.get_params(state.optim_state) if params is None else params
+    count, (_, inner) = svi.optim.init(params)
+    hyperparams = dict(
+        inner.hyperparams, learning_rate=jnp.asarray(step_size, inner.hyperparams["learning_rate"].dtype)
+    )
+    return state._replace(optim_state=(count, (params, inner._replace(hyperparams=hyperparams))))

@@ -1,0 +1,195 @@
+"""Where a fit starts: modes of the density and the curvature there, in the model's own scales."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.optimize import minimize
+
+from toolkit.modelling.model import Model
+
+_DENSE_LIMIT = 1_500  # a d x d Hessian of 18 MB, and about a second for its decomposition
+_TRIES = 50
+
+
+@dataclass(frozen=True)
+class Space:
+    """The latent sites of a model in a chart, in program order, as one vector in unconstrained space."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def size(self) -> int:
+        """How many unconstrained coordinates there are."""
+        return sum(int(np.prod(shape)) for shape in self.shapes)
+
+    def unravel(self, vector: Any) -> dict[str, Any]:
+        """Site name to value, from one vector of shape (size,)."""
+        values, begin = {}, 0
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            end = begin + int(np.prod(shape))
+            values[name] = vector[begin:end].reshape(shape)
+            begin = end
+        return values
+
+    def ravel(self, values: Any) -> Any:
+        """One vector of shape (size,), from site name to value."""
+        return jnp.concatenate([jnp.ravel(values[name]) for name in self.names])
+
+
+@dataclass(frozen=True)
+class Start:
+    """A point from which a fit sets out, and the local scale there.
+
+    Attributes:
+        loc: Shape (size,), unconstrained.
+        precision: Shape (size, size): minus the Hessian of log p at `loc`, made positive definite; None where the
+            search for a mode failed or the dimension is beyond what a dense matrix is for.
+        log_density: log p(x, z) at `loc`, in nats.
+        is_mode: Whether the search ended at a stationary point with negative curvature.
+    """
+
+    loc: np.ndarray
+    precision: np.ndarray | None
+    log_density: float
+    is_mode: bool
+
+
+@dataclass(frozen=True)
+class Starts:
+    """Starting points of a model in a chart, the best first, and what they cost."""
+
+    space: Space
+    points: tuple[Start, ...]
+    seconds: float
+    gradient_evaluations: int
+
+
+def latent_space(model: Model, chart: str | None = None) -> Space:
+    """The model's latent sites in a chart and their unconstrained shapes, in program order."""
+    names: list[str] = []
+
+    def point() -> dict[str, Any]:
+        values = model.start(jax.random.PRNGKey(0), model.arrays, chart=chart)
+        names.extend(values)
+        return values
+
+    shapes = jax.eval_shape(point)
+    return Space(tuple(names), tuple(tuple(shapes[name].shape) for name in names))
+
+
+def find_starts(model: Model, *, key: jax.Array, chart: str | None = None, count: int = 2) -> Starts:
+    """Up to `count` starting points in float64, from searches that set out at dispersed points.
+
+    Each search climbs the log density by L-BFGS; where it arrives at a mode, the curvature there gives the scale. No
+    point at all means that no start had a finite density and gradient.
+    """
+    begun = time.perf_counter()
+    space = latent_space(model, chart)
+    arrays = model.arrays
+
+    @jax.jit
+    def loss_and_gradient(vector: Any, arrays: Any) -> tuple[Any, Any]:
+        return jax.value_and_grad(lambda v: -model.log_density(space.unravel(v), arrays, chart))(vector)
+
+    evaluations = 0
+
+    def evaluate(vector: np.ndarray) -> tuple[float, np.ndarray]:
+        nonlocal evaluations
+        evaluations += 1
+        loss, gradient = loss_and_gradient(vector, arrays)
+        return float(loss), np.asarray(gradient, dtype=float)
+
+    draw = jax.jit(lambda k, radius: space.ravel(model.start(k, arrays, radius, chart)))
+    dispersed = _valid_points(evaluate, draw, key, count)
+    ends = [_climb(evaluate, point) for point in dispersed]
+    ends = _distinct(sorted(ends, key=lambda end: end[1]))
+    points = []
+    for loc, loss in ends:
+        precision, is_mode = _curvature(model, space, loc, chart)
+        evaluations += space.size
+        points.append(Start(loc, precision, -loss, is_mode))
+    return Starts(space, tuple(points), time.perf_counter() - begun, evaluations)
+
+
+def _valid_points(
+    evaluate: Callable[[np.ndarray], tuple[float, np.ndarray]], draw: Callable[..., Any], key: jax.Array, count: int
+) -> list[np.ndarray]:
+    """Points with a finite density and gradient, from ever smaller boxes around the origin."""
+    points: list[np.ndarray] = []
+    for number in range(_TRIES):
+        radius = 2.0 * 0.8 ** max(0, number - count)
+        point = np.asarray(draw(jax.random.fold_in(key, number), radius), dtype=float)
+        loss, gradient = evaluate(point)
+        if np.isfinite(loss) and np.isfinite(gradient).all():
+            points.append(point)
+        if len(points) == count:
+            break
+    return points
+
+
+def _climb(evaluate: Callable[[np.ndarray], tuple[float, np.ndarray]], point: np.ndarray) -> tuple[np.ndarray, float]:
+    """Where L-BFGS ends, and minus the log density there; an invalid step is a wall that it turns away from."""
+
+    def walled(vector: np.ndarray) -> tuple[float, np.ndarray]:
+        loss, gradient = evaluate(vector)
+        if not np.isfinite(loss) or not np.isfinite(gradient).all():
+            return 1e300, np.zeros_like(vector)
+        return loss, gradient
+
+    result = minimize(
+        walled,
+        point,
+        jac=True,
+        method="L-BFGS-B",
+        options={"maxiter": 1_000, "maxcor": 20, "ftol": 1e-12, "gtol": 1e-6},
+    )
+    return np.asarray(result.x), float(result.fun)
+
+
+def _distinct(ends: list[tuple[np.ndarray, float]]) -> list[tuple[np.ndarray, float]]:
+    """The ends without those that reached the same log density as a better one, within a thousandth of a nat."""
+    kept: list[tuple[np.ndarray, float]] = []
+    for loc, loss in ends:
+        if all(abs(loss - other) > 1e-3 for _, other in kept):
+            kept.append((loc, loss))
+    return kept
+
+
+def _curvature(model: Model, space: Space, loc: np.ndarray, chart: str | None) -> tuple[np.ndarray | None, bool]:
+    """Minus the Hessian at a point, its eigenvalues bounded away from zero, and whether it needed no bounding."""
+    if space.size > _DENSE_LIMIT:
+        return None, False
+
+    @jax.jit
+    def hessian(vector: Any, arrays: Any) -> Any:
+        gradient = jax.grad(lambda v: -model.log_density(space.unravel(v), arrays, chart))
+        column = lambda tangent: jax.jvp(gradient, (vector,), (tangent,))[1]  # noqa: E731
+        return jax.lax.map(column, jnp.eye(space.size), batch_size=64)
+
+    matrix = np.asarray(hessian(loc, model.arrays), dtype=float)
+    if not np.isfinite(matrix).all():
+        return None, False
+    return positive_definite((matrix + matrix.T) / 2)
+
+
+def positive_definite(matrix: np.ndarray) -> tuple[np.ndarray | None, bool]:
+    """The nearest usable precision matrix, and whether the one given was positive definite.
+
+    The matrix is first scaled to a unit diagonal, so that a bound on its eigenvalues means the same in every unit.
+    """
+    scale = np.sqrt(np.abs(np.diag(matrix)))
+    if not (scale > 0).all():
+        return None, False
+    values, vectors = np.linalg.eigh(matrix / np.outer(scale, scale))
+    if values[0] > 1e-8:
+        return matrix, True
+    bounded = np.clip(np.abs(values), 1e-3, None)
+    return (vectors * bounded) @ vectors.T * np.outer(scale, scale), False
