@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from toolkit.modelling.model import Model
+from toolkit.modelling.model import Model, Quantity
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +29,7 @@ class Scalars:
     units: tuple[str, ...]
 
 
-def scalars(model: Model, draws: Mapping[str, np.ndarray]) -> Scalars:
+def scalars(model: Model, draws: Mapping[str, np.ndarray], quantities: Sequence[Quantity] | None = None) -> Scalars:
     """Every scalar of every quantity, in the order of `model.quantities` and row-major within a site.
 
     A bracket holds the dataset's coords of the site's dims, or 0-based positions where it has none.
@@ -37,6 +37,7 @@ def scalars(model: Model, draws: Mapping[str, np.ndarray]) -> Scalars:
     Args:
         model: Whose quantities, dims and coords name the scalars.
         draws: Site name to `(chain, draw, ...)`; sites that are no quantity are left out.
+        quantities: Others than the model's.
 
     Raises:
         ValueError: A quantity's site is missing from the draws, or has another shape than in the model.
@@ -45,8 +46,8 @@ def scalars(model: Model, draws: Mapping[str, np.ndarray]) -> Scalars:
     titles: list[str] = []
     units: list[str] = []
     sites: list[str] = []
-    columns = []
-    for quantity in model.quantities:
+    columns = [np.empty((*_sample(draws), 0))]
+    for quantity in model.quantities if quantities is None else quantities:
         brackets = _brackets(model, quantity.site)
         columns.append(_columns(model, quantity.site, draws))
         names += [quantity.site + bracket for bracket in brackets]
@@ -78,3 +79,7 @@ def _columns(model: Model, site: str, draws: Mapping[str, np.ndarray]) -> np.nda
             f"Expected draws of '{site}' shaped (chain, draw{''.join(f', {n}' for n in shape)}); got {values.shape}."
         )
     return values.reshape(*values.shape[:2], -1)
+
+
+def _sample(draws: Mapping[str, np.ndarray]) -> tuple[int, ...]:
+    return next((np.shape(values)[:2] for values in draws.values()), (0, 0))

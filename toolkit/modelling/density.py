@@ -1,0 +1,32 @@
+"""Where a model's density breaks: the sites whose log density is not finite at a point."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from numpyro import handlers
+from numpyro.infer.util import compute_log_probs
+
+from toolkit.modelling.model import Model
+
+
+def invalid_sites(model: Model, unconstrained: Mapping[str, Any]) -> tuple[str, ...]:
+    """A phrase for each site whose log density is NaN or infinite at a point, such as `site 'y' a log density of -inf`.
+
+    Args:
+        model: Looked at in its own chart, on its own data.
+        unconstrained: That chart's latents in unconstrained space.
+    """
+    with jax.enable_x64(True), handlers.block():
+        values = model.constrain(unconstrained, model.arrays)
+        seeded = handlers.seed(model.bound(), rng_seed=0)
+        point = {name: values[name] for name in unconstrained}
+        densities, _ = compute_log_probs(seeded, (), model.arrays, point)
+    return tuple(
+        f"site '{name}' a log density of {float(density):g}"
+        for name, density in densities.items()
+        if not np.isfinite(density)
+    )
