@@ -1,0 +1,57 @@
+"""The comparison's long table turned into one row for each guide and quantity, with one number to sort by."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from toolkit.comparison.verdicts import Thresholds
+
+COLUMNS = ("shift", "shift_se", "ratio", "ratio_se", "error", "verdict")
+
+
+def differences(table: pd.DataFrame, thresholds: Thresholds) -> pd.DataFrame:
+    """Shift, sd ratio and their errors by (guide, quantity), in the order of the table.
+
+    Where moments have no usable error (heavy tails), the comparison holds `median_shift` and `spread_ratio` instead
+    of `shift` and `sd_ratio`; they take the same columns here.
+
+    Columns: shift, shift_se (reference sd); ratio, ratio_se; error: the larger of |shift| and |log ratio|, each
+    divided by the threshold up to which it counts as right, so that 1 is the limit; verdict: of the quantity.
+    """
+    if table.empty:
+        return pd.DataFrame(columns=list(COLUMNS), index=pd.MultiIndex.from_tuples([], names=["guide", "quantity"]))
+    wide = table.pivot_table(
+        index=["guide", "quantity"], columns="metric", values=["value", "se"], aggfunc="first", sort=False
+    )
+    parts = {}
+    for name, metrics in (("shift", ("shift", "median_shift")), ("ratio", ("sd_ratio", "spread_ratio"))):
+        for column, suffix in (("value", ""), ("se", "_se")):
+            parts[name + suffix] = _first(wide, [(column, metric) for metric in metrics])
+    frame = pd.DataFrame(parts, index=wide.index)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        width = np.log(frame["ratio"]).abs() / np.log(thresholds.sd_ratio[1])
+    frame["error"] = np.fmax(frame["shift"].abs() / thresholds.shift, width)
+    frame["verdict"] = table.groupby(["guide", "quantity"], sort=False)["verdict"].agg(_combined)
+    return frame
+
+
+def _first(wide: pd.DataFrame, keys: list[tuple[str, str]]) -> pd.Series:
+    """The first of these columns that has a value, row by row."""
+    found = pd.Series(np.nan, index=wide.index)
+    for key in keys:
+        if key in wide:
+            found = found.fillna(wide[key])
+    return found
+
+
+def _combined(verdicts: pd.Series) -> str:
+    present = set(verdicts)
+    return next((word for word in ("wrong", "cannot tell", "right") if word in present), "")
+
+
+def worst_first(frame: pd.DataFrame) -> list[str]:
+    """Quantities by the largest error that any guide makes on them, largest first."""
+    if frame.empty:
+        return []
+    return list(frame["error"].groupby("quantity", sort=False).max().sort_values(ascending=False, kind="stable").index)

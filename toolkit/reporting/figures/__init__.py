@@ -1,0 +1,1 @@
+"""Figures: the only code that imports matplotlib. Each function gives a `Picture`; none looks up global state."""

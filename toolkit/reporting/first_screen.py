@@ -1,0 +1,95 @@
+"""What a reader sees without scrolling: the verdicts, the reference's health, the reader's own quantities, what next."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from toolkit.reporting.contents import Answer
+from toolkit.reporting.palette import Look
+from toolkit.reporting.tables import seconds
+from toolkit.status import Status
+
+
+def against(reference: Any) -> str:
+    """What the guides are compared with, in a word."""
+    if reference.status is Status.EXACT:
+        return "the exact posterior"
+    return "NUTS" if reference.origin.startswith("NUTS") else "the loaded draws"
+
+
+def facts(study: Any) -> tuple[str, ...]:
+    """Dataset, seed, machine, seconds and version."""
+    version = study.versions.get("elbowroom")
+    return (
+        study.model.dataset.name,
+        f"seed {study.seed}",
+        study.machine,
+        seconds(sum(study.stages.values())),
+        *((f"elbowroom {version}",) if version else ()),
+    )
+
+
+def answers(study: Any, looks: Mapping[str, Look]) -> tuple[Answer, ...]:
+    """Each guide's verdict in words, with its seconds and the time saved against NUTS."""
+    guides: pd.DataFrame = study.comparison.guides
+    cost = study.reference.cost.seconds if study.reference.origin.startswith("NUTS") else math.nan
+    return tuple(
+        Answer(
+            str(name),
+            looks[str(name)].place,
+            str(row["verdict"]) if study.comparison.reference_ok else "",
+            str(row["sentence"]),
+            _time(float(row["seconds"]), cost),
+        )
+        for name, row in guides.iterrows()
+    )
+
+
+def _time(own: float, nuts: float) -> str:
+    if not math.isfinite(own):
+        return ""
+    if not (math.isfinite(nuts) and nuts > 0 and own > 0):
+        return seconds(own)
+    factor = nuts / own
+    if factor >= 1.15:
+        return f"{seconds(own)}, {_times(factor)} sooner than NUTS"
+    return f"{seconds(own)}, {'as long as' if factor > 0.87 else f'{_times(1 / factor)} later than'} NUTS"
+
+
+def _times(factor: float) -> str:
+    return f"{factor:.1f}×" if factor < 9.95 else f"{factor:,.0f}×"
+
+
+def health(reference: Any) -> str:
+    """The reference in one line, with the numbers that its status comes from."""
+    words = [reference.status.value]
+    if reference.usable and not reference.diagnostics.empty and reference.status is not Status.EXACT:
+        table = reference.diagnostics
+        ess = table[["ess_bulk", "ess_tail"]].min().min()
+        hits = reference.tree_depth_hits
+        numbers = [f"R-hat ≤ {math.ceil(table['rhat'].max() * 1_000) / 1_000:.3f}", f"ESS ≥ {math.floor(ess):,}"]
+        numbers.append(f"{reference.divergences or 'no'} divergence{'' if reference.divergences == 1 else 's'}")
+        numbers += [f"{hits:,} transition{'' if hits == 1 else 's'} at the largest tree depth"] if hits else []
+        words.append(f"({', '.join(numbers)})")
+    return f"{reference.origin}: {' '.join(words)}" + _took(reference)
+
+
+def _took(reference: Any) -> str:
+    return f", {seconds(reference.cost.seconds)}" if reference.cost.seconds else ""
+
+
+def warning(study: Any) -> tuple[str, tuple[str, ...]]:
+    """Why there are no verdicts, with the reasons; empty where there are."""
+    if study.comparison.reference_ok:
+        return "", ()
+    reference = study.reference
+    text = (
+        f"No verdict: {reference.status.value}."
+        if reference.usable
+        else f"No verdict: there is no reference ({reference.status.value})."
+    )
+    return text, tuple(reference.reasons)

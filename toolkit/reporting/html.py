@@ -1,0 +1,89 @@
+"""The report as one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from toolkit.reporting.contents import Cell, Contents, Picture, Table, Text
+from toolkit.reporting.figures.canvas import page_svg
+from toolkit.reporting.palette import COLOURS, SHAPES
+
+TEMPLATES = Path(__file__).parent / "templates"
+_FIGURE_SPACE, _POINT_SPACE = "\u2007", "\u2008"
+
+
+@cache
+def environment() -> Environment:
+    """Templates that escape all text for HTML; a name that is missing is an error."""
+    made = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=lambda name: bool(name) and name.endswith(".html.j2"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    made.filters["svg"] = _svg
+    made.tests["table"] = lambda block: isinstance(block, Table)
+    made.tests["picture"] = lambda block: isinstance(block, Picture)
+    made.tests["text"] = lambda block: isinstance(block, Text)
+    return made
+
+
+def to_html(contents: Contents) -> str:
+    """The report as HTML: figures, style and all inside."""
+    template = environment().get_template("report.html.j2")
+    return template.render(report=contents, style=Markup(_style()), padded=padded, shapes=SHAPES)
+
+
+def _svg(picture: Picture) -> Markup:
+    """The picture's SVG; matplotlib has escaped its text."""
+    return Markup(page_svg(picture.figure, picture.name, picture.alt))
+
+
+def _style() -> str:
+    """The style sheet, with the palette's colours for light and dark pages."""
+    light = "".join(f"--{c.name}:{c.light};" for c in COLOURS)
+    dark = "".join(f"--{c.name}:{c.dark};" for c in COLOURS)
+    colours = (
+        f":root{{color-scheme:light dark;{light}}}\n"
+        f"@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}\n"
+    )
+    return colours + (TEMPLATES / "report.css").read_text()
+
+
+def padded(table: Table, index: int) -> list[tuple[str, str]]:
+    """The (value, error) texts of a column, with spaces as wide as digits behind them so that decimals align."""
+    cells: list[Cell] = [row[index] for row in table.rows]
+    values = [cell.text for cell in cells]
+    if not table.columns[index].numeric or not any(_is_number(value) for value in values):
+        return [(cell.text, cell.error) for cell in cells]
+    longest = max(_decimals(value) for value in values if _is_number(value))
+    errors = max((_decimals(cell.error) for cell in cells if cell.error), default=0)
+    out = []
+    for cell in cells:
+        if not _is_number(cell.text):
+            out.append((cell.text, cell.error))
+            continue
+        value = cell.text + _spaces(longest - _decimals(cell.text), "." not in cell.text and longest > 0)
+        error = cell.error
+        if error:
+            error += _spaces(errors - _decimals(error), "." not in error and errors > 0)
+        out.append((value, error))
+    return out
+
+
+def _is_number(text: str) -> bool:
+    return bool(text) and text.lstrip("−-")[:1].isdigit() and "[" not in text
+
+
+def _decimals(text: str) -> int:
+    return len(text.partition(".")[2]) if _is_number(text) else 0
+
+
+def _spaces(count: int, point: bool) -> str:
+    return (_POINT_SPACE if point else "") + _FIGURE_SPACE * count

@@ -1,0 +1,224 @@
+"""The verb `render`: a study becomes a report, which writes itself into a folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from toolkit.comparison.verdicts import Thresholds
+from toolkit.reporting import first_screen, sections
+from toolkit.reporting.contents import Contents, Section
+from toolkit.reporting.differences import differences
+from toolkit.reporting.figures.canvas import file_png, file_svg
+from toolkit.reporting.figures.scatter import overview
+from toolkit.reporting.html import to_html
+from toolkit.reporting.markdown import to_markdown
+from toolkit.reporting.palette import looks as looks_of
+from toolkit.reporting.program import what_is_the_model
+from toolkit.reporting.tables import focus_table, guides_table
+
+_TABLES = {
+    "comparison": "every metric of every quantity and guide, with its error and verdict",
+    "guides": "one row for each guide",
+    "quantities": "mean, sd and quantiles of every quantity, reference and guides",
+    "pairs": "the pairs whose correlation is most wrong",
+    "focus": "your quantities",
+    "agreement": "smallest and largest mean and sd over the guides",
+    "diagnostics": "R-hat and ESS of every quantity of the reference",
+    "fits": "status, cost and ELBO of each fit",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """A study as text, figures and tables.
+
+    Attributes:
+        html: One self-contained page.
+        markdown: The same contents; it links to `figures/<name>.svg`.
+        figures: Name to matplotlib figure.
+        tables: Name to data frame, one CSV file each.
+        summary: What a program wants to know: verdicts, numbers and how they were made; JSON types only.
+        comparison: Where the draws come from when the report is written.
+    """
+
+    html: str
+    markdown: str
+    figures: Mapping[str, Any]
+    tables: Mapping[str, pd.DataFrame]
+    summary: Mapping[str, Any]
+    comparison: Any
+
+    def write(self, folder: str | Path) -> Path:
+        """The path of report.html, written into `folder` with report.md, summary.json, draws.nc, tables and figures.
+
+        Raises:
+            ValueError: The folder cannot be written.
+        """
+        folder = Path(folder)
+        try:
+            for part in (folder, folder / "tables", folder / "figures"):
+                part.mkdir(parents=True, exist_ok=True)
+            for name, table in self.tables.items():
+                # One end of line on every system, so that the same study gives the same bytes.
+                table.to_csv(folder / "tables" / f"{name}.csv", index=table.index.name is not None, lineterminator="\n")
+            for name, figure in self.figures.items():
+                (folder / "figures" / f"{name}.svg").write_bytes(file_svg(figure))
+                (folder / "figures" / f"{name}.png").write_bytes(file_png(figure))
+            self.comparison.to_datatree().to_netcdf(folder / "draws.nc", engine="h5netcdf")
+            (folder / "summary.json").write_text(json.dumps(self.summary, indent=2, allow_nan=False) + "\n", "utf-8")
+            (folder / "report.md").write_text(self.markdown, "utf-8")
+            (folder / "report.html").write_text(self.html, "utf-8")
+        except OSError as error:
+            raise ValueError(
+                f"Expected a folder that can be written; '{folder}' cannot ({error.strerror or error}): "
+                "choose another with --out."
+            ) from error
+        return folder / "report.html"
+
+
+def render(study: Any) -> Report:
+    """The report of a study. Nothing is inferred: it reads what the study holds.
+
+    Args:
+        study: A `Study`.
+    """
+    contents = _contents(study)
+    tables = _tables(study)
+    figures = {picture.name: picture.figure for picture in contents.pictures}
+    return Report(to_html(contents), to_markdown(contents), figures, tables, _summary(study), study.comparison)
+
+
+def _contents(study: Any) -> Contents:
+    comparison = study.comparison
+    looks = looks_of([fit.guide.name for fit in study.fits])
+    limits = getattr(comparison, "thresholds", Thresholds())
+    against = first_screen.against(study.reference)
+    frame = differences(comparison.table, limits)
+    present = set(frame.index.get_level_values("guide"))
+    compared = {name: look for name, look in looks.items() if name in present}
+    warning, reasons = first_screen.warning(study)
+    return Contents(
+        title=study.model.title,
+        facts=first_screen.facts(study),
+        question=study.model.question,
+        warning=warning,
+        reasons=reasons,
+        answers=first_screen.answers(study, looks),
+        health=first_screen.health(study.reference),
+        focus=focus_table(comparison.focus, looks, against),
+        guides=guides_table(comparison.guides, looks, against),
+        overview=overview(frame, compared, limits, against) if compared else None,
+        next_steps=tuple(comparison.advice),
+        commands=(study.command,),
+        sections=_sections(study, frame, looks, compared, limits, against),
+    )
+
+
+def _sections(
+    study: Any, frame: pd.DataFrame, looks: Any, compared: Any, limits: Thresholds, against: str
+) -> tuple[Section, ...]:
+    first = sections.agreement(study.comparison)
+    return (
+        *((first,) if first else ()),
+        sections.which_quantities(study, frame, looks, limits, against),
+        sections.how_wrong(frame, compared, limits, against),
+        sections.which_relations(study.comparison, looks, against),
+        sections.did_it_arrive(study.fits, looks),
+        sections.reference_trusted(study),
+        what_is_the_model(study.model),
+        sections.made_how(study, _files(study)),
+    )
+
+
+def _files(study: Any) -> dict[str, str]:
+    named = {f"tables/{name}.csv": _TABLES.get(name, "correlation matrix") for name in _tables(study)}
+    return {
+        **named,
+        "figures/*.svg, figures/*.png": "every figure of this report",
+        "draws.nc": "draws of the reference and of each guide, as an ArviZ DataTree",
+        "summary.json": "verdicts, numbers and how they were made, for programs",
+        "report.md": "this report as Markdown",
+    }
+
+
+def _tables(study: Any) -> dict[str, pd.DataFrame]:
+    comparison = study.comparison
+    tables = {
+        "comparison": comparison.table,
+        "guides": comparison.guides.rename_axis("guide"),
+        "quantities": comparison.quantities,
+        "pairs": comparison.pairs,
+        "focus": comparison.focus,
+        "agreement": comparison.agreement,
+        "diagnostics": study.reference.diagnostics.rename_axis("quantity"),
+        "fits": _fits_frame(study.fits),
+    }
+    for source, matrix in comparison.correlations.items():
+        tables[f"correlations_{source}"] = matrix.rename_axis("quantity")
+    return tables
+
+
+def _fits_frame(fits: Any) -> pd.DataFrame:
+    rows = [
+        {
+            "guide": fit.guide.name,
+            "status": fit.status.name,
+            "sentence": fit.status.value,
+            "message": fit.message,
+            "elbo": fit.elbo.value if fit.elbo else math.nan,
+            "elbo_se": fit.elbo.se if fit.elbo else math.nan,
+            "gap_bound": fit.gap_bound.value if fit.gap_bound else math.nan,
+            "gap_bound_se": fit.gap_bound.se if fit.gap_bound else math.nan,
+            "compile_seconds": fit.cost.compile_seconds,
+            "run_seconds": fit.cost.run_seconds,
+            "gradient_evaluations": fit.cost.gradient_evaluations,
+            "peak_bytes": fit.cost.peak_bytes,
+            "invalid_steps": fit.invalid_steps,
+        }
+        for fit in fits
+    ]
+    return pd.DataFrame(rows).set_index("guide")
+
+
+def _summary(study: Any) -> dict[str, Any]:
+    reference, comparison = study.reference, study.comparison
+    return {
+        "model": study.model.name,
+        "title": study.model.title,
+        "dataset": study.model.dataset.name,
+        "seed": study.seed,
+        "command": study.command,
+        "machine": study.machine,
+        "versions": dict(study.versions),
+        "seconds": {name: float(value) for name, value in study.stages.items()},
+        "reference": {
+            "origin": reference.origin,
+            "status": reference.status.name,
+            "sentence": reference.status.value,
+            "reasons": list(reference.reasons),
+            "verdicts_given": bool(comparison.reference_ok),
+            "seconds": float(reference.cost.seconds),
+        },
+        "guides": _records(comparison.guides.rename_axis("guide").reset_index()),
+        "focus": _records(comparison.focus),
+        "advice": list(comparison.advice),
+    }
+
+
+def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(key): _plain(value) for key, value in row.items()} for row in frame.to_dict("records")]
+
+
+def _plain(value: Any) -> Any:
+    """A value that JSON can hold; None for NaN and infinities, which JSON has not."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

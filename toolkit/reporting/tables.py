@@ -1,0 +1,245 @@
+"""Numbers as text, rounded by their errors, and the small tables that the report is read by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from toolkit.estimate import decimals, rounded
+from toolkit.reporting.contents import Cell, Column, Table
+from toolkit.reporting.palette import Look
+
+NONE = "–"
+
+
+def minus(text: str) -> str:
+    """The text with a true minus sign in front of negative numbers, as wide as a plus."""
+    return text.replace("-", "−", 1) if text.startswith("-") else text
+
+
+def number(value: float, se: float = math.nan, *, marked: bool = False, note: str = "") -> Cell:
+    """A cell with a value rounded by its error; a dash where there is none."""
+    if not math.isfinite(value):
+        return Cell(NONE if math.isnan(value) else minus(f"{value}"))
+    text, error = rounded(value, se)
+    return Cell(minus(text), error, marked, note)
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """A number without an error, with so many significant digits and thousands apart."""
+    if not math.isfinite(value):
+        return NONE
+    if value and abs(value) >= 10**digits:
+        return minus(f"{value:,.0f}")
+    return minus(f"{value:.{digits}g}")
+
+
+def seconds(value: float) -> str:
+    """Seconds with one decimal below ten, none above a hundred."""
+    return NONE if not math.isfinite(value) else f"{value:.1f} s" if value < 100 else f"{value:,.0f} s"
+
+
+def bytes_in_words(count: int) -> str:
+    """A size in the largest unit that keeps it above one."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} B" if count else NONE
+
+
+_GUIDE_COLUMNS = (
+    Column("guide", "The family, with NumPyro's class below it.", numeric=False),
+    Column(
+        "ELBO (nats)",
+        "Evidence lower bound on fresh draws; higher is better. The lowest is marked.",
+    ),
+    Column(
+        "worst shift (sd)",
+        "Guide's mean minus the reference's, in reference sd, of the quantity where that is largest; 0 is right.",
+    ),
+    Column("worst sd ratio", "Guide's sd divided by the reference's, of the quantity where that is furthest from 1."),
+    Column(
+        "worst coverage",
+        "Mass of the reference inside the guide's central 90 % interval, of the quantity furthest from 0.90.",
+    ),
+    Column(
+        "k-hat",
+        "Pareto tail index of the importance weights from guide to posterior. Above 0.7 they cannot repair the guide; "
+        "no verdict leans on it.",
+    ),
+    Column("seconds", "Wall-clock time of the fit, compilation included."),
+)
+
+
+def guides_table(guides: pd.DataFrame, looks: Mapping[str, Look], against: str) -> Table:
+    """The table of the first screen: guides by (ELBO, worst shift, sd ratio, coverage, k-hat, seconds)."""
+    badness = pd.DataFrame(
+        {
+            "elbo": -guides["elbo"],
+            "worst_shift": guides["worst_shift"].abs(),
+            "worst_sd_ratio": np.log(guides["worst_sd_ratio"].astype(float)).abs(),
+            "worst_coverage_90": (guides["worst_coverage_90"] - 0.9).abs(),
+            "khat": guides["khat"],
+            "seconds": guides["seconds"],
+        }
+    ).astype(float)
+    worst = {metric: badness[metric].idxmax() for metric in badness if badness[metric].notna().sum() > 1}
+    rows = []
+    for name, row in guides.iterrows():
+        title = str(row["title"])
+        head = Cell(str(name), note=title[len(str(name)) :].strip(" ()"), place=looks[str(name)].place)
+        cells = [head]
+        for metric in ("elbo", "worst_shift", "worst_sd_ratio", "worst_coverage_90", "khat"):
+            marked = worst.get(metric) == name
+            cells.append(
+                number(row[metric], row[f"{metric}_se"], marked=marked, note=str(row.get(f"{metric}_quantity", "") or ""))
+            )
+        time = f"{row['seconds']:.1f}" if math.isfinite(row["seconds"]) else NONE
+        cells.append(Cell(time, marked=worst.get("seconds") == name))
+        rows.append(tuple(cells))
+    return Table(f"Every guide against {against}", _GUIDE_COLUMNS, tuple(rows))
+
+
+def focus_table(focus: pd.DataFrame, looks: Mapping[str, Look], against: str) -> Table | None:
+    """The user's own quantities: one row each, the reference first and each guide beside it; None without any."""
+    if focus.empty:
+        return None
+    present = list(dict.fromkeys(focus["source"]))
+    sources = [s for s in ("reference", *looks) if s in present]
+    columns = [Column("quantity", "As it was asked for; P(…) is the probability of an event.", numeric=False)]
+    for source in sources:
+        columns.append(
+            Column(
+                against if source == "reference" else source,
+                "Mean and central 90 % interval; for an event its probability. The error is Monte Carlo's.",
+                numeric=False,
+            )
+        )
+    rows = []
+    for item, group in focus.groupby("item", sort=False):
+        by_source = {row["source"]: row for _, row in group.iterrows()}
+        event = bool(group["event"].iloc[0])
+        cells = [Cell(f"P({item})" if event else str(item))]
+        for source in sources:
+            place = looks[source].place if source in looks else None
+            cells.append(_focus_cell(by_source[source], place) if source in by_source else Cell(NONE))
+        rows.append(tuple(cells))
+    return Table("Your quantities", tuple(columns), tuple(rows))
+
+
+def _focus_cell(row: pd.Series, place: int | None) -> Cell:
+    sentence = str(row["sentence"] or "")
+    if row["event"]:
+        cell = number(row["probability"], row["probability_se"])
+        return Cell(cell.text, cell.error, note=sentence, place=place)
+    if not math.isfinite(row["mean"]):
+        return Cell(NONE, note=sentence, place=place)
+    # The ends of an interval are less certain than its middle: one decimal fewer than the mean's error allows.
+    places = max(0, decimals(row["mean_se"]) - 1)
+    low, high, mean = (minus(f"{row[c]:.{places}f}") for c in ("low", "high", "mean"))
+    return Cell(f"{mean} [{low}, {high}]", note=sentence, place=place)
+
+
+def agreement_table(agreement: pd.DataFrame, most: int = 20) -> Table:
+    """What the guides say to each other, for the quantities on which they differ most."""
+    distance = (agreement["mean_largest"] - agreement["mean_smallest"]) / agreement["sd_largest"]
+    shown = agreement.loc[distance.sort_values(ascending=False, kind="stable").index].head(most)
+    columns = (
+        Column("quantity", "The scalar, by its site and label.", numeric=False),
+        Column("smallest mean", "Over the guides."),
+        Column("largest mean", "Over the guides."),
+        Column("smallest sd", "Over the guides."),
+        Column("largest sd", "Over the guides."),
+        Column("in words", "Guides that agree may be wrong together; guides that disagree cannot all be right.", numeric=False),
+    )
+    numbers = ("mean_smallest", "mean_largest", "sd_smallest", "sd_largest")
+    rows = [
+        (Cell(str(row["quantity"])), *(Cell(significant(row[c])) for c in numbers), Cell(str(row["sentence"])))
+        for _, row in shown.iterrows()
+    ]
+    caption = f"The {len(shown)} quantities of {len(agreement)} on which the guides differ most"
+    return Table(caption, columns, tuple(rows))
+
+
+def worst_diagnostics(diagnostics: pd.DataFrame, most: int = 5) -> Table:
+    """R-hat and ESS of the quantities that the chains know least about."""
+    order = diagnostics["rhat"].rank(ascending=False) + diagnostics[["ess_bulk", "ess_tail"]].min(axis=1).rank()
+    shown = diagnostics.loc[order.sort_values(kind="stable").index].head(most)
+    columns = (
+        Column("quantity", "The scalar, by its site and label.", numeric=False),
+        Column("R-hat", "Spread between chains over spread within; at most 1.01 (Vehtari et al. 2021)."),
+        Column("bulk ESS", "Independent draws that would know the centre as well; at least 400."),
+        Column("tail ESS", "The same for the 5 % and 95 % quantiles; at least 400."),
+    )
+    rows = [
+        (
+            Cell(str(name)),
+            Cell(f"{row['rhat']:.4f}" if math.isfinite(row["rhat"]) else NONE),
+            Cell(significant(row["ess_bulk"])),
+            Cell(significant(row["ess_tail"])),
+        )
+        for name, row in shown.iterrows()
+    ]
+    return Table(f"The {len(shown)} worst of {len(diagnostics)} quantities", columns, tuple(rows))
+
+
+def sites_table(model: Any) -> Table:
+    """The model's sites in program order: kind, distribution, shape, dims."""
+    columns = (
+        Column("site", "NumPyro's name.", numeric=False),
+        Column("kind", "Latent: inferred. Observed: data. Deterministic: computed. Factor: a term of the log density.", numeric=False),
+        Column("distribution", "Its prior, or for an observed site its likelihood.", numeric=False),
+        Column("shape", "Of one value.", numeric=False),
+        Column("dims", "The names of its axes.", numeric=False),
+    )
+    rows = [
+        (
+            Cell(site.name),
+            Cell(site.kind),
+            Cell(site.distribution or NONE),
+            Cell(" × ".join(map(str, site.shape)) or "scalar"),
+            Cell(", ".join(model.dims(site.name)) or NONE),
+        )
+        for site in model.sites.values()
+    ]
+    return Table(f"The {len(rows)} sites of the model", columns, tuple(rows))
+
+
+def fits_table(fits: Sequence[Any], looks: Mapping[str, Look]) -> Table:
+    """How each fit ended and what it cost."""
+    columns = (
+        Column("guide", "The family.", numeric=False),
+        Column("how it ended", "The fit's status.", numeric=False),
+        Column("gap bound (nats)", "Upper bound on what better optimisation could still gain, where one was computed."),
+        Column("compile (s)", "Tracing and compiling."),
+        Column("run (s)", "Optimising and measuring."),
+        Column("gradients", "Evaluations of the log density's gradient."),
+        Column("peak memory", "Largest compiled program with its arrays."),
+        Column("invalid steps", "Steps skipped because something was NaN or infinite."),
+    )
+    rows = []
+    for fit in fits:
+        ended = fit.status.value + (f" ({fit.message})" if fit.message else "")
+        gap = Cell(NONE) if fit.gap_bound is None else number(*fit.gap_bound)
+        rows.append(
+            (
+                Cell(fit.guide.name, place=looks[fit.guide.name].place),
+                Cell(ended),
+                gap,
+                Cell(f"{fit.cost.compile_seconds:.1f}"),
+                Cell(f"{fit.cost.run_seconds:.1f}"),
+                Cell(f"{fit.cost.gradient_evaluations:,}"),
+                Cell(bytes_in_words(fit.cost.peak_bytes)),
+                Cell(f"{fit.invalid_steps:,}"),
+            )
+        )
+    return Table("The fits", columns, tuple(rows))
+
+
+def pairs_table(caption: str, heads: tuple[Column, Column], rows: Mapping[str, str]) -> Table:
+    """A table of two columns."""
+    return Table(caption, heads, tuple((Cell(name), Cell(value)) for name, value in rows.items()), explained=False)
