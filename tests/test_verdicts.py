@@ -1,0 +1,203 @@
+"""Three-valued verdicts, Holm's correction, and the words that come of them."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from toolkit.comparison.metrics import METRICS, QUANTILE_METRICS, Metrics
+from toolkit.comparison.sentences import directions, guide_sentence, probability
+from toolkit.comparison.tables import TABLE_COLUMNS, metric_rows, quantity_verdicts, worst
+from toolkit.comparison.verdicts import (
+    Thresholds,
+    Verdict,
+    beyond,
+    combine,
+    holm,
+    interval,
+    judge,
+    judge_rows,
+    simultaneous_z,
+)
+from toolkit.estimate import Estimate
+
+RIGHT, WRONG, CANNOT_TELL = Verdict.RIGHT, Verdict.WRONG, Verdict.CANNOT_TELL
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("value", "se", "verdict"),
+    [
+        (0.0, 0.01, RIGHT),
+        (0.08, 0.01, RIGHT),
+        (0.09, 0.01, CANNOT_TELL),
+        (0.11, 0.01, CANNOT_TELL),
+        (0.13, 0.01, WRONG),
+        (-0.13, 0.01, WRONG),
+        (0.0, 0.1, CANNOT_TELL),
+        (0.1, 0.0, RIGHT),
+        (0.11, 0.0, WRONG),
+        (NAN, 0.1, CANNOT_TELL),
+        (0.0, NAN, CANNOT_TELL),
+        (0.0, math.inf, CANNOT_TELL),
+    ],
+)
+def test_judge_reads_the_interval(value: float, se: float, verdict: Verdict) -> None:
+    assert judge(value, se, -0.1, 0.1) is verdict
+
+
+def test_a_ratio_is_judged_by_its_logarithm() -> None:
+    low, high = interval(0.5, 0.3, log=True)
+    assert 0 < low < 0.5 < high
+    assert low * high == pytest.approx(0.25)
+    assert judge(0.0, 0.0, 0.9, 1.11, log=True) is WRONG
+    assert beyond(0.0, 0.0, 0.9, 1.11, log=True) == 0.0
+
+
+def test_p_values_are_small_only_outside() -> None:
+    assert beyond(0.05, 0.01, -0.1, 0.1) == 1.0
+    assert beyond(0.1 + 1.959964 * 0.01, 0.01, -0.1, 0.1) == pytest.approx(0.05, rel=1e-4)
+    assert beyond(-0.2, 0.01, -0.1, 0.1) < 1e-20
+    assert beyond(NAN, 0.01, -0.1, 0.1) == 1.0
+
+
+def test_holm_steps_down() -> None:
+    # 0.05 / 4, / 3, / 2, / 1: the third fails, and so does what comes after it.
+    assert holm(np.array([0.04, 0.001, 0.03, 0.016])).tolist() == [False, True, False, True]
+    assert holm(np.array([0.001, 0.002])).tolist() == [True, True]
+    assert holm(np.array([])).tolist() == []
+
+
+def test_holm_keeps_chance_from_accusing() -> None:
+    """Values on the very threshold are called wrong in at most 5 % of studies, however many there are."""
+    rng = np.random.default_rng(0)
+    studies, accused = 200, 0
+    for _ in range(studies):
+        values = [Estimate(0.1 + 0.02 * noise, 0.02) for noise in rng.normal(size=60)]
+        accused += WRONG in judge_rows(values, ["shift"] * 60, Thresholds())
+    assert accused / studies < 0.05 + 5 * math.sqrt(0.05 * 0.95 / studies)
+
+
+def test_simultaneous_intervals_hold_all_at_once() -> None:
+    rng = np.random.default_rng(1)
+    largest = np.abs(rng.normal(size=(4_000, 50))).max(axis=1)
+    held = (largest < simultaneous_z(50)).mean()
+    assert abs(held - 0.95) < 5 * math.sqrt(0.95 * 0.05 / 4_000)
+    assert simultaneous_z(1) == pytest.approx(1.959964)
+
+
+def test_combine_is_right_only_if_all_are() -> None:
+    assert combine([RIGHT, RIGHT]) is RIGHT
+    assert combine([RIGHT, CANNOT_TELL]) is CANNOT_TELL
+    assert combine([RIGHT, CANNOT_TELL, WRONG]) is WRONG
+    assert combine([]) is CANNOT_TELL
+
+
+def _metrics(heavy: tuple[bool, ...] = (), **values: list[float]) -> Metrics:
+    count = len(next(iter(values.values())))
+    neutral = {"shift": 0.0, "sd_ratio": 1.0, "coverage_50": 0.5, "coverage_90": 0.9, "wasserstein_1": 0.0}
+    neutral |= {"median_shift": 0.0, "spread_ratio": 1.0}
+    estimates = {
+        name: (np.array(values.get(name, [neutral[name]] * count)), np.full(count, 0.005))
+        for name in (*METRICS, *QUANTILE_METRICS)
+    }
+    return Metrics(
+        estimates, np.ones(count, bool), np.array(heavy or [False] * count), np.zeros(count), np.full(count, 4_000.0)
+    )
+
+
+def _sentence(compared: Metrics) -> str:
+    count = compared.heavy.size
+    rows = metric_rows("guide", [f"b[{i}]" for i in range(count)], compared, Thresholds(), judged=True)
+    return guide_sentence(rows, quantity_verdicts(rows), "NUTS")
+
+
+NARROW = {"sd_ratio": [0.26, 0.59, 0.4], "coverage_90": [0.3, 0.6, 0.5]}
+
+
+@pytest.mark.parametrize(
+    ("compared", "text"),
+    [
+        (
+            _metrics(**NARROW),
+            "no: 3 of 3 too narrow (sd 0.260 to 0.590 x NUTS), worst b[0]; the means are right",
+        ),
+        (_metrics(sd_ratio=[1.0, 1.5]), "no: 1 of 2 too wide: b[1] (sd 1.500 ± 0.005 x NUTS); the means are right"),
+        (
+            _metrics(shift=[0.4, -0.3, 0.0], coverage_90=[0.8, 0.9, 0.9]),
+            "no: 1 of 3 shifted up: b[0] (by 0.400 ± 0.005 sd); 1 of 3 shifted down: b[1] (by -0.300 ± 0.005 sd); "
+            "the sds are right",
+        ),
+        (
+            _metrics(sd_ratio=[0.5, 0.6], shift=[0.0, 0.095]),
+            "no: 2 of 2 too narrow (sd 0.500 to 0.600 x NUTS), worst b[0]; "
+            "the means are right for 1 of 2, cannot tell for the others",
+        ),
+        (
+            _metrics(coverage_90=[0.8, 0.9]),
+            "no: 1 of 2 too narrow (the 90 % interval of b[0] holds 0.800 ± 0.005 of NUTS); the means are right",
+        ),
+        (_metrics(sd_ratio=[1.0, 0.9]), "cannot tell: 1 of 2 needs more draws"),
+        (_metrics(sd_ratio=[0.9, 0.9], shift=[0.0, 0.0]), "cannot tell: 2 of 2 need more draws"),
+        (
+            _metrics(shift=[NAN], sd_ratio=[NAN], coverage_90=[NAN]),
+            "cannot tell: infinite or NaN draws of 1 of 1 quantities",
+        ),
+        (
+            _metrics(shift=[0.0, 0.02]),
+            "yes: both quantities are right (shifts below 0.03 sd, sds 0.99 to 1.01 x NUTS, at once with 95 %)",
+        ),
+        (
+            _metrics((True, False), sd_ratio=[3.0, 1.0], spread_ratio=[0.7, NAN], median_shift=[0.0, NAN]),
+            "no: 1 of 2 too narrow: b[0] (5 to 95 % spread 0.700 ± 0.005 x NUTS); the means are right",
+        ),
+    ],
+)
+def test_sentences_come_from_the_verdicts(compared: Metrics, text: str) -> None:
+    assert _sentence(compared) == text
+
+
+def test_nothing_to_judge_is_said() -> None:
+    assert guide_sentence(pd.DataFrame(columns=list(TABLE_COLUMNS)), {}, "NUTS").startswith("not judged: no quantity")
+
+
+def test_heavy_tails_are_not_judged_by_moments() -> None:
+    rows = metric_rows("guide", ["b"], _metrics((True,), sd_ratio=[3.0]), Thresholds(), judged=True)
+    verdicts = rows.set_index("metric")["verdict"]
+    assert verdicts["sd_ratio"] == verdicts["shift"] == ""
+    assert verdicts["spread_ratio"] == verdicts["median_shift"] == "right"
+    assert worst(rows)["worst_shift_quantity"] == ""
+
+
+def test_a_shift_explains_a_mass_that_is_off() -> None:
+    rows = metric_rows("guide", ["b"], _metrics(shift=[0.5], coverage_90=[0.8]), Thresholds(), judged=True)
+    assert directions(rows) == ["shifted up"]
+
+
+def test_worst_is_the_farthest_on_each_metrics_own_scale() -> None:
+    compared = _metrics(shift=[0.1, -0.4, 0.3], sd_ratio=[0.5, 1.8, 1.0], coverage_90=[0.85, 0.9, 0.97])
+    found = worst(metric_rows("guide", ["a", "b", "c"], compared, Thresholds(), judged=True))
+    assert (found["worst_shift"], found["worst_shift_quantity"]) == (-0.4, "b")
+    assert (found["worst_sd_ratio"], found["worst_sd_ratio_quantity"]) == (0.5, "a")
+    assert (found["worst_coverage_90"], found["worst_coverage_90_quantity"]) == (0.97, "c")
+
+
+def test_probabilities_are_rounded_by_their_error() -> None:
+    assert probability(0.8612, 0.013) == "0.861 ± 0.013"
+    assert probability(1.0, 0.00015) == "1.0000 ± 0.0001"
+    assert probability(0.25, 0.0) == "0.25"
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"shift": 0.0}, "Expected a shift threshold above 0"),
+        ({"sd_ratio": (1.1, 1.2)}, "Expected sd ratio thresholds around 1"),
+        ({"coverage_90": (0.91, 0.95)}, "Expected coverage thresholds around 0.9"),
+        ({"coverage_90": (0.8, 1.2)}, "Expected coverage thresholds around 0.9"),
+    ],
+)
+def test_impossible_thresholds_are_refused(options: dict[str, object], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        Thresholds(**options)

@@ -1,0 +1,282 @@
+"""The verb `compare`: what differs between a reference and every fit, and what one may say of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from toolkit.comparison import trees
+from toolkit.comparison.advice import advise
+from toolkit.comparison.focus import parse_focus
+from toolkit.comparison.focus_tables import focus_table
+from toolkit.comparison.metrics import NAN, Metrics, khat, metrics
+from toolkit.comparison.pairs import worst_pairs
+from toolkit.comparison.sentences import guide_sentence
+from toolkit.comparison.sources import Approximation, guide_draws, key_for, labelling, thinned, to_scalars
+from toolkit.comparison.summaries import QUANTITY_COLUMNS, agreement, correlation_frames, summarise
+from toolkit.comparison.tables import (
+    PAIR_COLUMNS,
+    TABLE_COLUMNS,
+    join,
+    metric_rows,
+    quantity_verdicts,
+    worst,
+)
+from toolkit.comparison.verdicts import Thresholds, Verdict, combine
+from toolkit.estimate import Estimate
+from toolkit.modelling.model import Model
+from toolkit.modelling.scalars import Scalars, scalars
+from toolkit.progress import Progress, silent
+from toolkit.sampling.references import Reference
+from toolkit.status import Status
+
+# A correlation matrix with more rows cannot be read in a figure.
+_MATRIX_SCALARS = 60
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """What differs between the reference and each guide, every number with its error.
+
+    Attributes:
+        table: Long table: guide, quantity, metric (see `metrics`), value, se, verdict (`right`, `wrong`,
+            `cannot tell`, or empty where a metric decides nothing or nothing may be judged). Quantities with heavy
+            tails have two more rows, `median_shift` and `spread_ratio`, that decide in place of `shift` and `sd_ratio`.
+        guides: One row for each fit, failed ones too, by guide name: title, status (the `Status`'s name), verdict,
+            sentence (for the first screen); quantities (how many were judged), right, wrong, cannot_tell (counts);
+            elbo and elbo_se (nats), khat and khat_se; worst_shift, worst_sd_ratio and worst_coverage_90 with `_se` and
+            `_quantity` (largest over all quantities, hence above 0 by noise alone); seconds, gradient_evaluations.
+            NaN or empty where unknown.
+        quantities: One row for each source (`reference` or guide) and quantity: title, unit, mean, mean_se, sd, sd_se,
+            and the quantiles q5, q25, q50, q75, q95, in the quantity's unit.
+        pairs: The 50 pairs of each guide whose correlation differs most: guide, quantity_a, quantity_b, reference,
+            guide_value, difference, se.
+        correlations: Source to correlation matrix, of the 60 scalars that are worst off if there are more.
+        focus: One row for each item asked for and source: see `focus_tables.focus_table`.
+        agreement: Where no reference can be trusted, what the guides say to each other: see `summaries.agreement`.
+        reference_ok: Whether the reference allows verdicts.
+        sample: Source to its scalars, thinned to at most 1,000 draws, for figures.
+        advice: What to do next, a sentence each, the most important first.
+        floors: What wasserstein_1 would be on average if nothing differed: quantities in rows, guides in columns.
+        model: What was compared.
+    """
+
+    table: pd.DataFrame
+    guides: pd.DataFrame
+    quantities: pd.DataFrame
+    pairs: pd.DataFrame
+    correlations: dict[str, pd.DataFrame]
+    focus: pd.DataFrame
+    agreement: pd.DataFrame
+    reference_ok: bool
+    sample: dict[str, Scalars]
+    advice: tuple[str, ...]
+    floors: pd.DataFrame
+    model: Model
+
+    def to_datatree(self) -> xr.DataTree:
+        """Draws and errors in the groups `reference` and one for each guide; see `trees.tree`."""
+        return trees.tree(self.model, self.sample, self.guides, self.table, self.floors)
+
+
+@dataclass(frozen=True, eq=False)
+class _Side:
+    """One fit's part of a comparison: its draws, or why there are none."""
+
+    fit: Approximation
+    scalars: Scalars | None
+    problem: str
+    khat: Estimate = NAN
+    metrics: Metrics | None = None
+
+
+def compare(
+    model: Model,
+    reference: Reference | None,
+    fits: Sequence[Approximation],
+    *,
+    key: jax.Array,
+    draws: int = 10_000,
+    focus: Sequence[str] = (),
+    thresholds: Thresholds | None = None,
+    progress: Progress = silent,
+) -> Comparison:
+    """Every fit compared with the reference, quantity by quantity.
+
+    An approximation need not come from `fit`: whatever has what `Approximation` lists is compared alike.
+
+    Args:
+        model: Whose quantities are compared.
+        reference: A `Reference`, or None if there is none; without one that passed its checks nothing is judged.
+        fits: `Fit`s, or any other `Approximation`s; guide names must differ.
+        key: Random key. Each guide's draws depend on it and on the guide's name alone.
+        draws: Draws from each guide; cheap, so that the reference's error dominates.
+        focus: The few quantities, contrasts and events that matter, as text: see `focus`.
+        thresholds: What counts as right; the defaults of `Thresholds` if None.
+        progress: Called before each guide.
+
+    Raises:
+        ValueError: A focus cannot be parsed, guide names repeat, or fewer than 1,000 draws are asked for.
+    """
+    thresholds = thresholds or Thresholds()
+    _check(fits, draws)
+    items = [parse_focus(text, model) for text in ([focus] if isinstance(focus, str) else focus)]
+    drawn = dict(reference.draws) if reference is not None and reference.usable else {}
+    anchor = labelling(model, drawn) if drawn else None
+    truth = scalars(model, drawn) if drawn else None
+    problem = _reference_problem(reference)
+    than = "the reference" if reference is None or reference.status in (Status.EXACT, Status.LOADED) else "NUTS"
+    sides: list[_Side] = []
+    for i, fit in enumerate(fits):
+        progress("compare", i, len(fits), fit.guide.name)
+        side, anchor = _side(model, fit, truth, anchor, key_for(key, fit.guide.name), draws)
+        sides.append(side)
+    progress("compare", len(fits), len(fits), "")
+    rows = {s.fit.guide.name: _rows(s, truth, thresholds, judged=not problem) for s in sides}
+    table = join(list(rows.values()), TABLE_COLUMNS)
+    guides = pd.DataFrame([_guide_row(s, rows[s.fit.guide.name], than, problem) for s in sides])
+    guides = guides.set_index("guide") if len(guides) else guides
+    sources = ({"reference": truth} if truth else {}) | {s.fit.guide.name: s.scalars for s in sides if s.scalars}
+    quantities = join([summarise(name, source) for name, source in sources.items()], QUANTITY_COLUMNS)
+    why = {s.fit.guide.name: _why_not(s, problem) for s in sides}
+    seconds = reference.cost.seconds if reference is not None else float("nan")
+    return Comparison(
+        table=table,
+        guides=guides,
+        quantities=quantities,
+        pairs=join([_pairs(s, truth) for s in sides], PAIR_COLUMNS),
+        correlations=_correlations(sources, table),
+        focus=focus_table(items, sources, than, thresholds, problems=why),
+        agreement=agreement(quantities if problem else quantities.iloc[:0], thresholds),
+        reference_ok=not problem,
+        sample={name: thinned(source) for name, source in sources.items()},
+        advice=advise(model, guides, table, thresholds, problem, seconds) if len(guides) else (),
+        floors=_floors(sides, truth),
+        model=model,
+    )
+
+
+def _check(fits: Sequence[Approximation], draws: int) -> None:
+    names = [fit.guide.name for fit in fits]
+    repeated = sorted({name for name in names if names.count(name) > 1 or name == "reference"})
+    if repeated:
+        raise ValueError(f"Expected guides with different names, none 'reference'; got {', '.join(repeated)} again.")
+    if draws < 1_000:
+        raise ValueError(f"Expected at least 1,000 draws of each guide; got {draws}: fewer cannot tell anything.")
+
+
+def _reference_problem(reference: Reference | None) -> str:
+    """Why no verdict may be given; empty if one may."""
+    if reference is None:
+        return "there is no reference"
+    if not reference.usable:
+        return f"the reference has no draws: {reference.status.value}"
+    if not reference.status.ok:
+        return f"the reference failed its checks: {reference.status.value}"
+    return ""
+
+
+def _side(
+    model: Model, fit: Approximation, truth: Scalars | None, anchor: np.ndarray | None, key: jax.Array, draws: int
+) -> tuple[_Side, np.ndarray | None]:
+    """One fit's draws and metrics, and the labelling for the fits after it."""
+    if not fit.usable:
+        return _Side(fit, None, _problem(fit)), anchor
+    try:
+        sites = guide_draws(model, fit, jax.random.fold_in(key, 0), draws)
+        log_weights = fit.log_weights(jax.random.fold_in(key, 1), draws) if fit.has_density else np.array([])
+    except (ValueError, TypeError, KeyError, ArithmeticError, RuntimeError) as error:
+        # A guide that cannot draw is a row in the report; the others' work is not lost.
+        first = (str(error).strip() or type(error).__name__).split("\n")[0]
+        return _Side(fit, None, f"{Status.FAILED.value}: {first}"), anchor
+    if anchor is None and model.labels is not None:
+        anchor = labelling(model, model.labels.relabel(sites))
+    source = to_scalars(model, sites, anchor)
+    compared = metrics(truth.values, source.values[0]) if truth else None
+    return _Side(fit, source, "" if fit.status.ok else _problem(fit), khat(log_weights), compared), anchor
+
+
+def _problem(fit: Approximation) -> str:
+    return f"{fit.status.value}{f' ({fit.message})' if fit.message else ''}"
+
+
+def _rows(side: _Side, truth: Scalars | None, thresholds: Thresholds, *, judged: bool) -> pd.DataFrame:
+    if side.metrics is None or truth is None:
+        return pd.DataFrame(columns=list(TABLE_COLUMNS))
+    judged = judged and not side.problem
+    return metric_rows(side.fit.guide.name, truth.names, side.metrics, thresholds, judged=judged)
+
+
+def _why_not(side: _Side, reference_problem: str) -> str:
+    """The sentence in the place of a verdict; empty if there is one."""
+    problem = side.problem or reference_problem
+    return f"not judged: {problem}" if problem else ""
+
+
+def _guide_row(side: _Side, rows: pd.DataFrame, than: str, reference_problem: str) -> dict[str, Any]:
+    fit, verdicts = side.fit, quantity_verdicts(rows)
+    sentence = _why_not(side, reference_problem) or guide_sentence(rows, verdicts, than)
+    elbo = fit.elbo or NAN
+    counts = list(verdicts.values())
+    return {
+        "guide": fit.guide.name,
+        "title": fit.guide.title,
+        "status": fit.status.name,
+        "verdict": combine(counts).value if counts else "",
+        "sentence": sentence,
+        "quantities": len(counts),
+        "right": counts.count(Verdict.RIGHT),
+        "wrong": counts.count(Verdict.WRONG),
+        "cannot_tell": counts.count(Verdict.CANNOT_TELL),
+        "elbo": elbo.value,
+        "elbo_se": elbo.se,
+        "khat": side.khat.value,
+        "khat_se": side.khat.se,
+        **worst(rows),
+        "seconds": fit.cost.seconds,
+        "gradient_evaluations": fit.cost.gradient_evaluations,
+    }
+
+
+def _pairs(side: _Side, truth: Scalars | None) -> pd.DataFrame:
+    if side.metrics is None or side.scalars is None or truth is None:
+        return pd.DataFrame(columns=list(PAIR_COLUMNS))
+    pairs = worst_pairs(truth.values, side.scalars.values[0], side.metrics.effective)
+    names = np.array(truth.names, dtype=object)
+    return pd.DataFrame(
+        {
+            "guide": side.fit.guide.name,
+            "quantity_a": names[pairs.first],
+            "quantity_b": names[pairs.second],
+            "reference": pairs.reference,
+            "guide_value": pairs.guide,
+            "difference": pairs.guide - pairs.reference,
+            "se": pairs.se,
+        }
+    )
+
+
+def _correlations(sources: Mapping[str, Scalars], table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The matrices over all scalars, or over the worst off by Wasserstein distance if there are too many."""
+    if not sources:
+        return {}
+    names = list(next(iter(sources.values())).names)
+    if len(names) > _MATRIX_SCALARS:
+        distance = table[table["metric"] == "wasserstein_1"].groupby("quantity")["value"].max()
+        ranked = distance.sort_values(ascending=False).index.tolist() if len(distance) else names
+        chosen = set(ranked[:_MATRIX_SCALARS])
+        names = [name for name in names if name in chosen]
+    columns = [next(iter(sources.values())).names.index(name) for name in names]
+    flat = {source: s.values.reshape(-1, len(s.names))[:, columns] for source, s in sources.items()}
+    return correlation_frames(flat, names)
+
+
+def _floors(sides: Sequence[_Side], truth: Scalars | None) -> pd.DataFrame:
+    floors = {s.fit.guide.name: s.metrics.floor for s in sides if s.metrics is not None}
+    return pd.DataFrame(floors, index=pd.Index(truth.names if truth else [], name="quantity"))

@@ -1,0 +1,121 @@
+"""The user's own quantities and events: what each source says, and what one may say from a guide alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from toolkit.comparison.focus import Focus
+from toolkit.comparison.influence import RULE_OF_THREE, chain_error, effective_draws, probability_error
+from toolkit.comparison.metrics import metrics
+from toolkit.comparison.sentences import LOCATIONS, WIDTHS, directions, probability
+from toolkit.comparison.tables import metric_rows, quantity_verdicts
+from toolkit.comparison.verdicts import Thresholds, Verdict, judge
+from toolkit.estimate import Estimate
+from toolkit.modelling.scalars import Scalars
+
+FOCUS_COLUMNS = (
+    "item", "event", "source", "mean", "mean_se", "low", "high", "probability", "probability_se", "sentence",
+)  # fmt: skip
+
+
+def focus_table(
+    items: Sequence[Focus],
+    sources: Mapping[str, Scalars],
+    than: str,
+    thresholds: Thresholds,
+    *,
+    problems: Mapping[str, str],
+) -> pd.DataFrame:
+    """One row for each item and source, the reference first.
+
+    Columns: item, event, source; mean, mean_se, low and high (the central 90 % interval) of a quantity;
+    probability and probability_se of an event; sentence, what one may say from the guide alone.
+
+    Args:
+        items: What was asked for.
+        sources: Source name to scalars, `"reference"` among them if there is one.
+        than: What the reference is called in a sentence.
+        thresholds: What counts as right.
+        problems: Guide name to the sentence why its draws are not judged; empty if they are.
+    """
+    rows = []
+    for item in items:
+        drawn = {name: item.evaluate(source) for name, source in sources.items()}
+        for name, values in drawn.items():
+            summary = _event(values) if item.event else _interval(values)
+            if name == "reference":
+                sentence = ""
+            elif problems[name]:
+                sentence = problems[name]
+            elif item.event:
+                sentence = _event_sentence(drawn["reference"], values, than, thresholds)
+            else:
+                sentence = _interval_sentence(item, drawn["reference"], values, than, thresholds)
+            rows.append((item.text, item.event, name, *summary, sentence))
+        absent = [name for name in problems if name not in drawn]
+        rows += [(item.text, item.event, name, *[np.nan] * 6, problems[name]) for name in absent]
+    return pd.DataFrame(rows, columns=list(FOCUS_COLUMNS))
+
+
+def _interval(values: np.ndarray) -> tuple[float, ...]:
+    low, high = np.quantile(values, [0.05, 0.95])
+    return float(values.mean()), chain_error(values), float(low), float(high), np.nan, np.nan
+
+
+def _event(values: np.ndarray) -> tuple[float, ...]:
+    return (*[np.nan] * 4, *_probability(values))
+
+
+def _probability(values: np.ndarray) -> Estimate:
+    # An event that is never seen to change tells nothing of its autocorrelation: its draws are taken as they are.
+    effective = effective_draws(values.astype(float))
+    return Estimate(float(values.mean()), probability_error(values, effective))
+
+
+def _event_sentence(reference: np.ndarray, guide: np.ndarray, than: str, thresholds: Thresholds) -> str:
+    p = _probability(reference)
+    events = guide.astype(float)
+    q = Estimate(float(events.mean()), max(float(events.std() / np.sqrt(events.size)), RULE_OF_THREE / events.size))
+    difference, se = q.value - p.value, float(np.hypot(p.se, q.se))
+    verdict = judge(difference, se, -thresholds.probability, thresholds.probability)
+    beside = f"{probability(*q)} where {than} has {probability(*p)}"
+    if verdict is Verdict.RIGHT:
+        return f"may be reported from this guide alone: {beside}"
+    if verdict is Verdict.WRONG:
+        side = "high" if difference > 0 else "low"
+        return f"would mislead: {beside}, too {side} by {probability(abs(difference), se)}"
+    return f"cannot tell, more draws are needed: {beside}"
+
+
+def _interval_sentence(item: Focus, reference: np.ndarray, guide: np.ndarray, than: str, thresholds: Thresholds) -> str:
+    compared = metrics(reference[:, :, None], guide.reshape(-1, 1))
+    rows = metric_rows("", [item.text], compared, thresholds, judged=True)
+    verdict = quantity_verdicts(rows).get(item.text)
+    if verdict is None:
+        return f"not judged: it does not vary under {than}"
+    if not np.isfinite(rows.loc[rows["metric"] == "coverage_90", "value"]).all():
+        return "cannot tell: some of the guide's draws are infinite or NaN"
+    # What is wrong is said first.
+    decisive = rows[rows["verdict"] != ""].sort_values(
+        "verdict", key=lambda verdicts: verdicts != Verdict.WRONG.value, kind="stable"
+    )
+    beside = ", ".join(
+        _number(*row, than) for row in zip(decisive["metric"], decisive["value"], decisive["se"], strict=True)
+    )
+    if verdict is Verdict.RIGHT:
+        return f"may be reported from this guide alone: {beside}"
+    if verdict is Verdict.WRONG:
+        return f"{' and '.join(directions(rows))}: {beside}"
+    return f"cannot tell, more draws are needed: {beside}"
+
+
+def _number(metric: str, value: float, se: float, than: str) -> str:
+    number = Estimate(value, se)
+    if metric in LOCATIONS:
+        return f"{'mean' if metric == 'shift' else 'median'} off by {number} sd"
+    if metric in WIDTHS:
+        return f"{'sd' if metric == 'sd_ratio' else '5 to 95 % spread'} {number} x {than}"
+    return f"90 % interval holds {number} of {than}"

@@ -1,0 +1,133 @@
+"""The words of a verdict on one guide. Every word comes from an interval, and has its number beside it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+
+from toolkit.comparison.verdicts import Verdict, interval, simultaneous_z
+from toolkit.estimate import Estimate, decimals, rounded
+
+LOCATIONS, WIDTHS = ("shift", "median_shift"), ("sd_ratio", "spread_ratio")
+NARROW, WIDE, UP, DOWN = "too narrow", "too wide", "shifted up", "shifted down"
+
+
+def directions(rows: pd.DataFrame) -> list[str]:
+    """What is wrong with one quantity, in words, from its rows of the table.
+
+    A mass that is off is told as a width only where neither shift nor sd ratio is wrong and so explains it.
+    """
+    wrong = rows[rows["verdict"] == Verdict.WRONG.value]
+    words = []
+    for metric, value in zip(wrong["metric"], wrong["value"], strict=True):
+        if metric in WIDTHS:
+            words.append(NARROW if value < 1.0 else WIDE)
+        elif metric in LOCATIONS:
+            words.append(UP if value > 0.0 else DOWN)
+    if not words and (wrong["metric"] == "coverage_90").any():
+        mass = float(wrong.loc[wrong["metric"] == "coverage_90", "value"].iloc[0])
+        words.append(NARROW if mass < 0.9 else WIDE)
+    return words
+
+
+def guide_sentence(rows: pd.DataFrame, quantities: dict[str, Verdict], than: str) -> str:
+    """The sentence for the first screen.
+
+    Args:
+        rows: One guide's rows of the table.
+        quantities: The verdict of each quantity that was judged.
+        than: What the guide is compared with, such as `"NUTS"`.
+    """
+    count = len(quantities)
+    if not count:
+        return "not judged: no quantity varies under the reference"
+    wrong = [name for name, verdict in quantities.items() if verdict is Verdict.WRONG]
+    unknown = [name for name, verdict in quantities.items() if verdict is Verdict.CANNOT_TELL]
+    if wrong:
+        return _wrong_sentence(rows, wrong, count, than)
+    if unknown:
+        some = f"{len(unknown)} of {count}"
+        if _not_finite(rows, unknown):
+            return f"cannot tell: infinite or NaN draws of {some} quantities"
+        return f"cannot tell: {some} need{'s' if len(unknown) == 1 else ''} more draws"
+    return f"yes: {_all(count)} right ({_room(rows, than)})"
+
+
+def _all(count: int) -> str:
+    return {1: "the only quantity is", 2: "both quantities are"}.get(count, f"all {count} quantities are")
+
+
+def _not_finite(rows: pd.DataFrame, names: list[str]) -> bool:
+    return bool(rows[rows["quantity"].isin(names) & (rows["metric"] == "coverage_90")]["value"].isna().all())
+
+
+def _room(rows: pd.DataFrame, than: str) -> str:
+    """How large the errors of right quantities may be: simultaneous 95 % limits over all of them."""
+    shifts, ratios = rows[rows["metric"].isin(LOCATIONS)].dropna(), rows[rows["metric"].isin(WIDTHS)].dropna()
+    z = simultaneous_z(rows["quantity"].nunique())
+    shift = float((shifts["value"].abs() + z * shifts["se"]).max())
+    ends = [interval(v, s, log=True, z=z) for v, s in zip(ratios["value"], ratios["se"], strict=True)]
+    low, high = min(e[0] for e in ends), max(e[1] for e in ends)
+    return f"shifts below {shift:.2f} sd, sds {low:.2f} to {high:.2f} x {than}, at once with 95 %"
+
+
+def _wrong_sentence(rows: pd.DataFrame, wrong: list[str], count: int, than: str) -> str:
+    by_quantity = dict(list(rows.groupby("quantity", sort=False)))
+    words = {name: directions(by_quantity[name]) for name in wrong}
+    parts = []
+    for word in (NARROW, WIDE, UP, DOWN):
+        names = [name for name in wrong if word in words[name]]
+        if names:
+            parts.append((len(names), f"{len(names)} of {count} {_group(rows, names, word, than)}"))
+    parts.sort(key=lambda part: -part[0])
+    return f"no: {'; '.join(text for _, text in parts)}{_rest(rows, words)}"
+
+
+def _group(rows: pd.DataFrame, names: list[str], word: str, than: str) -> str:
+    """What is wrong with all these quantities, the range of the error, and the worst of them."""
+    widths = word in (NARROW, WIDE)
+    own = rows[rows["quantity"].isin(names)]
+    of_kind = own[own["metric"].isin(WIDTHS if widths else LOCATIONS) & (own["verdict"] == Verdict.WRONG.value)]
+    if of_kind.empty:
+        mass = own[(own["metric"] == "coverage_90") & (own["verdict"] == Verdict.WRONG.value)]
+        worst = mass.iloc[int(np.argmax(np.abs(mass["value"].to_numpy() - 0.9)))]
+        number = Estimate(worst["value"], worst["se"])
+        return f"{word} (the 90 % interval of {worst['quantity']} holds {number} of {than})"
+    values = of_kind["value"].to_numpy()
+    low, high = of_kind.iloc[int(np.argmin(values))], of_kind.iloc[int(np.argmax(values))]
+    worst = low if word in (NARROW, DOWN) else high
+    measure = _measure(of_kind["metric"], widths)
+    unit = f" x {than}" if widths else " sd"
+    if len(names) == 1:
+        return f"{word}: {worst['quantity']} ({measure}{Estimate(worst['value'], worst['se'])}{unit})"
+    numbers = " to ".join(rounded(row["value"], row["se"])[0] for row in (low, high))
+    return f"{word} ({measure}{numbers}{unit}), worst {worst['quantity']}"
+
+
+def _measure(metrics: pd.Series, widths: bool) -> str:
+    if widths:
+        return "sd " if (metrics == "sd_ratio").any() else "5 to 95 % spread "
+    return "by "
+
+
+def _rest(rows: pd.DataFrame, words: dict[str, list[str]]) -> str:
+    """What is not wrong: the means or the widths, if all of them are right."""
+    said = {word for group in words.values() for word in group}
+    for metrics, named, text in ((LOCATIONS, {UP, DOWN}, "the means are"), (WIDTHS, {NARROW, WIDE}, "the sds are")):
+        own = rows[rows["metric"].isin(metrics) & (rows["verdict"] != "")]
+        if not (said & named) and len(own):
+            right = int((own["verdict"] == Verdict.RIGHT.value).sum())
+            if right == len(own):
+                return f"; {text} right"
+            return f"; {text} right for {right} of {len(own)}, cannot tell for the others"
+    return ""
+
+
+def probability(value: float, se: float) -> str:
+    """A probability with its error; never more decimals than four."""
+    if not math.isfinite(se) or se <= 0:
+        return f"{value:.3g}"
+    places = min(decimals(se), 4)
+    return f"{value:.{places}f} ± {se:.{places}f}"

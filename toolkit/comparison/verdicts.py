@@ -1,0 +1,151 @@
+"""When a number counts as right, wrong or undecided: thresholds on one side, intervals on the other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+from scipy.stats import norm
+
+from toolkit.estimate import Estimate
+
+CONFIDENCE = 0.95
+Z = float(norm.ppf(0.5 + 0.5 * CONFIDENCE))
+
+
+class Verdict(Enum):
+    """What an interval says of a threshold."""
+
+    RIGHT = "right"
+    WRONG = "wrong"
+    CANNOT_TELL = "cannot tell"
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What difference is small enough not to matter. The defaults are METHODS 5's; they are the user's to set.
+
+    Attributes:
+        shift: Largest |mean q - mean p| in reference sds.
+        sd_ratio: Smallest and largest sd q / sd p.
+        coverage_90: Smallest and largest mass of the reference in the guide's central 90 % interval.
+
+    Raises:
+        ValueError: A threshold leaves no room around equality.
+    """
+
+    shift: float = 0.1
+    sd_ratio: tuple[float, float] = (0.9, 1.11)
+    coverage_90: tuple[float, float] = (0.87, 0.93)
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.shift < math.inf:
+            raise ValueError(f"Expected a shift threshold above 0 (reference sds); got {self.shift}.")
+        low, high = self.sd_ratio
+        if not 0.0 < low < 1.0 < high < math.inf:
+            raise ValueError(f"Expected sd ratio thresholds around 1, such as (0.9, 1.11); got {self.sd_ratio}.")
+        low, high = self.coverage_90
+        if not 0.0 < low < 0.9 < high < 1.0:
+            raise ValueError(
+                f"Expected coverage thresholds around 0.9 within (0, 1), such as (0.87, 0.93); got {self.coverage_90}."
+            )
+
+    def limits(self, metric: str) -> tuple[float, float] | None:
+        """The least and the largest value of a metric that count as right, or None if it decides nothing."""
+        location, width = (-self.shift, self.shift), self.sd_ratio
+        return {
+            "shift": location,
+            "median_shift": location,
+            "sd_ratio": width,
+            "spread_ratio": width,
+            "coverage_90": self.coverage_90,
+        }.get(metric)
+
+    @property
+    def probability(self) -> float:
+        """How far an event's probability may be off: as much as the mass of the 90 % interval may."""
+        return min(0.9 - self.coverage_90[0], self.coverage_90[1] - 0.9)
+
+
+def interval(value: float, se: float, *, log: bool = False, z: float = Z) -> tuple[float, float]:
+    """The interval value ± z se; for a ratio (`log`) by the error of its logarithm, so that it stays positive."""
+    if log and value > 0:
+        factor = math.exp(z * se / value)
+        return value / factor, value * factor
+    return value - z * se, value + z * se
+
+
+def judge(value: float, se: float, low: float, high: float, *, log: bool = False) -> Verdict:
+    """Right if the 95 % interval of a value lies inside [low, high], wrong if outside, else cannot tell."""
+    if not (math.isfinite(value) and math.isfinite(se)):
+        return Verdict.CANNOT_TELL
+    least, most = interval(value, se, log=log)
+    if low <= least and most <= high:
+        return Verdict.RIGHT
+    return Verdict.WRONG if most < low or high < least else Verdict.CANNOT_TELL
+
+
+def beyond(value: float, se: float, low: float, high: float, *, log: bool = False) -> float:
+    """The p-value of "the value lies in [low, high]": small if the estimate lies many errors outside."""
+    if not (math.isfinite(value) and math.isfinite(se)):
+        return 1.0
+    if log and value > 0:
+        value, se, low, high = math.log(value), se / value, math.log(low), math.log(high)
+    outside = max(low - value, value - high)
+    if se == 0.0:
+        return 0.0 if outside > 0 else 1.0
+    return float(min(1.0, 2.0 * norm.sf(outside / se)))
+
+
+def holm(p_values: np.ndarray, level: float = 1.0 - CONFIDENCE) -> np.ndarray:
+    """Which hypotheses fall, with a chance of at most `level` that a true one is among them (Holm 1979)."""
+    order = np.argsort(p_values)
+    limits = level / np.arange(p_values.size, 0, -1)
+    failed = np.flatnonzero(p_values[order] > limits)
+    fallen = np.zeros(p_values.size, dtype=bool)
+    fallen[order[: failed[0] if failed.size else p_values.size]] = True
+    return fallen
+
+
+def judge_rows(values: Sequence[Estimate], metrics: Sequence[str], thresholds: Thresholds) -> list[Verdict | None]:
+    """The verdict of each row of one guide's table; None where the metric has no threshold or no value.
+
+    Right by each row's own 95 % interval; wrong only if Holm's test over all rows of the guide agrees, so that
+    hundreds of right quantities are not called wrong by chance.
+    """
+    verdicts: list[Verdict | None] = [None] * len(values)
+    rows = [i for i, metric in enumerate(metrics) if thresholds.limits(metric) is not None]
+    p_values = []
+    for i in rows:
+        low, high = thresholds.limits(metrics[i]) or (math.nan, math.nan)
+        log = is_ratio(metrics[i])
+        verdicts[i] = judge(*values[i], low, high, log=log)
+        p_values.append(beyond(*values[i], low, high, log=log))
+    for i, fallen in zip(rows, holm(np.array(p_values)), strict=True):
+        if verdicts[i] is Verdict.WRONG and not fallen:
+            verdicts[i] = Verdict.CANNOT_TELL
+    return verdicts
+
+
+def is_ratio(metric: str) -> bool:
+    """Whether a metric is a ratio, whose error belongs to its logarithm."""
+    return metric.endswith("_ratio")
+
+
+def combine(verdicts: Sequence[Verdict]) -> Verdict:
+    """Wrong if one is, right if all are (an intersection-union test: it needs no correction), else cannot tell."""
+    if Verdict.WRONG in verdicts:
+        return Verdict.WRONG
+    return Verdict.RIGHT if verdicts and set(verdicts) == {Verdict.RIGHT} else Verdict.CANNOT_TELL
+
+
+def simultaneous_z(count: int) -> float:
+    """How many errors wide the intervals of `count` numbers must be to hold all at once in 95 % of studies.
+
+    The worst of many is a maximum over noise: with a true shift of 0 and an error of 0.02, the largest of 976 is
+    0.07 on average. Sidak's bound, right for normal errors of any correlation (Sidak 1967).
+    """
+    return float(norm.ppf(0.5 + 0.5 * CONFIDENCE ** (1.0 / max(count, 1))))
