@@ -8,6 +8,8 @@ side (van der Vaart 1998, *Asymptotic Statistics*, sections 20.1 and 21.2).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from arviz_stats.base import array_stats
 
@@ -56,8 +58,17 @@ def level_step(level: float, draws: int) -> float:
     return float(min(2.0 * np.sqrt(level * (1.0 - level) / draws), 0.5 * level, 0.5 * (1.0 - level)))
 
 
+def ordered_quantiles(ordered: np.ndarray, levels: Sequence[float]) -> list[float]:
+    """Quantiles of sorted draws, linear between neighbours as `numpy.quantile` has them, without its sorting again."""
+    places = [level * (ordered.size - 1) for level in levels]
+    below = [min(int(place), ordered.size - 2) for place in places]
+    return [
+        float(ordered[i] + (place - i) * (ordered[i + 1] - ordered[i])) for i, place in zip(below, places, strict=True)
+    ]
+
+
 def quantile_influence(series: np.ndarray, ordered: np.ndarray, level: float) -> np.ndarray:
     """The influence of each draw on the quantile at `level`; `ordered` holds the same draws sorted."""
     step = level_step(level, min(ordered.size, 1_000))
-    low, at, high = np.quantile(ordered, [level - step, level, level + step])
+    low, at, high = ordered_quantiles(ordered, [level - step, level, level + step])
     return (level - (series <= at)) * (high - low) / (2.0 * step)

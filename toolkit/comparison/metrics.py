@@ -27,6 +27,7 @@ from toolkit.comparison.influence import (
     effective_draws,
     independent_error,
     level_step,
+    ordered_quantiles,
     probability_error,
     quantile_influence,
 )
@@ -173,26 +174,27 @@ def _sd_ratio(p: _Side, q: _Side) -> Estimate:
 def _coverage(p: _Side, q: _Side, mass: float, effective: float) -> Estimate:
     """The mass; p's error is that of an event, q's comes through the mass that its two uncertain ends carry."""
     levels = (0.5 * (1.0 - mass), 0.5 * (1.0 + mass))
-    low, high = np.quantile(q.ordered, levels)
+    low, high = ordered_quantiles(q.ordered, levels)
     inside = (p.draws >= low) & (p.draws <= high)
-    ends = (
-        _density_ratio(p, q, level) * (level - (q.draws <= end)) for level, end in zip(levels, (low, high), strict=True)
-    )
-    from_low, from_high = ends
-    error = np.hypot(probability_error(inside, effective), independent_error(from_high - from_low))
+    # With densities f, the low end moves the mass by s = f_p / f_q times the error of its level, the high end alike.
+    # Of n draws, n u (1 - u) is the variance of how many lie below level u, n u (1 - v) the covariance with level v.
+    of_low, of_high = (_density_ratio(p, q, level) for level in levels)
+    u, v = levels
+    variance = of_low**2 * u * (1 - u) + of_high**2 * v * (1 - v) - 2 * of_low * of_high * u * (1 - v)
+    error = np.hypot(probability_error(inside, effective), np.sqrt(variance / q.ordered.size))
     return Estimate(float(inside.mean()), float(error))
 
 
 def _density_ratio(p: _Side, q: _Side, level: float) -> float:
     """The density of p over that of q at q's quantile, from how p's mass moves with the quantile's level."""
     step = level_step(level, min(q.ordered.size, p.ordered.size))
-    ends = np.quantile(q.ordered, [level - step, level + step])
+    ends = ordered_quantiles(q.ordered, (level - step, level + step))
     below = np.searchsorted(p.ordered, ends, side="right") / p.ordered.size
     return float((below[1] - below[0]) / (2.0 * step))
 
 
 def _wasserstein(p: _Side, q: _Side, effective: float) -> tuple[Estimate, float]:
-    distance = wasserstein(p.draws, q.draws, effective)
+    distance = wasserstein(p.draws, q.ordered, effective)
     value = distance.value / p.sd
     influence = distance.reference_influence / p.sd - value * 0.5 * (p.standard**2 - 1.0)
     error = np.hypot(_combined(influence, distance.guide_influence / p.sd), distance.bias / p.sd)
@@ -201,7 +203,9 @@ def _wasserstein(p: _Side, q: _Side, effective: float) -> tuple[Estimate, float]
 
 def _quantile_metrics(p: _Side, q: _Side) -> dict[str, Estimate]:
     """Location and width by quantiles, for tails under which moments have no usable error."""
-    (p_low, p_median, p_high), (q_low, q_median, q_high) = (np.quantile(s.ordered, [0.05, 0.5, 0.95]) for s in (p, q))
+    (p_low, p_median, p_high), (q_low, q_median, q_high) = (
+        ordered_quantiles(s.ordered, (0.05, 0.5, 0.95)) for s in (p, q)
+    )
     p_spread, q_spread = (p_high - p_low) / NORMAL_SPREAD, (q_high - q_low) / NORMAL_SPREAD
     if not p_spread > 0:
         return {"median_shift": NAN, "spread_ratio": NAN}

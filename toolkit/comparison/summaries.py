@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from toolkit.comparison.influence import chain_error
+from toolkit.comparison.influence import chain_error, independent_error
 from toolkit.comparison.pairs import correlations
 from toolkit.comparison.verdicts import Thresholds, Verdict, combine, judge
 from toolkit.modelling.scalars import Scalars
@@ -28,14 +28,18 @@ _LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def summarise(name: str, source: Scalars) -> pd.DataFrame:
-    """Mean, sd (with their errors, autocorrelation included) and quantiles of each scalar of one source."""
+    """Mean, sd (each with its error) and quantiles of each scalar of one source.
+
+    Draws of the reference are autocorrelated, those of a guide are independent.
+    """
+    error = chain_error if name == "reference" else independent_error
     quantiles = np.quantile(source.values.reshape(-1, len(source.names)), _LEVELS, axis=0)
     rows = []
     for i, quantity in enumerate(source.names):
         draws = np.ascontiguousarray(source.values[:, :, i])
         mean, sd = draws.mean(), draws.std(ddof=1)
         with np.errstate(invalid="ignore", divide="ignore"):
-            mean_se, sd_se = chain_error(draws), chain_error((draws - mean) ** 2) / (2.0 * sd)
+            mean_se, sd_se = error(draws), error((draws - mean) ** 2) / (2.0 * sd)
         labels = (name, quantity, source.titles[i], source.units[i])
         rows.append((*labels, mean, mean_se, sd, sd_se, *quantiles[:, i]))
     return pd.DataFrame(rows, columns=list(QUANTITY_COLUMNS))

@@ -21,7 +21,7 @@ class Distance(NamedTuple):
         bias: By how much noise alone raises it, since noise adds to |F_p - F_q| wherever it is near zero.
         floor: Its expected value if both sets of draws came from one distribution.
         reference_influence: What each draw of p adds, (chain, draw).
-        guide_influence: What each draw of q adds, (draws,).
+        guide_influence: What each draw of q adds, in ascending order, (draws,).
     """
 
     value: float
@@ -35,29 +35,36 @@ def wasserstein(reference: np.ndarray, guide: np.ndarray, effective: float) -> D
     """The distance between reference draws (chain, draw) and independent guide draws (draws,).
 
     The influence of a reference draw x is the integral of sign(F_p - F_q)(t) (1{x <= t} - F_p(t)) dt, that of a guide
-    draw the same with the other sign and F_q: the derivative of the integral of |F_p - F_q| (van der Vaart 1998, ch. 20).
+    draw the same with the other sign and F_q: the derivative of the integral of |F_p - F_q| (van der Vaart 1998,
+    chapter 20).
 
     Args:
         reference: Draws of p, (chain, draw).
-        guide: Draws of q, (draws,).
+        guide: Draws of q in ascending order, (draws,); independent, so that their order tells nothing.
         effective: Effective draws of the reference, for the bias and the floor.
     """
-    draws = np.concatenate([reference.ravel(), guide])
-    order = np.argsort(draws, kind="stable")
-    of_reference = order < reference.size
-    cdf_p = np.cumsum(of_reference)[:-1] / reference.size
-    cdf_q = np.cumsum(~of_reference)[:-1] / guide.size
-    widths = np.diff(draws[order])
+    order = np.argsort(reference, axis=None, kind="stable")
+    ordered = reference.ravel()[order]
+    # Where each reference draw falls among all draws in ascending order: cheaper than sorting them together.
+    places = np.arange(ordered.size) + np.searchsorted(guide, ordered)
+    of_reference = np.zeros(ordered.size + guide.size, dtype=bool)
+    of_reference[places] = True
+    draws = np.empty(of_reference.size)
+    draws[of_reference], draws[~of_reference] = ordered, guide
+    below = np.cumsum(of_reference)[:-1]
+    cdf_p, cdf_q = below / reference.size, (np.arange(1, draws.size) - below) / guide.size
+    widths = np.diff(draws)
     difference = cdf_p - cdf_q
-    climbed = np.empty(draws.size)
-    climbed[order] = np.concatenate([[0.0], np.cumsum(np.sign(difference) * widths)])
+    climbed = np.concatenate([[0.0], np.cumsum(np.sign(difference) * widths)])
+    of_draws = np.empty(reference.size)
+    of_draws[order] = -climbed[places]
     noise = np.sqrt(cdf_p * (1.0 - cdf_p) / effective + cdf_q * (1.0 - cdf_q) / guide.size)
     return Distance(
         value=float((np.abs(difference) * widths).sum()),
         bias=float((_folded_excess(difference, noise) * widths).sum()),
         floor=float(np.sqrt(2.0 / np.pi) * (noise * widths).sum()),
-        reference_influence=-climbed[: reference.size].reshape(reference.shape),
-        guide_influence=climbed[reference.size :],
+        reference_influence=of_draws.reshape(reference.shape),
+        guide_influence=climbed[~of_reference],
     )
 
 
