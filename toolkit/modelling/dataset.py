@@ -108,7 +108,8 @@ def read_dataset(path: str | Path, fn: Callable[..., Any], static: Mapping[str, 
     if missing:
         raise ValueError(
             f"Expected data for the argument{'s' if len(missing) > 1 else ''} {', '.join(map(repr, missing))} of "
-            f"'{getattr(fn, '__name__', 'the model')}'; '{path.name}' holds {', '.join(map(repr, columns)) or 'nothing'}."
+            f"'{getattr(fn, '__name__', 'the model')}'; '{path.name}' holds "
+            f"{', '.join(map(repr, columns)) or 'nothing'}."
         )
     arrays, coords = {}, {}
     for parameter in parameters:

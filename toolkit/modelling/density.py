@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,19 +15,21 @@ from toolkit.modelling.model import Model
 
 
 def invalid_sites(model: Model, unconstrained: Mapping[str, Any]) -> tuple[str, ...]:
-    """A phrase for each site whose log density is NaN or infinite at a point, such as `site 'y' a log density of -inf`.
+    """One clause for each site that breaks the density at a point, such as `site 'y' has a log density of -inf`.
 
     Args:
         model: Looked at in its own chart, on its own data.
         unconstrained: That chart's latents in unconstrained space.
     """
-    with jax.enable_x64(True), handlers.block():
+    with jax.enable_x64(True), handlers.block(), warnings.catch_warnings():
+        # That values lie outside a support is what is looked for.
+        warnings.simplefilter("ignore", UserWarning)
         values = model.constrain(unconstrained, model.arrays)
         seeded = handlers.seed(model.bound(), rng_seed=0)
         point = {name: values[name] for name in unconstrained}
         densities, _ = compute_log_probs(seeded, (), model.arrays, point)
     return tuple(
-        f"site '{name}' a log density of {float(density):g}"
+        f"site '{name}' has a log density of {float(density):g}"
         for name, density in densities.items()
         if not np.isfinite(density)
     )

@@ -18,11 +18,23 @@ class Labels:
         axes: Site name to the axis that carries the label, counted from the end (-1 is the last).
         by: The site whose rows are matched; each label's values are compared by their squared distance.
         count: How many labels there are; the posterior has `count!` equal copies.
+
+    Raises:
+        ValueError: `by` is not among `axes`, an axis is not counted from the end, or there are no two labels.
     """
 
     axes: Mapping[str, int]
     by: str
     count: int
+
+    def __post_init__(self) -> None:
+        if self.by not in self.axes:
+            raise ValueError(f"Expected labels to be matched by one of {sorted(self.axes)}; got '{self.by}'.")
+        forward = sorted(site for site, axis in self.axes.items() if axis >= 0)
+        if forward:
+            raise ValueError(f"Expected axes counted from the end (-1 is the last); got others for {forward}.")
+        if self.count < 2:
+            raise ValueError(f"Expected at least 2 labels; got {self.count}.")
 
     @property
     def log_copies(self) -> float:
@@ -38,10 +50,11 @@ class Labels:
                 from the draws: the last draw of the first chain, then twice the mean of what was relabelled to it.
 
         Raises:
-            ValueError: The site `by` is not among the draws.
+            ValueError: The site `by` is not among the draws, or a site's axis does not hold `count` labels.
         """
         if self.by not in draws:
             raise ValueError(f"Expected draws of site '{self.by}' to match labels by; got {sorted(draws)}.")
+        self._check_axes(draws)
         rows = np.moveaxis(np.asarray(draws[self.by]), self.axes[self.by], 2)
         rows = rows.reshape(*rows.shape[:3], -1)
         if anchor is None:
@@ -58,10 +71,20 @@ class Labels:
             for site, values in draws.items()
         }
 
+    def _check_axes(self, draws: Mapping[str, np.ndarray]) -> None:
+        for site, axis in self.axes.items():
+            shape = np.shape(draws[site]) if site in draws else None
+            if shape is not None and (len(shape) + axis < 2 or shape[axis] != self.count):
+                raise ValueError(
+                    f"Expected draws of '{site}' as (chain, draw, ...) with {self.count} labels on axis {axis}; "
+                    f"got shape {shape}."
+                )
+
 
 def _assignments(rows: np.ndarray, target: np.ndarray) -> np.ndarray:
     """For each draw, which of its labels stands at each place of the target; shape (chain, draw, label)."""
-    cost = ((target**2).sum(-1)[:, None] - 2 * target @ np.swapaxes(rows, -1, -2)) + (rows**2).sum(-1)[..., None, :]
+    # Squared distances summed over a whole assignment differ by their cross terms alone.
+    cost = -target @ np.swapaxes(rows, -1, -2)
     order = np.empty(rows.shape[:3], dtype=int)
     for index in np.ndindex(rows.shape[:2]):
         order[index] = linear_sum_assignment(cost[index])[1]

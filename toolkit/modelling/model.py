@@ -19,7 +19,7 @@ from numpyro.infer.reparam import Reparam
 from numpyro.infer.util import potential_energy, transform_fn
 
 from toolkit.modelling.dataset import Dataset
-from toolkit.modelling.enumeration import sum_out_discrete
+from toolkit.modelling.enumeration import SummedOut, sum_out_discrete
 from toolkit.modelling.labels import Labels
 from toolkit.modelling.sites import DETERMINISTIC, FACTOR, LATENT, OBSERVED, Site, trace_sites
 
@@ -100,9 +100,9 @@ class Model:
         sites = self._trace(self.fn)
         discrete = tuple(site.name for site in sites.values() if site.kind == LATENT and site.discrete)
         if discrete:
-            put("fn", sum_out_discrete(self.fn, discrete))
-            put("summed_out", discrete)
+            put("fn", sum_out_discrete(self.fn, discrete, self.kwargs))
             sites = self._trace(self.fn)
+        put("summed_out", self.fn.discrete if isinstance(self.fn, SummedOut) else ())
         put("sites", sites)
         if not any(site.kind in (OBSERVED, FACTOR) for site in sites.values()):
             raise ValueError(
@@ -224,17 +224,10 @@ class Model:
     def _trace(self, fn: Callable[..., Any]) -> dict[str, Site]:
         try:
             return trace_sites(fn, self.kwargs)
-        except (
-            TypeError,
-            ValueError,
-            IndexError,
-            AssertionError,
-            KeyError,
-            jax.errors.JAXTypeError,
-        ) as error:
-            text = str(error).strip().split("\n")[0]
+        except Exception as error:  # the callable is the user's, and may raise anything
+            text = f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
             raise ValueError(
-                f"Expected model '{self.name}' to run on dataset '{self.dataset.name}'; it stops with: {text}"
+                f"Expected model '{self.name}' to run on dataset '{self.dataset.name}'; it stops with {text}"
             ) from error
 
     def _default_quantities(self) -> tuple[Quantity, ...]:
@@ -264,7 +257,8 @@ class Model:
                 labels = self.dataset.coords.get(dim)
                 if labels is not None and len(labels) != size:
                     raise ValueError(
-                        f"Expected {size} coords for dimension '{dim}' of site '{name}'; dataset '{self.dataset.name}' has {len(labels)}."
+                        f"Expected {size} coords for dimension '{dim}' of site '{name}'; "
+                        f"dataset '{self.dataset.name}' has {len(labels)}."
                     )
 
 
@@ -286,5 +280,6 @@ def _check_arguments(fn: Callable[..., Any], dataset: Dataset) -> None:
     missing = [p.name for p in needed if p.name not in given]
     if missing:
         raise ValueError(
-            f"Expected dataset '{dataset.name}' to hold {', '.join(map(repr, missing))} for '{getattr(fn, '__name__', 'the model')}'."
+            f"Expected dataset '{dataset.name}' to hold {', '.join(map(repr, missing))} "
+            f"for '{getattr(fn, '__name__', 'the model')}'."
         )

@@ -57,7 +57,7 @@ def trace_sites(fn: Callable[..., Any], kwargs: Mapping[str, Any]) -> dict[str, 
     sites: dict[str, Site] = {}
 
     def run(arrays: Mapping[str, Any]) -> int:
-        start = handlers.substitute(handlers.seed(fn, rng_seed=0), substitute_fn=_improper_start)
+        start = handlers.substitute(handlers.seed(fn, rng_seed=0), substitute_fn=improper_start)
         with handlers.block(), handlers.trace() as trace:
             start(**{**kwargs, **arrays})
         sites.update(
@@ -69,7 +69,7 @@ def trace_sites(fn: Callable[..., Any], kwargs: Mapping[str, Any]) -> dict[str, 
     return sites
 
 
-def _improper_start(message: Mapping[str, Any]) -> Any:
+def improper_start(message: Mapping[str, Any]) -> Any:
     """A value for latent sites without prior draws (flat priors); None leaves the site to its prior."""
     if (
         message["type"] == "sample"

@@ -232,10 +232,10 @@ def _without_start(
     blank: Reference, model: Model, chain: int, chains: int, result: NoValidStart, cost: Cost
 ) -> Reference:
     sites = invalid_sites(model, result.point)
-    where = f"the last had {'; '.join(sites)}" if sites else "the last had a gradient that is NaN or infinite"
+    where = "; ".join(sites) or "the gradient is NaN or infinite"
     reason = (
         f"Chain {chain + 1} of {chains} found no point with a finite density and gradient in {START_TRIES} tries; "
-        f"{where}: check that the prior allows what the data needs."
+        f"at the last {where}: check that the prior allows what the data needs."
     )
     return replace(blank, status=Status.NO_VALID_START, reasons=(reason,), cost=cost)
 
