@@ -1,11 +1,70 @@
-"""How much room is there between a variational answer and the posterior, whose is it, and does it matter?"""
+"""How much room is there between a variational answer and the posterior, whose is it, and does it matter?
 
-# ArviZ wraps NumPyro only if NumPyro was imported first (arviz-base 1.3 loads its converters lazily).
-import numpyro as _numpyro  # noqa: F401
+The public names are imported when they are first used, so that the command line answers at once.
+"""
 
-from toolkit.estimate import Estimate as Estimate
-from toolkit.modelling.dataset import Dataset as Dataset
-from toolkit.modelling.labels import Labels as Labels
-from toolkit.modelling.model import Model as Model
-from toolkit.modelling.model import Quantity as Quantity
-from toolkit.status import Status as Status
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from toolkit.comparison.comparisons import Comparison as Comparison
+    from toolkit.comparison.comparisons import compare as compare
+    from toolkit.comparison.verdicts import Thresholds as Thresholds
+    from toolkit.comparison.verdicts import Verdict as Verdict
+    from toolkit.cost import Cost as Cost
+    from toolkit.estimate import Estimate as Estimate
+    from toolkit.modelling.check import check as check
+    from toolkit.modelling.dataset import Dataset as Dataset
+    from toolkit.modelling.dataset import read_dataset as read_dataset
+    from toolkit.modelling.labels import Labels as Labels
+    from toolkit.modelling.model import Model as Model
+    from toolkit.modelling.model import Quantity as Quantity
+    from toolkit.reporting.reports import Report as Report
+    from toolkit.reporting.reports import render as render
+    from toolkit.sampling.references import Reference as Reference
+    from toolkit.sampling.references import load_reference as load_reference
+    from toolkit.sampling.references import reference as reference
+    from toolkit.status import Status as Status
+    from toolkit.storage import Storage as Storage
+    from toolkit.storage import default_storage as default_storage
+    from toolkit.studies import Study as Study
+    from toolkit.studies import study as study
+    from toolkit.variational.fitting import Fit as Fit
+    from toolkit.variational.fitting import fit as fit
+    from toolkit.variational.guides import GUIDES as GUIDES
+    from toolkit.variational.guides import Guide as Guide
+
+_HOMES = {
+    "comparison.comparisons": ("Comparison", "compare"),
+    "comparison.verdicts": ("Thresholds", "Verdict"),
+    "cost": ("Cost",),
+    "estimate": ("Estimate",),
+    "modelling.check": ("check",),
+    "modelling.dataset": ("Dataset", "read_dataset"),
+    "modelling.labels": ("Labels",),
+    "modelling.model": ("Model", "Quantity"),
+    "reporting.reports": ("Report", "render"),
+    "sampling.references": ("Reference", "load_reference", "reference"),
+    "status": ("Status",),
+    "storage": ("Storage", "default_storage"),
+    "studies": ("Study", "study"),
+    "variational.fitting": ("Fit", "fit"),
+    "variational.guides": ("GUIDES", "Guide"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'toolkit' has no attribute '{name}'")
+    # ArviZ wraps NumPyro only if NumPyro was imported first (arviz-base 1.3 loads its converters lazily).
+    importlib.import_module("numpyro")
+    return getattr(importlib.import_module(f"toolkit.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

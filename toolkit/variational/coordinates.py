@@ -83,7 +83,8 @@ def _dense(guide: Any, start: Start) -> Coordinates:
     row_scale = np.linalg.norm(factor, axis=1)
 
     def to_params(given: dict[str, Any]) -> dict[str, Any]:
-        log_diagonal, below = given["log_diagonal"], jnp.tril(given["below"], -1)
+        # Adam moves each of a row's entries by about a step: divided by sqrt(size), the row as a whole moves so far.
+        log_diagonal, below = given["log_diagonal"], jnp.tril(given["below"], -1) / np.sqrt(size)
         if size <= _DENSE_LIMIT:
             scale_tril = factor @ (below + jnp.diag(jnp.exp(log_diagonal)))
         else:
@@ -103,12 +104,12 @@ def _low_rank(guide: Any, start: Start) -> Coordinates:
     else:
         scale, factor = best_low_rank(start.precision, rank)
     # A factor of exactly zero is a saddle of the ELBO, from which no gradient leads away.
-    noise = 1e-3 * np.random.default_rng(0).standard_normal((size, rank))
+    noise = 1e-2 * np.random.default_rng(0).standard_normal((size, rank))
 
     def to_params(given: dict[str, Any]) -> dict[str, Any]:
         return {
             f"{guide.prefix}_loc": location(given["shift"]),
-            f"{guide.prefix}_cov_factor": factor + given["factor"],
+            f"{guide.prefix}_cov_factor": factor + given["factor"] / np.sqrt(rank),
             f"{guide.prefix}_scale": scale * jnp.exp(given["log_scale"]),
         }
 

@@ -13,6 +13,7 @@ import numpy as np
 from scipy.optimize import minimize
 
 from toolkit.modelling.model import Model
+from toolkit.variational.solvers.natural import natural_steps
 
 _DENSE_LIMIT = 1_500  # a d x d Hessian of 18 MB, and about a second for its decomposition
 _TRIES = 50
@@ -50,9 +51,9 @@ class Start:
 
     Attributes:
         loc: Shape (size,), unconstrained.
-        precision: Shape (size, size): minus the Hessian of log p at `loc`, made positive definite; None where the
-            search for a mode failed or the dimension is beyond what a dense matrix is for.
-        log_density: log p(x, z) at `loc`, in nats.
+        precision: Shape (size, size): minus the Hessian of log p there, averaged over a Gaussian around `loc`; None
+            where it is not finite or the dimension is beyond what a dense matrix is for.
+        log_density: log p(x, z) where the search ended, in nats.
         is_mode: Whether the search ended at a stationary point with negative curvature.
     """
 
@@ -88,8 +89,9 @@ def latent_space(model: Model, chart: str | None = None) -> Space:
 def find_starts(model: Model, *, key: jax.Array, chart: str | None = None, count: int = 2) -> Starts:
     """Up to `count` starting points in float64, from searches that set out at dispersed points.
 
-    Each search climbs the log density by L-BFGS; where it arrives at a mode, the curvature there gives the scale. No
-    point at all means that no start had a finite density and gradient.
+    Each search climbs the log density by L-BFGS; the curvature where it ends gives the scale, and a few
+    natural-gradient steps move both towards the best full-rank Gaussian. No point at all means that no start had a
+    finite density and gradient.
     """
     begun = time.perf_counter()
     space = latent_space(model, chart)
@@ -112,9 +114,19 @@ def find_starts(model: Model, *, key: jax.Array, chart: str | None = None, count
     ends = [_climb(evaluate, point) for point in dispersed]
     ends = _distinct(sorted(ends, key=lambda end: end[1]))
     points = []
-    for loc, loss in ends:
+    for number, (loc, loss) in enumerate(ends):
         precision, is_mode = _curvature(model, space, loc, chart)
         evaluations += space.size
+        if precision is not None:
+            moved = natural_steps(
+                lambda v, a: model.log_density(space.unravel(v), a, chart),
+                arrays,
+                loc,
+                precision,
+                key=jax.random.fold_in(key, _TRIES + number),
+            )
+            evaluations += moved.gradient_evaluations
+            loc, precision = moved.loc, moved.precision
         points.append(Start(loc, precision, -loss, is_mode))
     return Starts(space, tuple(points), time.perf_counter() - begun, evaluations)
 

@@ -179,7 +179,7 @@ def optimise(
     fresh = np.concatenate(
         [np.asarray(programs.check(jax.random.fold_in(key, 2 + i), best, programs.arrays)) for i in range(4)]
     )
-    finite = bool(np.isfinite(fresh).all())
+    finite = _sound(fresh)
     cost = Cost(programs.compile_seconds, time.perf_counter() - begun, steps * programs.particles, programs.peak_bytes)
     elbo = Estimate.of_mean(fresh) if finite else Estimate(-math.inf, math.nan)
     trace = Trace(*(np.array(column, dtype=float) for column in zip(*course, strict=True)))
@@ -188,16 +188,21 @@ def optimise(
 
 def _gain(weights: np.ndarray, before: np.ndarray) -> Estimate:
     """By how much the ELBO rose, from log weights on common draws."""
-    if not np.isfinite(weights).all():
+    if not _sound(weights):
         return Estimate(-math.inf, 0.0)
-    if not np.isfinite(before).all():
+    if not _sound(before):
         return Estimate(math.inf, 0.0)
     return Estimate.of_mean(weights - before)
 
 
+def _sound(weights: np.ndarray) -> bool:
+    """Whether log weights are finite and of a size that float64 can still tell apart."""
+    return bool(np.isfinite(weights).all()) and float(weights.std()) < 1e8
+
+
 def _block_mean(values: np.ndarray) -> tuple[float, float]:
     """Mean and standard error of a block's finite ELBO estimates, which are independent given the iterates."""
-    finite = values[np.isfinite(values)]
+    finite = values[np.isfinite(values) & (np.abs(values) < 1e100)]
     return Estimate.of_mean(finite) if finite.size > 1 else Estimate(math.nan, math.nan)
 
 

@@ -1,0 +1,22 @@
+"""Compiled programs that outlive the process."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import jax
+
+from toolkit.storage import cache_folder
+
+
+def keep_compiled_programs() -> None:
+    """Let JAX keep compiled programs in the cache folder, unless it was told where (or that it should not) already.
+
+    `JAX_ENABLE_COMPILATION_CACHE=false` turns it off.
+    """
+    if jax.config.jax_compilation_cache_dir or os.environ.get("JAX_ENABLE_COMPILATION_CACHE", "").lower() == "false":
+        return
+    folder: Path = cache_folder() / "jax"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -1,0 +1,252 @@
+"""The whole chain in one call: guides fitted, reference drawn, compared, and written as a report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+
+from toolkit.comparison.comparisons import Comparison, compare
+from toolkit.comparison.focus import parse_focus
+from toolkit.comparison.verdicts import Thresholds
+from toolkit.compilation import keep_compiled_programs
+from toolkit.modelling.model import Model
+from toolkit.progress import Progress, silent
+from toolkit.sampling.references import Reference, reference
+from toolkit.status import Status
+from toolkit.storage import Storage
+from toolkit.variational.fitting import Fit, fit
+from toolkit.variational.guides import DEFAULT_GUIDES, Guide, find_guide
+from toolkit.variational.keeping import fit_key, keep_fit, kept_fit
+from toolkit.variational.nesting import check_nesting
+from toolkit.variational.starts import Starts, find_starts
+
+_PACKAGES = ("elbowroom", "numpyro", "jax", "jaxlib", "arviz", "arviz-stats", "optax", "numpy", "scipy", "pandas")
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """Everything that was done for one model.
+
+    Attributes:
+        model: The model.
+        fits: One for each guide, in the order asked for; a guide that failed is among them.
+        reference: What the guides were compared with.
+        comparison: What differs.
+        seed: Makes every random number of the study.
+        stages: Wall-clock seconds by stage: starts, each fit, reference, compare.
+        command: Makes the same study again.
+        versions: Package name to version.
+        machine: Processor, cores and system, without a name.
+        resumed: Stages whose result was taken from the cache.
+        notes: Sentences on what was met on the way, such as a damaged cache entry that was made again.
+    """
+
+    model: Model
+    fits: tuple[Fit, ...]
+    reference: Reference
+    comparison: Comparison
+    seed: int
+    stages: dict[str, float]
+    command: str
+    versions: dict[str, str] = field(default_factory=lambda: package_versions())
+    machine: str = field(default_factory=lambda: machine_in_words())
+    resumed: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def write(self, folder: str | Path) -> Path:
+        """The path of the report that was written into `folder`, tables, figures and draws beside it.
+
+        Raises:
+            ValueError: The folder cannot be written.
+        """
+        from toolkit.reporting.reports import render  # matplotlib takes a second to import: only when it is used
+
+        return render(self).write(folder)
+
+
+def study(
+    model: Model,
+    *,
+    guides: Sequence[str | Guide] = DEFAULT_GUIDES,
+    focus: Sequence[str] = (),
+    seed: int = 0,
+    tolerance: float = 0.1,
+    max_steps: int = 20_000,
+    chains: int = 4,
+    warmup: int = 1_000,
+    draws: int = 1_000,
+    chart: str | None = None,
+    against: Reference | None = None,
+    thresholds: Thresholds | None = None,
+    storage: Storage | None = None,
+    progress: Progress = silent,
+    command: str = "",
+) -> Study:
+    """All guides fitted, the reference drawn, and each guide compared with it.
+
+    A guide that fails, by whatever error, is a row of the comparison with its sentence; the other guides and the
+    reference stand. With a storage, what was finished is kept, and the same call after an interruption goes on
+    from there with the same numbers.
+
+    Args:
+        model: The model.
+        guides: Guides, or their names.
+        focus: The few quantities that matter: names, indices, contrasts and events, such as `"beta[floor] > 0"`.
+        seed: Makes every random number.
+        tolerance: A gain in ELBO that is worth no further work, in nats.
+        max_steps: The optimiser's budget for each start.
+        chains: NUTS chains.
+        warmup: Transitions for adaptation, in each chain.
+        draws: Draws kept, in each chain.
+        chart: The model's chart in which NUTS runs; the model's own choice if None.
+        against: A reference from elsewhere (`load_reference`) instead of NUTS.
+        thresholds: What counts as right; the documented defaults if None.
+        storage: Where finished work is kept; nowhere if None.
+        progress: Called between blocks of work.
+        command: What the report names as the command that makes it again.
+
+    Raises:
+        ValueError: A guide, a chart, a focus expression or a count is not what it should be.
+    """
+    chosen = [find_guide(guide) for guide in guides]
+    _check(model, chosen, chart, chains, warmup, draws)
+    thresholds = thresholds or Thresholds()
+    for text in focus:
+        parse_focus(text, model)  # a misspelt name should be heard of before the work, not after it
+    keep_compiled_programs()
+    stages: dict[str, float] = {}
+    resumed: list[str] = []
+    key = jax.random.PRNGKey(seed)
+    fits = _fits(model, chosen, key, tolerance, max_steps, storage, stages, resumed, progress)
+    with _timed(stages, "reference"):
+        drawn = against or reference(
+            model,
+            key=_named(key, "reference"),
+            chains=chains,
+            warmup=warmup,
+            draws=draws,
+            chart=chart,
+            storage=storage,
+            progress=progress,
+        )
+    with _timed(stages, "compare"):
+        comparison = compare(
+            model, drawn, fits, key=_named(key, "compare"), focus=focus, thresholds=thresholds, progress=progress
+        )
+    notes = tuple(storage.damaged) if storage else ()
+    command = command or f"toolkit.study(model, seed={seed})"
+    return Study(model, fits, drawn, comparison, seed, stages, command, resumed=tuple(resumed), notes=notes)
+
+
+def _fits(
+    model: Model,
+    guides: Sequence[Guide],
+    key: jax.Array,
+    tolerance: float,
+    max_steps: int,
+    storage: Storage | None,
+    stages: dict[str, float],
+    resumed: list[str],
+    progress: Progress,
+) -> tuple[Fit, ...]:
+    fingerprint = model.fingerprint() if storage else ""
+    settings = {"tolerance": tolerance, "max_steps": max_steps}
+    starts: dict[str, Starts] = {}
+
+    def found(chart: str) -> Starts:
+        """The searches for a mode, which all guides of a chart share."""
+        if chart not in starts:
+            with _timed(stages, "starts"), jax.enable_x64(True):
+                progress("starts", 0, 1, "searching for modes")
+                starts[chart] = find_starts(model, key=_named(key, f"starts {chart}"), chart=chart)
+                progress("starts", 1, 1, "done")
+        return starts[chart]
+
+    fits = []
+    for guide in guides:
+        stage = f"fit {guide.name}"
+        own_key = _named(key, stage)
+        name = fit_key(fingerprint, guide, own_key, settings) if storage else None
+        kept = kept_fit(storage, name, model, guide) if storage and name else None
+        if kept:
+            resumed.append(stage)
+            stages[stage] = kept.cost.seconds
+            fits.append(kept)
+            continue
+
+        def fitting(guide: Guide = guide, own_key: jax.Array = own_key, stage: str = stage) -> Fit:
+            starts = found(guide.chart or model.chart)
+            with _timed(stages, stage):
+                return fit(
+                    model,
+                    guide,
+                    key=own_key,
+                    tolerance=tolerance,
+                    max_steps=max_steps,
+                    starts=starts,
+                    progress=progress,
+                )
+
+        fitted = _fit_or_row(model, guide, fitting)
+        if storage and name and fitted.status is not Status.FAILED:
+            keep_fit(storage, name, fitted)
+        fits.append(fitted)
+    return check_nesting(fits, tolerance)
+
+
+def _fit_or_row(model: Model, guide: Guide, fitting: Callable[[], Fit]) -> Fit:
+    """The fit, or a fit that says why there is none: another guide's work must not be lost to this one's error."""
+    try:
+        return fitting()
+    except Exception as error:
+        text = (str(error).strip() or type(error).__name__).split("\n")[0]
+        return Fit(guide, model, Status.FAILED, text)
+
+
+def _check(model: Model, guides: Sequence[Guide], chart: str | None, chains: int, warmup: int, draws: int) -> None:
+    if not guides:
+        raise ValueError("Expected at least one guide; got none.")
+    names = [guide.name for guide in guides]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"Expected each guide once; got {', '.join(twice)} more than once.")
+    for wanted in (chart, *(guide.chart for guide in guides)):
+        if wanted is not None:
+            model.bound(wanted)
+    for name, value, least in (("chains", chains, 1), ("warmup", warmup, 1), ("draws", draws, 4)):
+        if value < least:
+            raise ValueError(f"Expected {name} to be at least {least}; got {value}.")
+
+
+def _named(key: jax.Array, name: str) -> jax.Array:
+    """A key of its own for each name, so that adding a guide changes no other guide's numbers."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+@contextmanager
+def _timed(stages: dict[str, float], stage: str) -> Iterator[None]:
+    begun = time.perf_counter()
+    try:
+        yield
+    finally:
+        stages[stage] = stages.get(stage, 0.0) + time.perf_counter() - begun
+
+
+def package_versions() -> dict[str, str]:
+    """Python's version and those of the packages that a study's numbers depend on."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+def machine_in_words() -> str:
+    """Processor type, cores that may be used, and system."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cores} {platform.machine()} cores, {platform.system()}, JAX on {jax.default_backend()}"
