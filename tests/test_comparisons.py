@@ -236,6 +236,15 @@ def test_advice_goes_up_the_ladder(model: Model, truth: Reference) -> None:
     assert "`--guides low_rank`" in advice[1]
 
 
+def test_advice_says_how_many_more_draws_would_decide(model: Model) -> None:
+    few = reference(model, key=jax.random.PRNGKey(1), chains=4, draws=200)
+    result = compare(model, few, [_full_rank()], key=KEY)
+    assert result.guides["verdict"].item() == "cannot tell"
+    assert result.guides["sentence"].item().startswith("cannot tell: ")
+    assert result.advice[0].startswith("Draw more from the reference: ")
+    assert "times as many draws would decide them" in result.advice[0]
+
+
 def test_a_failed_reference_gives_no_verdict_but_agreement(model: Model, truth: Reference) -> None:
     failed = Reference(model, truth.draws, Status.RHAT, cost=Cost())
     result = compare(model, failed, [_mean_field(), _full_rank()], key=KEY, focus=["total"])
@@ -275,7 +284,7 @@ def test_a_point_mass_is_too_narrow(model: Model, truth: Reference) -> None:
     point = _named("map", np.zeros((3, 3)), has_density=False)
     row = compare(model, truth, [point], key=KEY).guides.loc["map"]
     assert (row["verdict"], row["worst_sd_ratio"], row["wrong"]) == ("wrong", 0.0, 4)
-    assert row["sentence"].startswith("no: 4 of 4 too narrow (sd 0 to 0 x the reference)")
+    assert row["sentence"].startswith("no: 4 of 4 too narrow (sd 0 x the reference)")
 
 
 def test_a_shift_is_told_with_its_direction(model: Model, truth: Reference) -> None:

@@ -102,7 +102,7 @@ def _group(rows: pd.DataFrame, names: list[str], word: str, than: str) -> str:
     unit = f" x {than}" if widths else " sd"
     if len(names) == 1:
         return f"{word}: {worst['quantity']} ({measure}{Estimate(worst['value'], worst['se'])}{unit})"
-    numbers = " to ".join(rounded(row["value"], row["se"])[0] for row in (low, high))
+    numbers = " to ".join(dict.fromkeys(rounded(row["value"], row["se"])[0] for row in (low, high)))
     return f"{word} ({measure}{numbers}{unit}), worst {worst['quantity']}"
 
 
