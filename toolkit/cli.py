@@ -1,0 +1,261 @@
+"""The command `elbowroom`."""
+
+from __future__ import annotations
+
+import ast
+import os
+import sys
+import tempfile
+import time
+import webbrowser
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+# Only what answers `--help` is imported here; NumPyro, JAX and ArviZ wait until a command needs them.
+
+if TYPE_CHECKING:
+    from toolkit.modelling.model import Model
+    from toolkit.storage import Storage
+    from toolkit.studies import Study
+
+app = typer.Typer(
+    help="How much room is there between a variational answer and the posterior of your NumPyro model?",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+)
+
+_MISUSE, _FAILED, _STOPPED = 2, 1, 130
+
+Target = Annotated[str, typer.Argument(help="A curated model's name, or path/to/file.py:name for your own.")]
+Data = Annotated[Path | None, typer.Option(help="A .csv or .npz file whose columns are your callable's arguments.")]
+Options = Annotated[list[str] | None, typer.Option("--option", help="name=value: a model's option; may be repeated.")]
+
+
+@app.command("list")
+def list_models() -> None:
+    """List the curated models, a line each."""
+    spec = find_spec("models")
+    folder = Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else Path("models")
+    for path in sorted(folder.glob("[!_]*.py")):
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        typer.echo(f"{path.stem:<26}{text.partition(chr(10))[0]}")
+
+
+@app.command()
+def show(model: Annotated[str, typer.Argument(help="A curated model's name.")]) -> None:
+    """Show a curated model: its question, density, priors, data, sites and options."""
+    with _sentences():
+        import inspect
+
+        import models
+
+        module = models.load(model)
+        built = module.model()
+        typer.echo(f"{inspect.getdoc(module)}\n")
+        typer.echo(f"data      {built.dataset.name}: {built.dataset.source} ({built.dataset.licence})")
+        typer.echo(f"charts    {', '.join(built.charts)}; default {built.chart}")
+        typer.echo("options")
+        for parameter in inspect.signature(module.model).parameters.values():
+            if parameter.name not in ("data", "dataset"):
+                typer.echo(f"  {parameter.name}={parameter.default!r}")
+        typer.echo("sites")
+        for site in built.sites.values():
+            typer.echo(f"  {site.name:<24}{site.kind:<15}{site.distribution:<22}{site.shape}")
+
+
+@app.command()
+def study(
+    target: Target,
+    data: Data = None,
+    option: Options = None,
+    guides: Annotated[
+        str, typer.Option(help="Guides, separated by commas; mean_field@centred names a chart.")
+    ] = "mean_field,low_rank,full_rank",
+    focus: Annotated[list[str] | None, typer.Option(help="A quantity that matters, such as 'beta[floor] > 0'.")] = None,
+    seed: Annotated[int, typer.Option(help="Makes every random number.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="The report's folder; reports/<name> if not given.")] = None,
+    chart: Annotated[str | None, typer.Option(help="The chart in which NUTS runs.")] = None,
+    chains: Annotated[int, typer.Option(help="NUTS chains.")] = 4,
+    warmup: Annotated[int, typer.Option(help="Warm-up transitions of each chain.")] = 1_000,
+    draws: Annotated[int, typer.Option(help="Draws kept of each chain.")] = 1_000,
+    against: Annotated[Path | None, typer.Option(help="Reference draws in ArviZ form, instead of NUTS.")] = None,
+    tolerance: Annotated[float, typer.Option(help="A gain in ELBO worth no further work, in nats.")] = 0.1,
+    max_steps: Annotated[int, typer.Option(help="The optimiser's budget for each start.")] = 20_000,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Neither use nor keep finished work.")] = False,
+) -> None:
+    """Fit guides, run NUTS, compare them, and write a report."""
+    with _sentences():
+        begun = time.perf_counter()
+        folder = _writable(out or Path("reports") / target.rpartition(":")[2].replace("/", "_"))
+        from toolkit.sampling.references import load_reference
+        from toolkit.storage import default_storage
+        from toolkit.studies import study as run
+
+        storage = None if no_cache else default_storage()
+        model = _model(target, data, option)
+        with _progress() as progress:
+            done = run(
+                model,
+                guides=[name.strip() for name in guides.split(",") if name.strip()],
+                focus=focus or (),
+                seed=seed,
+                tolerance=tolerance,
+                max_steps=max_steps,
+                chains=chains,
+                warmup=warmup,
+                draws=draws,
+                chart=chart,
+                against=load_reference(against, model) if against else None,
+                storage=storage,
+                progress=progress,
+                command=_command(),
+            )
+            progress("report", 0, 1, "drawing")
+            report = done.write(folder)
+            progress("report", 1, 1, "done")
+        _remember(storage, report)
+        _summary(done, report, time.perf_counter() - begun)
+
+
+@app.command()
+def check(target: Target, data: Data = None, option: Options = None) -> None:
+    """Check a model, rung by rung, and say what to do about the first that breaks."""
+    with _sentences():
+        from toolkit.modelling.check import check as climb
+
+        rungs = climb(_model(target, data, option))
+        for rung in rungs:
+            typer.echo(
+                f"{'ok    ' if rung.passed else 'broken'}  {rung.name}{': ' + rung.message if rung.message else ''}"
+            )
+        if not rungs[-1].passed:
+            raise typer.Exit(_FAILED)
+
+
+@app.command("open")
+def open_report(
+    folder: Annotated[Path | None, typer.Argument(help="A report's folder; the last one written if not given.")] = None,
+) -> None:
+    """Open a report in the browser."""
+    with _sentences():
+        report = folder / "report.html" if folder else _last()
+        if not report.is_file():
+            raise ValueError(f"Expected a report at '{report}'; found none: run 'elbowroom study' first.")
+        typer.echo(report)
+        webbrowser.open(report.resolve().as_uri())
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if show_version:
+        typer.echo(f"elbowroom {version('elbowroom')}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def _model(target: str, data: Path | None, option: list[str] | None) -> Model:
+    from toolkit.targets import parse_options, resolve
+
+    return resolve(target, data, parse_options(option or []))
+
+
+def _command() -> str:
+    import shlex
+
+    return shlex.join(["elbowroom", *sys.argv[1:]])
+
+
+def _writable(folder: Path) -> Path:
+    """The folder, made; told now if it cannot be written, not after minutes of work."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"Expected an output folder that can be written; '{folder}' cannot: {error.strerror}. "
+            "Choose another with --out."
+        ) from error
+    return folder
+
+
+@contextmanager
+def _sentences() -> Iterator[None]:
+    """Misuse as one sentence and an exit code, without a traceback; `ELBOWROOM_DEBUG=1` shows it."""
+    try:
+        yield
+    except ValueError as error:
+        if os.environ.get("ELBOWROOM_DEBUG"):
+            raise
+        typer.secho(f"elbowroom: {error}", err=True, fg="red")
+        raise typer.Exit(_MISUSE) from error
+    except KeyboardInterrupt as error:
+        typer.secho("\nelbowroom: stopped; what was finished is kept. The same command goes on from there.", err=True)
+        raise typer.Exit(_STOPPED) from error
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int, str], None]]:
+    """Bars with time left on a terminal, a line for each finished stage elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description:<20}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
+    )
+    tasks: dict[str, Any] = {}
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+
+        def update(stage: str, done: int, total: int, text: str) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total, text=text)
+            bars.update(tasks[stage], completed=done, total=total, text=text)
+            if done >= total and not console.is_terminal:
+                console.print(f"{stage}: {text or 'done'}")
+
+        yield update
+
+
+def _summary(study: Study, report: Path, seconds: float) -> None:
+    for stage in study.resumed:
+        typer.echo(f"{stage}: taken from the cache")
+    for note in study.notes:
+        typer.echo(note)
+    for name, row in study.comparison.guides.iterrows():
+        typer.echo(f"{name:<14} {row['sentence']}")
+    typer.echo(f"{'reference':<14} {study.reference.origin}: {study.reference.status.value}")
+    for reason in study.reference.reasons:
+        typer.echo(f"{'':<14} {reason}")
+    typer.echo(f"{report} ({seconds:.0f} s)")
+
+
+def _remember(storage: Storage | None, report: Path) -> None:
+    if storage is not None:
+        (storage.folder / "last_report").write_text(str(report.resolve()))
+
+
+def _last() -> Path:
+    from toolkit.storage import cache_folder
+
+    note = cache_folder() / "last_report"
+    if not note.is_file():
+        raise ValueError("Expected a report to have been written; none is known: run 'elbowroom study' first.")
+    return Path(note.read_text())
