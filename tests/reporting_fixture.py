@@ -215,7 +215,9 @@ def _fit(rng: np.random.Generator, model: Model, name: str) -> SimpleNamespace:
         traces.append(SimpleNamespace(steps=steps, elbo=elbo, se=np.full(steps.size, 0.25)))
     seconds = {"mean_field": 0.2, "low_rank": 0.9, "full_rank": 0.6}[name]
     return SimpleNamespace(
-        guide=SimpleNamespace(name=name, label=CLASSES[name], chart=None, contains=(), title=f"{name} ({CLASSES[name]})"),
+        guide=SimpleNamespace(
+            name=name, label=CLASSES[name], chart=None, contains=(), title=f"{name} ({CLASSES[name]})"
+        ),
         model=model,
         status=_STATUS[name],
         message="last block still rose by 0.2 nats" if name == "low_rank" else "",
@@ -232,10 +234,7 @@ def _comparison(
     model: Model, draws: dict[str, np.ndarray], reference: Any, fits: tuple[Any, ...], focus: bool
 ) -> SimpleNamespace:
     named = scalars(model, reference.draws)
-    sample = {
-        source: replace(named, values=values[:, ::4])
-        for source, values in draws.items()
-    }
+    sample = {source: replace(named, values=values[:, ::4]) for source, values in draws.items()}
     table = pd.concat([_metrics(guide, named, draws) for guide in GUIDES], ignore_index=True)
     correlations = {s: _correlation(v, named.names[:60]) for s, v in draws.items()} if len(named.names) > 1 else {}
     comparison = SimpleNamespace(
@@ -358,7 +357,7 @@ def _focus(named: Scalars, draws: dict[str, np.ndarray]) -> pd.DataFrame:
         rows.append((named.names[last], False, source, flat[:, last], said))
         event = flat[:, 0] < flat[:, last]
         rows.append((f"{named.names[0]} < {named.names[last]}", True, source, event, "as NUTS" if guide else ""))
-    frame = pd.DataFrame(
+    return pd.DataFrame(
         [
             {
                 "item": item,
@@ -375,7 +374,6 @@ def _focus(named: Scalars, draws: dict[str, np.ndarray]) -> pd.DataFrame:
             for item, event, source, v, said in rows
         ]
     )
-    return frame
 
 
 def _agreement(named: Scalars, draws: dict[str, np.ndarray]) -> pd.DataFrame:

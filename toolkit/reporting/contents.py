@@ -122,7 +122,8 @@ class Contents:
         focus: The user's own quantities, or None.
         guides: One table of all guides.
         overview: The figure that says most, or None where nothing can be compared.
-        next_steps: Sentences, and `commands` to go with them.
+        next_steps: Sentences on what to do.
+        commands: What to run to see whether the answer stands with another seed.
         sections: What stands below the first screen.
     """
 

@@ -1,8 +1,9 @@
-"""What a reader sees without scrolling: the verdicts, the reference's health, the reader's own quantities, what next."""
+"""What a reader sees without scrolling: the verdicts, the reference's health, what next."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,7 +44,7 @@ def answers(study: Any, looks: Mapping[str, Look]) -> tuple[Answer, ...]:
             looks[str(name)].place,
             str(row["verdict"]) if study.comparison.reference_ok else "",
             str(row["sentence"]),
-            _time(float(row["seconds"]), cost),
+            _time(float(row["seconds"]), cost if row["verdict"] else math.nan),
         )
         for name, row in guides.iterrows()
     )
@@ -93,3 +94,9 @@ def warning(study: Any) -> tuple[str, tuple[str, ...]]:
         else f"No verdict: there is no reference ({reference.status.value})."
     )
     return text, tuple(reference.reasons)
+
+
+def next_commands(command: str, seed: int) -> tuple[str, ...]:
+    """The study's command with the next seed; none where the command does not name its seed."""
+    again, found = re.subn(rf"(--seed[ =]|\bseed=){seed}\b", rf"\g<1>{seed + 1}", command, count=1)
+    return (again,) if found else ()

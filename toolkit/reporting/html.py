@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from toolkit.reporting.contents import Cell, Contents, Picture, Table, Text
 from toolkit.reporting.figures.canvas import page_svg
@@ -21,13 +22,14 @@ def environment() -> Environment:
     """Templates that escape all text for HTML; a name that is missing is an error."""
     made = Environment(
         loader=FileSystemLoader(TEMPLATES),
-        autoescape=lambda name: bool(name) and name.endswith(".html.j2"),
+        autoescape=lambda name: (name or "").endswith(".html.j2"),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
     made.filters["svg"] = _svg
+    made.filters["breakable"] = _breakable
     made.tests["table"] = lambda block: isinstance(block, Table)
     made.tests["picture"] = lambda block: isinstance(block, Picture)
     made.tests["text"] = lambda block: isinstance(block, Text)
@@ -40,6 +42,11 @@ def to_html(contents: Contents) -> str:
     return template.render(report=contents, style=Markup(_style()), padded=padded, shapes=SHAPES)
 
 
+def _breakable(text: str) -> Markup:
+    """Escaped text that may break inside a class name and before a bracket."""
+    return Markup(re.sub(r"(?<=[a-z])(?=[A-Z\[])", "<wbr>", str(escape(text))))
+
+
 def _svg(picture: Picture) -> Markup:
     """The picture's SVG; matplotlib has escaped its text."""
     return Markup(page_svg(picture.figure, picture.name, picture.alt))
@@ -50,8 +57,7 @@ def _style() -> str:
     light = "".join(f"--{c.name}:{c.light};" for c in COLOURS)
     dark = "".join(f"--{c.name}:{c.dark};" for c in COLOURS)
     colours = (
-        f":root{{color-scheme:light dark;{light}}}\n"
-        f"@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}\n"
+        f":root{{color-scheme:light dark;{light}}}\n@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}\n"
     )
     return colours + (TEMPLATES / "report.css").read_text()
 

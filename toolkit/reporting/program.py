@@ -63,7 +63,8 @@ def _graph(model: Any) -> Picture | str:
     try:
         relations = get_model_relations(model.bound("plain"), model_kwargs=model.arrays)
     except (TypeError, ValueError, KeyError, NotImplementedError, AssertionError, jax.errors.JAXTypeError) as error:
-        return f"No graph: NumPyro cannot trace what depends on what in this model ({str(error).splitlines()[0] if str(error) else type(error).__name__})."
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return f"No graph: NumPyro cannot trace what depends on what in this model ({reason})."
     names = [name for name in model.sites if name in relations["sample_sample"]]
     sizes = {plate: size for site in model.sites.values() for plate, size, _ in site.plates}
     direct = _direct({name: [p for p in relations["sample_sample"][name] if p in names] for name in names})
@@ -96,9 +97,14 @@ def _without_prior(model: Any) -> list[str]:
     """What cannot be drawn from this model, and why."""
     if model.flat_priors:
         names = ", ".join(model.flat_priors)
-        return [f"Prior and prior predictive draws are left out: the prior of {names} is flat, and nothing can be drawn from it."]
+        return [
+            f"Prior and prior predictive draws are left out: the prior of {names} is flat, and "
+            "nothing can be drawn from it."
+        ]
     if not model.observed:
-        return ["Predictive draws are left out: the likelihood is a factor, so that the model has no observed site to draw."]
+        return [
+            "Predictive draws are left out: the likelihood is a factor, so that the model has no observed site to draw."
+        ]
     return []
 
 

@@ -114,10 +114,10 @@ def _contents(study: Any) -> Contents:
         answers=first_screen.answers(study, looks),
         health=first_screen.health(study.reference),
         focus=focus_table(comparison.focus, looks, against),
-        guides=guides_table(comparison.guides, looks, against),
-        overview=overview(frame, compared, limits, against) if compared else None,
+        guides=guides_table(comparison.guides, looks, against, comparison.reference_ok),
+        overview=overview(frame, compared, limits, against, comparison.reference_ok) if compared else None,
         next_steps=tuple(comparison.advice),
-        commands=(study.command,),
+        commands=first_screen.next_commands(study.command, study.seed),
         sections=_sections(study, frame, looks, compared, limits, against),
     )
 

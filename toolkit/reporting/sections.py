@@ -30,10 +30,14 @@ def agreement(comparison: Any) -> Section | None:
         return None
     told = comparison.agreement["sentence"].str.partition(":")[0].value_counts()
     counts = "; ".join(f"{text} on {count} of {len(comparison.agreement)} quantities" for text, count in told.items())
-    return Section("agreement", "What do the guides agree on?", (f"{_capital(counts)}.", agreement_table(comparison.agreement)))
+    return Section(
+        "agreement", "What do the guides agree on?", (f"{_capital(counts)}.", agreement_table(comparison.agreement))
+    )
 
 
-def which_quantities(study: Any, frame: pd.DataFrame, looks: Mapping[str, Look], limits: Thresholds, against: str) -> Section:
+def which_quantities(
+    study: Any, frame: pd.DataFrame, looks: Mapping[str, Look], limits: Thresholds, against: str
+) -> Section:
     """The forest of the worst quantities, and a strip of all where there are many."""
     quantities = study.comparison.quantities
     blocks: list[Block] = []
@@ -41,10 +45,19 @@ def which_quantities(study: Any, frame: pd.DataFrame, looks: Mapping[str, Look],
         order = worst_first(frame) or list(dict.fromkeys(quantities["quantity"]))
         total = quantities["quantity"].nunique()
         if total > MOST_ROWS:
-            blocks.append(f"The {MOST_ROWS} quantities with the worst errors, of {total}; all are in the table quantities.")
+            blocks.append(
+                f"The {MOST_ROWS} quantities with the worst errors, of {total}; all are in the table quantities."
+            )
         blocks.append(forest(quantities, order, looks, against))
         if total > MOST_ROWS and not frame.empty:
-            blocks.append(strip(frame, looks, limits, against))
+            blocks.append(
+                strip(
+                    frame,
+                    {n: k for n, k in looks.items() if n in set(frame.index.get_level_values("guide"))},
+                    limits,
+                    against,
+                )
+            )
     return Section("quantities", "Which quantities?", tuple(blocks) or (_LACKS_FITS,))
 
 
@@ -89,7 +102,8 @@ def reference_trusted(study: Any) -> Section:
         if reference.ebfmi is not None:
             energies = ", ".join(f"{value:.2f}" for value in np.asarray(reference.ebfmi))
             blocks.append(
-                f"E-BFMI by chain: {energies} (below 0.3 the sampler explores the energy too slowly). Divergent transitions: "
+                f"E-BFMI by chain: {energies} (below 0.3 the sampler explores the energy too slowly). "
+                "Divergent transitions: "
                 f"{reference.divergences:,}. Transitions at the largest tree depth: {reference.tree_depth_hits:,}."
             )
     else:
@@ -112,16 +126,19 @@ def made_how(study: Any, files: Mapping[str, str]) -> Section:
         "machine": study.machine,
         **{f"version of {name}": version for name, version in study.versions.items()},
     }
-    plain = lambda *titles: tuple(Column(title, numeric=False) for title in titles)  # noqa: E731
     blocks: list[Block] = [Text("This command makes the report again", study.command)]
     resumed = getattr(study, "resumed", ())
     if resumed:
         blocks.append(f"Taken from the cache: {', '.join(resumed)}; their seconds are those of the first time.")
     blocks += list(getattr(study, "notes", ()))
-    blocks.append(pairs_table("Data, machine, versions", plain("what", "value"), origin))
+    blocks.append(pairs_table("Data, machine, versions", _words("what", "value"), origin))
     blocks.append(pairs_table("Seconds by stage", (Column("stage", numeric=False), Column("wall clock")), stages))
-    blocks.append(pairs_table("Files beside this report", plain("file", "holds"), files))
+    blocks.append(pairs_table("Files beside this report", _words("file", "holds"), files))
     return Section("made-how", "Made how?", tuple(blocks))
+
+
+def _words(first: str, second: str) -> tuple[Column, Column]:
+    return Column(first, numeric=False), Column(second, numeric=False)
 
 
 def _capital(text: str) -> str:

@@ -68,26 +68,32 @@ _GUIDE_COLUMNS = (
     ),
     Column(
         "k-hat",
-        "Pareto tail index of the importance weights from guide to posterior. Above 0.7 they cannot repair the guide; "
+        "Pareto tail index of the importance weights from guide to posterior. Above 0.7 they cannot "
+        "repair the guide; "
         "no verdict leans on it.",
     ),
     Column("seconds", "Wall-clock time of the fit, compilation included."),
 )
 
 
-def guides_table(guides: pd.DataFrame, looks: Mapping[str, Look], against: str) -> Table:
-    """The table of the first screen: guides by (ELBO, worst shift, sd ratio, coverage, k-hat, seconds)."""
+def guides_table(guides: pd.DataFrame, looks: Mapping[str, Look], against: str, trusted: bool) -> Table:
+    """The table of the first screen: guides by (ELBO, worst shift, sd ratio, coverage, k-hat, seconds).
+
+    What is compared with a reference that is not `trusted` is shown, and none of it is marked as the worst.
+    """
     badness = pd.DataFrame(
         {
             "elbo": -guides["elbo"],
             "worst_shift": guides["worst_shift"].abs(),
-            "worst_sd_ratio": np.log(guides["worst_sd_ratio"].astype(float)).abs(),
+            "worst_sd_ratio": np.abs(np.log(guides["worst_sd_ratio"].to_numpy(dtype=float))),
             "worst_coverage_90": (guides["worst_coverage_90"] - 0.9).abs(),
             "khat": guides["khat"],
             "seconds": guides["seconds"],
         }
     ).astype(float)
     worst = {metric: badness[metric].idxmax() for metric in badness if badness[metric].notna().sum() > 1}
+    if not trusted:
+        worst = {metric: guide for metric, guide in worst.items() if not str(metric).startswith("worst_")}
     rows = []
     for name, row in guides.iterrows():
         title = str(row["title"])
@@ -96,7 +102,9 @@ def guides_table(guides: pd.DataFrame, looks: Mapping[str, Look], against: str) 
         for metric in ("elbo", "worst_shift", "worst_sd_ratio", "worst_coverage_90", "khat"):
             marked = worst.get(metric) == name
             cells.append(
-                number(row[metric], row[f"{metric}_se"], marked=marked, note=str(row.get(f"{metric}_quantity", "") or ""))
+                number(
+                    row[metric], row[f"{metric}_se"], marked=marked, note=str(row.get(f"{metric}_quantity", "") or "")
+                )
             )
         time = f"{row['seconds']:.1f}" if math.isfinite(row["seconds"]) else NONE
         cells.append(Cell(time, marked=worst.get("seconds") == name))
@@ -154,7 +162,11 @@ def agreement_table(agreement: pd.DataFrame, most: int = 20) -> Table:
         Column("largest mean", "Over the guides."),
         Column("smallest sd", "Over the guides."),
         Column("largest sd", "Over the guides."),
-        Column("in words", "Guides that agree may be wrong together; guides that disagree cannot all be right.", numeric=False),
+        Column(
+            "in words",
+            "Guides that agree may be wrong together; guides that disagree cannot all be right.",
+            numeric=False,
+        ),
     )
     numbers = ("mean_smallest", "mean_largest", "sd_smallest", "sd_largest")
     rows = [
@@ -191,7 +203,11 @@ def sites_table(model: Any) -> Table:
     """The model's sites in program order: kind, distribution, shape, dims."""
     columns = (
         Column("site", "NumPyro's name.", numeric=False),
-        Column("kind", "Latent: inferred. Observed: data. Deterministic: computed. Factor: a term of the log density.", numeric=False),
+        Column(
+            "kind",
+            "Latent: inferred. Observed: data. Deterministic: computed. Factor: a term of the log density.",
+            numeric=False,
+        ),
         Column("distribution", "Its prior, or for an observed site its likelihood.", numeric=False),
         Column("shape", "Of one value.", numeric=False),
         Column("dims", "The names of its axes.", numeric=False),

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -27,9 +27,9 @@ _PIXELS = 170
 @contextmanager
 def styled() -> Iterator[None]:
     """Run with the report's style and matplotlib's defaults, whatever the user's own settings are."""
-    settings = dict(matplotlib.rc_params_from_file(_STYLE, use_default_template=True))
+    settings = dict(mpl.rc_params_from_file(_STYLE, use_default_template=True))
     settings.pop("backend", None)
-    with matplotlib.rc_context(settings):
+    with mpl.rc_context(settings):
         yield
 
 
@@ -50,7 +50,7 @@ def page_svg(figure: Figure, name: str, alt: str) -> str:
     text = re.sub(r'(href="#|url\(#)', rf"\1{name}-", text)
     for colour in COLOURS:
         text = re.sub(f"{colour.light}(?![0-9a-f])", f"var(--{colour.name})", text, flags=re.IGNORECASE)
-    text = re.sub(r"font: ([\d.]+px|bold [\d.]+px|[\d.]+ [\d.]+px) [^;\"]*", r"font: \1 var(--sans)", text)
+    text = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--sans)", text)
     text = re.sub(r"\n\s*", "\n", re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL))
     width = figure.get_size_inches()[0] * 96
     opening = f'<svg role="img" aria-label="{_attribute(alt)}" style="width: {width:.0f}px" '

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from toolkit.comparison.verdicts import Thresholds
+from toolkit.estimate import decimals
 from toolkit.reporting.contents import Picture
 from toolkit.reporting.figures.canvas import blank, plain, ratio_axis, styled
 from toolkit.reporting.palette import BAND, INK, LINE, RIGHT, SOFT, Look
@@ -29,7 +31,7 @@ def forest(quantities: pd.DataFrame, order: Sequence[str], looks: Mapping[str, L
     shown = list(order[:MOST_ROWS])
     sources = list(dict.fromkeys(quantities["source"]))
     base = "reference" if "reference" in sources else sources[0]
-    values = quantities.set_index(["source", "quantity"])
+    values: Any = quantities.set_index(["source", "quantity"])
     guides = [name for name in looks if name in sources and name != base]
     with styled():
         figure, grid = blank(8.6, 0.95 + 0.17 * len(shown) * (1 + 0.42 * len(guides)))
@@ -46,7 +48,8 @@ def forest(quantities: pd.DataFrame, order: Sequence[str], looks: Mapping[str, L
         figure.legend(handles=[band, *handles], loc="outside upper left", ncols=min(len(handles) + 1, 5), fontsize=8.5)
     alt = _alt(values, base, shown, guides, against)
     reading = (
-        f"The grey band is {against}'s 90 % interval, its darker line the median. Each guide's 90 % interval is thin, its 50 % "
+        f"The grey band is {against}'s 90 % interval, its darker line the median. Each guide's 90 % "
+        "interval is thin, its 50 % "
         "interval thick; a guide that is right fills the band from end to end. Rows are sorted by the worst error."
     )
     return Picture("forest", figure, alt, reading)
@@ -56,7 +59,7 @@ def _row(
     axes: Axes,
     row: int,
     name: str,
-    values: pd.DataFrame,
+    values: Any,
     base: str,
     guides: Sequence[str],
     looks: Mapping[str, Look],
@@ -93,13 +96,20 @@ def _dress(axes: Axes, rows: Sequence[pd.Series], shown: Sequence[str], against:
         axes.set_xscale("symlog", linthresh=3.0)
     axes.grid(axis="x")
     right = axes.secondary_yaxis("right")
-    texts = [f"{r['q50']:.3g} [{r['q5']:.3g}, {r['q95']:.3g}] {r['unit']}".replace("-", "−") for r in rows]
+    texts = [_in_units(row) for row in rows]
     right.set_yticks(range(len(shown)), [plain(text.strip(), 48) for text in texts])
     right.tick_params(axis="y", length=0, labelcolor=SOFT.light, labelsize=8)
     right.spines["right"].set_visible(False)
 
 
-def _alt(values: pd.DataFrame, base: str, shown: Sequence[str], guides: Sequence[str], against: str) -> str:
+def _in_units(row: pd.Series) -> str:
+    """Median and 90 % interval in the quantity's unit, with the decimals that a tenth of its sd deserves."""
+    places = decimals(row["sd"] / 10)
+    median, low, high = (f"{row[q]:.{places}f}".replace("-", "−") for q in ("q50", "q5", "q95"))
+    return f"{median} [{low}, {high}] {row['unit']}"
+
+
+def _alt(values: Any, base: str, shown: Sequence[str], guides: Sequence[str], against: str) -> str:
     said = []
     for guide in guides:
         widths = [
@@ -122,7 +132,9 @@ def strip(frame: pd.DataFrame, looks: Mapping[str, Look], thresholds: Thresholds
         axes.axvline(1, color=LINE.light, linewidth=0.7)
         for row, (name, look) in enumerate(looks.items()):
             own = frame.loc[name]["ratio"].to_numpy()
-            axes.vlines(own, row - 0.32, row + 0.32, color=look.mark.light, linewidth=1, alpha=0.6, rasterized=own.size > 300)
+            axes.vlines(
+                own, row - 0.32, row + 0.32, color=look.mark.light, linewidth=1, alpha=0.6, rasterized=own.size > 300
+            )
         ratio_axis(axes, frame["ratio"].to_numpy(), vertical=False)
         axes.set_ylim(len(looks) - 0.45, -0.55)
         axes.set_yticks(range(len(looks)), [plain(name) for name in looks])
@@ -131,7 +143,11 @@ def strip(frame: pd.DataFrame, looks: Mapping[str, Look], thresholds: Thresholds
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         axes.set_xlabel(f"sd ratio to {against} (log)", color=INK.light)
-    ranges = [f"{n} {g['ratio'].min():.2f} to {g['ratio'].max():.2f}" for n, g in frame.groupby(level="guide", sort=False)]
+    ranges = [
+        f"{n} {g['ratio'].min():.2f} to {g['ratio'].max():.2f}" for n, g in frame.groupby(level="guide", sort=False)
+    ]
     count = frame.index.get_level_values("quantity").nunique()
     alt = f"Sd ratios of all {count} quantities: {'; '.join(ranges)}."
-    return Picture("all_sd_ratios", figure, alt, f"One mark for each of all {count} quantities; shaded is what counts as right.")
+    return Picture(
+        "all_sd_ratios", figure, alt, f"One mark for each of all {count} quantities; shaded is what counts as right."
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.patches import Ellipse, FancyArrowPatch, FancyBboxPatch
@@ -42,7 +43,7 @@ def model_graph(nodes: Sequence[Node]) -> Picture:
         for name, (x, y) in places.items():
             _node(axes, by_name[name], x * _WIDE, -y * _HIGH)
         axes.set_xlim(-_WIDE / 2, (columns - 0.5) * _WIDE)
-        axes.set_ylim(-(rows - 0.45) * _HIGH, 0.45 * _HIGH)
+        axes.set_ylim(-(rows - 0.55) * _HIGH - 0.12, 0.45 * _HIGH)
         axes.set_aspect("equal")
         axes.set_axis_off()
     edges = [f"{node.name} from {', '.join(node.parents)}" for node in nodes if node.parents]
@@ -98,7 +99,11 @@ def _arrow(axes: Axes, start: tuple[float, int], end: tuple[float, int], columns
 
 def _node(axes: Axes, node: Node, x: float, y: float) -> None:
     fill = BAND.light if node.kind in ("observed", "factor") else PAGE.light
-    edge = {"facecolor": fill, "edgecolor": LINE.light if node.kind == "deterministic" else SOFT.light, "linewidth": 0.9}
+    edge: dict[str, Any] = {
+        "facecolor": fill,
+        "edgecolor": LINE.light if node.kind == "deterministic" else SOFT.light,
+        "linewidth": 0.9,
+    }
     if node.kind in ("deterministic", "factor"):
         corner = (x - _NODE_WIDTH / 2, y - _NODE_HEIGHT / 2)
         shape = FancyBboxPatch(corner, _NODE_WIDTH, _NODE_HEIGHT, boxstyle="square,pad=0", zorder=2, **edge)

@@ -40,13 +40,16 @@ def reference_health(reference: Any, worst: str, draws: np.ndarray) -> Picture:
             axes.set_visible(False)
     table = reference.diagnostics
     alt = (
-        f"Reference: largest R-hat {table['rhat'].max():.3f} ({worst}), smallest bulk ESS {table['ess_bulk'].min():,.0f}, "
+        f"Reference: largest R-hat {table['rhat'].max():.3f} ({worst}), smallest bulk ESS "
+        f"{table['ess_bulk'].min():,.0f}, "
         f"smallest tail ESS {table['ess_tail'].min():,.0f}, {reference.divergences} divergences."
     )
     reading = (
-        "Top left: every quantity should lie in the shaded corner. Ranks: each line is a chain's share of small ranks less what it would be "
+        "Top left: every quantity should lie in the shaded corner. Ranks: each line is a chain's "
+        "share of small ranks less what it would be "
         "if all chains agreed; lines should stay in the grey band, where all of them lie with 95 % if they do. "
-        "Log density: chains at one level sit in one mode. Energy: the outlined shape should be about as wide as the filled one."
+        "Log density: chains at one level sit in one mode. Energy: the outlined shape should be "
+        "about as wide as the filled one."
     )
     return Picture("reference_health", figure, alt, reading)
 
@@ -60,7 +63,16 @@ def _rhat_and_ess(axes: Axes, reference: Any) -> None:
     low, high = min([*ess, ESS_LIMIT / 2]) / 1.3, max([*ess, 2 * ESS_LIMIT]) * 1.3
     bottom, top = min([*excess, 1e-3]) / 1.5, max([*excess, 0.02]) * 2
     axes.fill_between([ESS_LIMIT, high], bottom, RHAT_LIMIT - 1, color=RIGHT.light)
-    axes.plot(ess, excess, "o", color=INK.light, markersize=3.2, alpha=0.6, markeredgewidth=0, rasterized=ess.size > MANY_MARKS)
+    axes.plot(
+        ess,
+        excess,
+        "o",
+        color=INK.light,
+        markersize=3.2,
+        alpha=0.6,
+        markeredgewidth=0,
+        rasterized=ess.size > MANY_MARKS,
+    )
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(bottom, top))
     ticks = [t for t in (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0) if bottom <= t <= top]
     axes.set_yticks(ticks, [f"{1 + t:.10g}" for t in ticks])
@@ -115,9 +127,11 @@ def _log_density(axes: Axes, log_density: np.ndarray) -> None:
 def _energy(axes: Axes, energy: np.ndarray) -> None:
     marginal = (energy - energy.mean()).ravel()
     changes = np.diff(energy, axis=1).ravel()
-    edges = np.linspace(*np.quantile(np.concatenate([marginal, changes]), [0.001, 0.999]), 46)
+    low, high = np.quantile(np.concatenate([marginal, changes]), [0.001, 0.999])
+    edges = np.linspace(float(low), float(high), 46)
     axes.hist(marginal, edges, density=True, color=BAND.light)
     axes.hist(changes, edges, density=True, histtype="step", color=INK.light, linewidth=1)
+    axes.set_ylim(0, 1.3 * axes.get_ylim()[1])
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.text(0.02, 0.93, "filled: all draws", transform=axes.transAxes, fontsize=8, color=SOFT.light)

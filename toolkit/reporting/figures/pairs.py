@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,7 @@ from scipy.ndimage import gaussian_filter
 from toolkit.modelling.scalars import Scalars
 from toolkit.reporting.contents import Picture
 from toolkit.reporting.figures.canvas import blank, plain, styled
-from toolkit.reporting.palette import DOTS, SOFT, Look
+from toolkit.reporting.palette import DOTS, INK, SOFT, Look
 
 MOST_PAIRS = 6
 _DOTS_SHOWN, _CELLS = 250, 72
@@ -63,14 +64,17 @@ def pair_contours(
         handles = [Line2D([], [], marker=".", linestyle="", color=DOTS.light, label=f"{against} draws")]
         handles += [Line2D([], [], color=looks[name].mark.light, label=name) for name in guides]
         figure.legend(handles=handles, loc="outside upper left", ncols=min(len(handles), 5), fontsize=8.5)
-    worst = pairs.loc[pairs["difference"].abs().idxmax()]
+    worst = pairs.iloc[int(pairs["difference"].abs().to_numpy().argmax())]
     alt = (
-        f"The {len(chosen)} worst pairs. The largest error of a correlation: {worst['quantity_a']} with {worst['quantity_b']}, "
+        f"The {len(chosen)} worst pairs. The largest error of a correlation: {worst['quantity_a']} "
+        f"with {worst['quantity_b']}, "
         f"{worst['reference']:.2f} for {against} and {worst['guide_value']:.2f} for {worst['guide']}."
     )
     reading = (
-        f"Dots are {against}'s draws. Of each guide the inner contour holds half of its draws, the outer one nine tenths "
-        "(kernel density, Scott's bandwidth); a guide that is right draws its contours around the cloud, as tilted and as wide."
+        f"Dots are {against}'s draws. Of each guide the inner contour holds half of its draws, the "
+        "outer one nine tenths "
+        "(kernel density, Scott's bandwidth); a guide that is right draws its contours around the "
+        "cloud, as tilted and as wide."
     )
     return Picture("worst_pairs", figure, alt, reading)
 
@@ -120,7 +124,7 @@ def binned_density(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray
     white = (directions.T @ (points - centre)) / scales[:, None]
     reach = np.abs(white).max() + 1.0
     edges = np.linspace(-reach, reach, 2 * _CELLS + 1)
-    counts = np.histogram2d(*white, bins=[edges, edges])[0]
+    counts = np.histogram2d(white[0], white[1], bins=(edges, edges))[0]
     smooth = gaussian_filter(counts, x.size ** (-1 / 6) / (edges[1] - edges[0]), mode="constant")
     room = [0.12 * np.ptp(values) for values in (x, y)]
     xs = np.linspace(x.min() - room[0], x.max() + room[0], 2 * _CELLS)
@@ -149,7 +153,7 @@ def mass_levels(density: np.ndarray, masses: Sequence[float]) -> list[float]:
 
 
 def correlation_matrices(correlations: Mapping[str, pd.DataFrame], looks: Mapping[str, Look], against: str) -> Picture:
-    """Correlation matrices of the reference and each guide, and below each guide its difference from the reference."""
+    """Correlation matrices of the reference and each guide; below each guide its difference from the reference."""
     guides = [name for name in looks if name in correlations]
     reference = correlations["reference"]
     shown = min(len(guides), 4)
@@ -167,17 +171,20 @@ def correlation_matrices(correlations: Mapping[str, pd.DataFrame], looks: Mappin
         bar.set_label("correlation, and difference of correlations")
         bar.outline.set_visible(False)
     worst = {name: (correlations[name] - reference).abs().to_numpy().max() for name in guides}
-    alt = f"Correlations of {len(reference)} quantities; the largest error: {'; '.join(f'{n} {v:.2f}' for n, v in worst.items())}."
+    errors = "; ".join(f"{name} {value:.2f}" for name, value in worst.items())
+    alt = f"Correlations of {len(reference)} quantities; the largest error: {errors}."
     reading = (
-        f"Above: each pair's correlation, orange positive, blue negative. Below: the guide's minus {against}'s; empty is right. "
-        f"Rows and columns are the same {len(reference)} quantities everywhere, in the order of the table correlations_reference."
+        "Above: each pair's correlation, orange positive, blue negative. Below: the guide's minus "
+        f"{against}'s; empty is right. "
+        f"Rows and columns are the same {len(reference)} quantities everywhere, in the order of the "
+        "table correlations_reference."
     )
     return Picture("correlations", figure, alt, reading)
 
 
-def _matrix(axes: Axes, matrix: pd.DataFrame, title: str, look: Look | None) -> object:
+def _matrix(axes: Axes, matrix: pd.DataFrame, title: str, look: Look | None) -> Any:
     image = axes.imshow(matrix.to_numpy(), cmap=_SIGNED, vmin=-1, vmax=1, interpolation="nearest", aspect="equal")
-    axes.set_title(title, fontsize=9, **({"color": look.text.light} if look else {}))
+    axes.set_title(title, fontsize=9, color=look.text.light if look else INK.light)
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():

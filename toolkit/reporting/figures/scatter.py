@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,12 +14,14 @@ from matplotlib.patches import Rectangle
 from toolkit.comparison.verdicts import Thresholds
 from toolkit.reporting.contents import Picture
 from toolkit.reporting.figures.canvas import MANY_MARKS, blank, plain, ratio_axis, shift_axis, styled
-from toolkit.reporting.palette import LINE, RIGHT, SOFT, Look
+from toolkit.reporting.palette import LINE, RIGHT, Look
 
 _LABELLED = 3
 
 
-def overview(frame: pd.DataFrame, looks: Mapping[str, Look], thresholds: Thresholds, against: str) -> Picture:
+def overview(
+    frame: pd.DataFrame, looks: Mapping[str, Look], thresholds: Thresholds, against: str, trusted: bool
+) -> Picture:
     """The figure of the first screen: one panel for each guide, one dot for each quantity.
 
     Args:
@@ -26,14 +29,15 @@ def overview(frame: pd.DataFrame, looks: Mapping[str, Look], thresholds: Thresho
         looks: How the guides that can be compared are shown, in the order of the panels.
         thresholds: What counts as right.
         against: What the guides are compared with, such as `"NUTS"`.
+        trusted: Whether the reference passed its checks.
     """
     columns = min(len(looks), 4)
     rows = math.ceil(len(looks) / columns)
-    width = {1: 3.4, 2: 4.4}.get(columns, 4.9)
+    width = {1: 3.2, 2: 4.2}.get(columns, 4.6)
     with styled():
         figure, axes = blank(width, 0.75 + 2.3 * rows, rows, columns, sharex=True, sharey=True)
         for panel, name in zip(axes.flat, looks, strict=False):
-            _panel(panel, frame.loc[name], looks[name], thresholds)
+            _panel(panel, frame.xs(name), looks[name], thresholds)
             panel.set_title(plain(name), color=looks[name].text.light)
         for panel in axes.flat[len(looks) :]:
             panel.set_visible(False)
@@ -44,32 +48,40 @@ def overview(frame: pd.DataFrame, looks: Mapping[str, Look], thresholds: Thresho
         "One dot for each quantity. Inside the shaded region a quantity counts as right; "
         "below it the guide is too narrow, above too wide, left or right of it shifted."
     )
+    if not trusted:
+        reading = (
+            f"One dot for each quantity. {against} failed its checks: distances from it are not errors of a guide."
+        )
     return Picture("overview", figure, f"Shift against sd ratio. {finding(frame, thresholds)}", reading)
 
 
 def shift_and_ratio(frame: pd.DataFrame, looks: Mapping[str, Look], thresholds: Thresholds, against: str) -> Picture:
     """The same with Monte Carlo errors and the names of the worst, one larger panel for each guide."""
-    columns = min(len(looks), 2)
+    columns = min(len(looks), 3)
     rows = math.ceil(len(looks) / columns)
     with styled():
-        figure, axes = blank(4.6 * columns, 0.45 + 3.0 * rows, rows, columns, sharex=True, sharey=True)
+        figure, axes = blank(
+            3.3 * columns + 0.6 * (columns == 1), 0.5 + 3.5 * rows, rows, columns, sharex=True, sharey=True
+        )
         for panel, name in zip(axes.flat, looks, strict=False):
-            own = frame.loc[name]
+            own = frame.xs(name)
             _panel(panel, own, looks[name], thresholds, bars=True)
-            panel.set_title(plain(name), color=looks[name].text.light)
+            panel.set_title(plain(name), color=looks[name].text.light, pad=44)
+            _number_worst(panel, own, looks[name])
             panel.tick_params(labelbottom=True, labelleft=True)
         for panel in axes.flat[len(looks) :]:
             panel.set_visible(False)
         _axes(axes[0, 0], frame, thresholds)
-        for panel, name in zip(axes.flat, looks, strict=False):
-            _name_worst(panel, frame.loc[name])
         figure.supylabel(f"sd ratio to {against} (log)", fontsize=9)
         figure.supxlabel(f"shift of the mean ({against} sd)", fontsize=9)
     reading = (
-        f"Left and right: the guide's mean against {against}'s, in its sd. Up and down: the guide's sd divided by {against}'s. "
+        f"Left and right: the guide's mean against {against}'s, in its sd. Up and down: the guide's sd divided by "
+        f"{against}'s. Numbers name the worst. "
         "Bars are 95 % Monte Carlo intervals; where one crosses the edge of the shaded region, the draws cannot tell."
     )
-    return Picture("shift_and_sd_ratio", figure, f"Shift and sd ratio with errors. {finding(frame, thresholds)}", reading)
+    return Picture(
+        "shift_and_sd_ratio", figure, f"Shift and sd ratio with errors. {finding(frame, thresholds)}", reading
+    )
 
 
 def finding(frame: pd.DataFrame, thresholds: Thresholds) -> str:
@@ -86,7 +98,7 @@ def finding(frame: pd.DataFrame, thresholds: Thresholds) -> str:
     return "; ".join(parts) + f". The region is |shift| up to {thresholds.shift:g} sd and ratios {low:g} to {high:g}."
 
 
-def _panel(axes: Axes, own: pd.DataFrame, look: Look, thresholds: Thresholds, *, bars: bool = False) -> None:
+def _panel(axes: Axes, own: Any, look: Look, thresholds: Thresholds, *, bars: bool = False) -> None:
     low, high = thresholds.sd_ratio
     axes.add_patch(
         Rectangle((-thresholds.shift, low), 2 * thresholds.shift, high - low, facecolor=RIGHT.light, edgecolor="none")
@@ -125,26 +137,21 @@ def _axes(axes: Axes, frame: pd.DataFrame, thresholds: Thresholds) -> None:
     ratio_axis(axes, frame["ratio"].to_numpy())
 
 
-def _name_worst(axes: Axes, own: pd.DataFrame) -> None:
-    """Names beside the worst dots, on the side that has room, spread so that no two lie on each other."""
+def _number_worst(axes: Axes, own: Any, look: Look) -> None:
+    """Numbers beside the worst dots, and their names above the panel, where they lie on no other dot."""
     worst = own[own["error"] > 1].sort_values("error", ascending=False).head(_LABELLED)
-    to_display, back = axes.transData.transform, axes.transAxes.inverted().transform
-    axes.figure.draw_without_rendering()
-    spots = [(back(to_display((row["shift"], row["ratio"]))), name) for name, row in worst.iterrows()]
-    taken: dict[bool, list[float]] = {True: [], False: []}
-    for (x, y), name in sorted(spots, key=lambda spot: spot[0][1]):
-        right = x < 0.5
-        height = max([float(y), *(other + 0.065 for other in taken[right])])
-        taken[right].append(height)
+    names = [f"{i}  {plain(str(name), 36)}" for i, name in enumerate(worst.index, start=1)]
+    names += [""] * (_LABELLED - len(names))
+    if len(worst) == 0:
+        names[0] = "no dot outside the region"
+    axes.text(0, 1.03, "\n".join(names), transform=axes.transAxes, va="bottom", fontsize=8, linespacing=1.35)
+    for i, (shift, ratio) in enumerate(zip(worst["shift"], worst["ratio"], strict=True), start=1):
         axes.annotate(
-            plain(str(name), 26),
-            (x, y),
-            (x + (0.03 if right else -0.03), height),
-            xycoords="axes fraction",
-            textcoords="axes fraction",
-            ha="left" if right else "right",
-            va="center",
+            str(i),
+            (shift, ratio),
+            (5, 4),
+            textcoords="offset points",
             fontsize=8,
-            color=SOFT.light,
-            annotation_clip=False,
+            fontweight="bold",
+            color=look.text.light,
         )

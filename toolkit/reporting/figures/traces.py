@@ -38,7 +38,8 @@ def elbo_traces(fits: Sequence[Any], looks: Mapping[str, Look]) -> Picture:
         figure.supxlabel("optimisation step", fontsize=9)
         figure.supylabel("ELBO (nats)", fontsize=9)
     reading = (
-        "One line for each start, in steps of the optimiser; higher is better. The scale shows the second half of each run, "
+        "One line for each start, in steps of the optimiser; higher is better. The scale shows the "
+        "second half of each run, "
         "earlier steps leave the panel below. Lines that end flat and together have arrived; the grey line is the "
         "ELBO on fresh draws."
     )

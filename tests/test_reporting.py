@@ -1,0 +1,372 @@
+"""Reports of synthetic studies: what they say, that they stand alone, and that the same study gives the same bytes.
+
+Golden files are made again with `ELBOWROOM_GOLDEN=write pytest tests/test_reporting.py`; look at their difference.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import reporting_fixture as studies
+import xarray as xr
+
+from toolkit.comparison.verdicts import Thresholds
+from toolkit.reporting.differences import differences, worst_first
+from toolkit.reporting.figures.canvas import file_svg
+from toolkit.reporting.figures.graph import Node, layered
+from toolkit.reporting.figures.pairs import binned_density, mass_levels, worst_pairs
+from toolkit.reporting.palette import INK, PAGE, PLAIN, SOFT, TEXTS, looks
+from toolkit.reporting.reports import Report, render
+from toolkit.reporting.tables import minus, number, significant
+
+GOLDEN = Path(__file__).parent / "golden"
+VOID = {"meta", "link", "br", "img", "input", "hr", "wbr"}
+VARIANTS: dict[str, Callable[[], SimpleNamespace]] = {
+    "three guides": studies.make_study,
+    "one scalar": studies.single_study,
+    "reference failed": studies.reference_failed,
+    "a guide failed": studies.guide_failed,
+}
+
+
+class Page(HTMLParser):
+    """Tags, headings and attributes of a page; fails on a tag that is not closed where it should be."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.headings: list[tuple[int, str]] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if re.fullmatch("h[1-6]", tag):
+            self.headings.append((int(tag[1]), ""))
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag, f"</{tag}> closes another element"
+
+    def handle_data(self, data: str) -> None:
+        if "style" in self.open:
+            return
+        self.words.append(data)
+        if self.open and re.fullmatch("h[1-6]", self.open[-1]):
+            level, text = self.headings[-1]
+            self.headings[-1] = (level, text + data)
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    return render(studies.make_study())
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request: pytest.FixtureRequest, report: Report) -> Report:
+    if VARIANTS[request.param] is studies.make_study:
+        return report
+    return render(VARIANTS[request.param]())
+
+
+def skeleton(html: str) -> str:
+    """The page without its figures and style: headings, words, numbers and structure."""
+    html = re.sub(r"<svg.*?</svg>", "<svg/>", html, flags=re.DOTALL)
+    html = re.sub(r"<style>.*?</style>", "<style/>", html, flags=re.DOTALL)
+    return re.sub(r"\n\s*\n+", "\n", html)
+
+
+def assert_golden(name: str, text: str) -> None:
+    path = GOLDEN / name
+    if os.environ.get("ELBOWROOM_GOLDEN") == "write":
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, "utf-8")
+    assert text == path.read_text("utf-8")
+
+
+def test_markdown_is_the_golden_one(report: Report) -> None:
+    assert_golden("report.md", report.markdown)
+
+
+def test_html_without_figures_is_the_golden_one(report: Report) -> None:
+    assert_golden("report_skeleton.html", skeleton(report.html))
+
+
+def test_same_study_gives_the_same_page_and_the_same_figures(report: Report) -> None:
+    again = render(studies.make_study())
+    assert again.html == report.html
+    assert file_svg(again.figures["forest"]) == file_svg(report.figures["forest"])
+
+
+def test_page_is_well_formed_and_small(variant: Report) -> None:
+    Page(variant.html)
+    assert len(variant.html.encode()) < 3e6
+
+
+def test_page_loads_nothing(variant: Report) -> None:
+    for tag, attributes in Page(variant.html).tags:
+        assert tag not in {"script", "link", "iframe", "object", "embed"}
+        for name in ("src", "href", "srcset", "xlink:href", "data"):
+            target = attributes.get(name) or ""
+            assert target.startswith(("#", "data:image/png;base64,")) or not target, (tag, target[:80])
+    assert not re.search(r"url\(\s*['\"]?(?!#)", variant.html)
+    assert "@import" not in variant.html
+
+
+def test_headings_descend_one_level_at_a_time(variant: Report) -> None:
+    levels = [level for level, _ in Page(variant.html).headings]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+
+
+def test_every_figure_states_its_finding(variant: Report) -> None:
+    drawn = [attributes for tag, attributes in Page(variant.html).tags if tag == "svg"]
+    assert len(drawn) == len(variant.figures) > 0
+    for attributes in drawn:
+        assert attributes["role"] == "img"
+        assert len(attributes["aria-label"] or "") > 30
+    assert len(re.findall(r"!\[[^\]].*?\]\(figures/\w+\.svg\)", variant.markdown)) == len(variant.figures)
+
+
+def test_ids_are_unique_and_references_have_a_target(variant: Report) -> None:
+    tags = Page(variant.html).tags
+    ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    links = {(a.get("href") or "")[1:] for _, a in tags if (a.get("href") or "").startswith("#")}
+    links |= set(re.findall(r"url\(#([^)]+)\)", variant.html))
+    assert links <= set(ids)
+
+
+def test_tables_have_scopes(variant: Report) -> None:
+    heads = [attributes for tag, attributes in Page(variant.html).tags if tag == "th"]
+    assert heads
+    assert all(attributes.get("scope") in {"col", "row"} for attributes in heads)
+
+
+def test_focus_comes_before_the_verdicts_and_these_before_the_numbers(report: Report) -> None:
+    headings = [text for _, text in Page(report.html).headings]
+    assert headings[:5] == [
+        "Collinear logistic regression",
+        "Your quantities",
+        "Can variational inference be trusted here?",
+        "By how much?",
+        "What next?",
+    ]
+
+
+def test_first_screen_says_the_verdicts_and_the_time_saved(report: Report) -> None:
+    words = " ".join(" ".join(Page(report.html).words).split())
+    assert "yes: all 31 quantities right" in words
+    assert "1.2 s, 6.4× sooner than NUTS" in words  # 7.4 s of NUTS over 1.16 s
+    assert "no divergences" in words
+
+
+def test_without_focus_there_is_no_such_section() -> None:
+    assert "Your quantities" not in render(studies.make_study(focus=False)).html
+
+
+def test_failed_reference_stands_in_the_place_of_verdicts() -> None:
+    report = render(studies.reference_failed())
+    assert "No verdict: the chains disagree (R-hat above the limit)." in report.html
+    assert "R-hat is 1.52 for beta[mean area]" in report.html
+    assert "What do the guides agree on?" in report.markdown
+    assert "sooner than NUTS" not in report.html
+    assert 'class="mark right"' not in report.html
+    assert report.summary["reference"]["verdicts_given"] is False
+
+
+def test_failed_guide_is_a_row_with_its_sentence() -> None:
+    report = render(studies.guide_failed())
+    assert "failed: no start was found: site beta has no valid value" in report.html
+    assert "full_rank" in report.html
+    assert report.summary["guides"][0]["elbo"] is None
+
+
+def test_flat_prior_and_single_scalar_are_told_in_a_sentence() -> None:
+    markdown = render(studies.single_study()).markdown
+    assert "Prior and prior predictive draws are left out: the prior of mean is flat" in markdown
+    assert "with one quantity there are no pairs" in markdown
+
+
+def test_reference_without_draws_leaves_a_report() -> None:
+    study = studies.reference_failed()
+    reference, comparison = study.reference, study.comparison
+    reference.usable, reference.draws = False, {}
+    reference.diagnostics = reference.diagnostics.iloc[:0]
+    reference.log_density = reference.energy = reference.ebfmi = None
+    del comparison.sample["reference"], comparison.correlations["reference"]
+    comparison.table, comparison.pairs = comparison.table.iloc[:0], comparison.pairs.iloc[:0]
+    comparison.quantities = comparison.quantities[comparison.quantities["source"] != "reference"]
+    comparison.focus = comparison.focus[comparison.focus["source"] != "reference"]
+    numbers = [c for c in comparison.guides if c.startswith("worst") and not c.endswith("_quantity")]
+    comparison.guides[numbers] = np.nan
+    report = render(study)
+    Page(report.html)
+    assert "there is no reference" in report.html
+    assert "overview" not in report.figures
+
+
+def test_thousand_scalars_stay_small() -> None:
+    report = render(studies.make_study(999, focus=False))
+    Page(report.html)
+    assert len(report.html.encode()) < 3e6
+    assert "of 1000" in report.html
+
+
+def test_text_of_users_is_escaped() -> None:
+    evil = "<script>alert(1)</script>"
+    report = render(studies.make_study(8, title=evil, question="a < b & $c$", dataset="x|y*z"))
+    assert evil not in report.html
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in report.html
+    assert "a &lt; b &amp; $c$" in report.html
+    assert "<script>" not in report.markdown
+    assert r"x\|y\*z" in report.markdown
+    Page(report.html)
+
+
+def test_report_writes_everything_it_names(report: Report, tmp_path: Path) -> None:
+    path = report.write(tmp_path / "new" / "folder")
+    folder = path.parent
+    assert path.read_text("utf-8") == report.html
+    assert (folder / "report.md").read_text("utf-8") == report.markdown
+    for name in report.figures:
+        assert (folder / "figures" / f"{name}.svg").read_bytes().startswith(b"<?xml")
+        assert (folder / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    for name, table in report.tables.items():
+        assert len(pd.read_csv(folder / "tables" / f"{name}.csv")) == len(table)
+    for target in re.findall(r"\((figures/[^)]+)\)", report.markdown):
+        assert (folder / target).is_file()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert [row["verdict"] for row in summary["guides"]] == ["wrong", "wrong", "right"]
+    with xr.open_datatree(folder / "draws.nc", engine="h5netcdf") as tree:
+        assert set(tree.children) == {"reference", *studies.GUIDES}
+
+
+def test_unwritable_folder_is_one_sentence(report: Report, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file where a folder should be")
+    with pytest.raises(ValueError, match=r"^Expected a folder that can be written; '.*taken' cannot \(.*\): choose"):
+        report.write(tmp_path / "taken")
+
+
+def test_worst_of_each_column_is_marked_once(report: Report) -> None:
+    table = report.markdown.split("## By how much?")[1].split("Bold:")[0]
+    rows = [line.split("|")[2:-1] for line in table.strip().splitlines()[2:]]
+    assert all(sum("**" in row[column] for row in rows) == 1 for column in range(6))
+    # The mean field has the lowest ELBO, the low rank one did not arrive and is shifted most.
+    assert "**−77.31 ± 0.02**" in rows[0][0]
+    assert "**" in rows[1][1]
+
+
+def test_differences_take_quantiles_where_moments_have_no_error() -> None:
+    table = pd.DataFrame(
+        [
+            ("g", "a", "shift", 0.2, 0.01, "wrong"),
+            ("g", "a", "sd_ratio", 1.0, 0.01, "right"),
+            ("g", "b", "median_shift", 0.0, 0.01, "right"),
+            ("g", "b", "spread_ratio", 1.11**3, 0.01, "wrong"),
+        ],
+        columns=["guide", "quantity", "metric", "value", "se", "verdict"],
+    )
+    frame = differences(table, Thresholds())
+    assert frame["error"].tolist() == pytest.approx([2.0, 3.0])
+    assert frame["verdict"].tolist() == ["wrong", "wrong"]
+    assert worst_first(frame) == ["b", "a"]
+
+
+def test_contours_hold_their_mass() -> None:
+    # Exact for a Gaussian: the level that holds a mass m encloses the ellipse of squared radius -2 log(1 - m).
+    rng, draws = np.random.default_rng(0), 40_000
+    points = rng.multivariate_normal([1.0, -2.0], [[1.0, 1.8], [1.8, 4.0]], draws)
+    density, xs, ys = binned_density(points[:, 0], points[:, 1])
+    columns = np.clip(np.searchsorted(xs, points[:, 0]), 0, xs.size - 1)
+    rows = np.clip(np.searchsorted(ys, points[:, 1]), 0, ys.size - 1)
+    for mass, level in zip((0.9, 0.5), mass_levels(density, (0.9, 0.5)), strict=True):
+        inside = float((density[rows, columns] >= level).mean())
+        # The bandwidth h = n^(-1/6) widens the whitened density by 1 + h^2, so that the contour holds a little more.
+        wider = 1 - (1 - mass) ** (1 + draws ** (-1 / 3))
+        se = np.sqrt(wider * (1 - wider) / draws)
+        cell = 0.5 * max(xs[1] - xs[0], (ys[1] - ys[0]) / 2)  # a draw may sit half a cell off in either sd
+        slack = 2 * cell * np.sqrt(-2 * np.log(1 - mass)) * (1 - mass)
+        assert abs(inside - wider) < 5 * se + slack
+
+
+def test_worst_pairs_differ() -> None:
+    names = ["a", "b", "c", "d"]
+    rows = [
+        ("g", x, y, 0.9, 0.0, -0.9 + 0.01 * (i + j), 0.01)
+        for i, x in enumerate(names)
+        for j, y in enumerate(names)
+        if i < j
+    ]
+    pairs = pd.DataFrame(
+        rows, columns=["guide", "quantity_a", "quantity_b", "reference", "guide_value", "difference", "se"]
+    )
+    chosen = worst_pairs(pairs)
+    assert chosen[0] == ("a", "b")
+    used = [name for pair in chosen for name in pair]
+    assert max(used.count(name) for name in names) == 2
+
+
+def test_graph_puts_children_below_their_parents() -> None:
+    nodes = [
+        Node("a", "latent", "Normal", (), ()),
+        Node("b", "latent", "Normal", (), ("a",)),
+        Node("c", "latent", "Normal", (), ()),
+        Node("y", "observed", "Normal", (), ("a", "b", "c")),
+    ]
+    places = layered(nodes)
+    assert all(places[parent][1] < places[node.name][1] for node in nodes for parent in node.parents)
+    assert len(set(places.values())) == len(nodes)
+
+
+@pytest.mark.parametrize(
+    ("value", "se", "text", "error"),
+    [(-77.312, 0.021, "−77.31", "0.02"), (0.5614, 0.0073, "0.561", "0.007"), (float("nan"), 1.0, "–", "")],
+)
+def test_numbers_are_rounded_by_their_errors(value: float, se: float, text: str, error: str) -> None:
+    cell = number(value, se)
+    assert (cell.text, cell.error) == (text, error)
+
+
+def test_signs_and_thousands() -> None:
+    assert minus("-1") == "−1"
+    assert significant(12_345.6) == "12,346"
+    assert significant(-0.012345) == "−0.0123"
+
+
+def _luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("colour", [INK, SOFT, *TEXTS], ids=lambda colour: colour.name)
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_text_has_the_contrast_of_wcag_aa(colour: object, mode: str) -> None:
+    bright, dim = sorted((_luminance(getattr(colour, mode)), _luminance(getattr(PAGE, mode))), reverse=True)
+    assert (bright + 0.05) / (dim + 0.05) >= 4.5
+
+
+def test_guides_keep_their_colours_and_share_none() -> None:
+    panel = looks(["mine", "full_rank", "mean_field"])
+    assert panel["full_rank"] == looks(["full_rank"])["full_rank"]
+    assert len({look.mark.light for look in panel.values()}) == 3
+    assert len({colour.light for colour in PLAIN}) == len(PLAIN)
