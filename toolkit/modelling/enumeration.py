@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 import numpyro
 from numpyro import handlers
@@ -53,8 +54,9 @@ class SummedOut:
         """The log joint density, summed over the discrete sites, less the log prior that the sites add themselves."""
         from numpyro.contrib.funsor import config_enumerate, enum, log_density
 
-        # funsor's plates and dimensions must see only the enumerated program, not whoever runs this one.
-        with _no_handlers():
+        # funsor's plates must see only the enumerated program, not whoever runs this one; a value that is
+        # enumerated gains axes on its left, so that programs meet values of unequal rank.
+        with _no_handlers(), jax.numpy_rank_promotion("allow"):
             seeded = handlers.seed(self.fn, rng_seed=0)
             first = handlers.substitute(seeded, substitute_fn=_support_value(self.discrete, 0))
             densities, trace = compute_log_probs(first, (), dict(kwargs), dict(values))

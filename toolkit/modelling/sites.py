@@ -74,10 +74,22 @@ def improper_start(message: Mapping[str, Any]) -> Any:
     if (
         message["type"] == "sample"
         and not message["is_observed"]
-        and isinstance(message["fn"], numpyro.distributions.ImproperUniform)
+        and isinstance(_unwrapped(message["fn"]), numpyro.distributions.ImproperUniform)
     ):
         return init_to_uniform(message)
     return None
+
+
+def _unwrapped(distribution: Any) -> Any:
+    """The distribution without the shells that plates, `to_event` and `mask` put around it."""
+    shells = (
+        numpyro.distributions.Independent
+        | numpyro.distributions.ExpandedDistribution
+        | numpyro.distributions.MaskedDistribution
+    )
+    while isinstance(distribution, shells):
+        distribution = distribution.base_dist
+    return distribution
 
 
 def _site(message: Mapping[str, Any]) -> Site:
@@ -87,14 +99,7 @@ def _site(message: Mapping[str, Any]) -> Site:
     distribution = message["fn"]
     if isinstance(distribution, numpyro.distributions.Unit):
         return Site(message["name"], FACTOR, shape)
-    base = distribution
-    while isinstance(
-        base,
-        numpyro.distributions.Independent
-        | numpyro.distributions.ExpandedDistribution
-        | numpyro.distributions.MaskedDistribution,
-    ):
-        base = base.base_dist
+    base = _unwrapped(distribution)
     return Site(
         message["name"],
         OBSERVED if message["is_observed"] else LATENT,
