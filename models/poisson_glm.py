@@ -88,7 +88,7 @@ def poisson_glm(
 
     Args:
         design: What each stimulus function sees, then what each history function sees of each source neuron in
-            turn, `(stimulus function + neuron * history function, bin)`: bins last, as that is three times as fast.
+            turn, `(stimulus function + neuron * history function, bin)`: bins last, since their products are then faster.
         stimulus_basis: Bumps at the stimulus lags to report, `(lag, stimulus function)`.
         history_basis: Bumps at the history lags to report, `(lag, history function)`.
         situations: Covariates to predict a rate for, `(situation, stimulus function + own history function)`.
@@ -251,16 +251,22 @@ def _spike(
         past_weight = past_weight + _from_one_to_another(truth["coupling_weight"], neurons)
     kernel = jnp.einsum("lf,sft->lst", raised_cosines(history_lags, filters.history_functions), past_weight)
 
+    silence = jnp.zeros((len(history_lags), neurons))
+    start = truth["log_baseline"][None, :] + drive
+    return np.asarray(_counts(silence, start, kernel, jax.random.split(key, bins), bin_seconds))
+
+
+@jax.jit
+def _counts(past: Any, log_rate: Any, kernel: Any, keys: Any, bin_seconds: Any) -> Any:
+    """Counts `(bin, neuron)` from the counts before, latest first, `(lag, neuron)`, and the rest of the log rate."""
+
     def step(past: Any, given: Any) -> tuple[Any, Any]:
         log_rate, key = given
         log_rate = log_rate + jnp.einsum("ls,lst->t", past, kernel)
         now = jax.random.poisson(key, bin_seconds * jnp.exp(log_rate))
         return jnp.concatenate([now[None, :].astype(past.dtype), past[:-1]]), now
 
-    silence = jnp.zeros((len(history_lags), neurons))
-    start = truth["log_baseline"][None, :] + drive
-    _, counts = jax.lax.scan(step, silence, (start, jax.random.split(key, bins)))
-    return np.asarray(counts)
+    return jax.lax.scan(step, past, (log_rate, keys))[1]
 
 
 def model(
