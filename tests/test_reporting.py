@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -74,16 +75,19 @@ class Page(HTMLParser):
             self.headings[-1] = (level, text + data)
 
 
+@cache
+def rendered(variant: str) -> Report:
+    return render(VARIANTS[variant]())
+
+
 @pytest.fixture(scope="module")
 def report() -> Report:
-    return render(studies.make_study())
+    return rendered("three guides")
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
-def variant(request: pytest.FixtureRequest, report: Report) -> Report:
-    if VARIANTS[request.param] is studies.make_study:
-        return report
-    return render(VARIANTS[request.param]())
+def variant(request: pytest.FixtureRequest) -> Report:
+    return rendered(request.param)
 
 
 def skeleton(html: str) -> str:
@@ -184,7 +188,7 @@ def test_without_focus_there_is_no_such_section() -> None:
 
 
 def test_failed_reference_stands_in_the_place_of_verdicts() -> None:
-    report = render(studies.reference_failed())
+    report = rendered("reference failed")
     assert "No verdict: the chains disagree (R-hat above the limit)." in report.html
     assert "R-hat is 1.52 for beta[mean area]" in report.html
     assert "What do the guides agree on?" in report.markdown
@@ -194,14 +198,14 @@ def test_failed_reference_stands_in_the_place_of_verdicts() -> None:
 
 
 def test_failed_guide_is_a_row_with_its_sentence() -> None:
-    report = render(studies.guide_failed())
+    report = rendered("a guide failed")
     assert "failed: no start was found: site beta has no valid value" in report.html
     assert "full_rank" in report.html
     assert report.summary["guides"][0]["elbo"] is None
 
 
 def test_flat_prior_and_single_scalar_are_told_in_a_sentence() -> None:
-    markdown = render(studies.single_study()).markdown
+    markdown = rendered("one scalar").markdown
     assert "Prior and prior predictive draws are left out: the prior of mean is flat" in markdown
     assert "with one quantity there are no pairs" in markdown
 

@@ -125,9 +125,9 @@ def _contents(study: Any) -> Contents:
 def _sections(
     study: Any, frame: pd.DataFrame, looks: Any, compared: Any, limits: Thresholds, against: str
 ) -> tuple[Section, ...]:
-    first = sections.agreement(study.comparison)
+    first = (sections.your_quantities(study.comparison, looks), sections.agreement(study.comparison))
     return (
-        *((first,) if first else ()),
+        *(section for section in first if section),
         sections.which_quantities(study, frame, looks, limits, against),
         sections.how_wrong(frame, compared, limits, against),
         sections.which_relations(study.comparison, looks, against),

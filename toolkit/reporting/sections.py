@@ -18,7 +18,14 @@ from toolkit.reporting.figures.pairs import correlation_matrices, pair_contours
 from toolkit.reporting.figures.scatter import shift_and_ratio
 from toolkit.reporting.figures.traces import elbo_traces
 from toolkit.reporting.palette import Look
-from toolkit.reporting.tables import agreement_table, fits_table, pairs_table, seconds, worst_diagnostics
+from toolkit.reporting.tables import (
+    agreement_table,
+    fits_table,
+    focus_sentences,
+    pairs_table,
+    seconds,
+    worst_diagnostics,
+)
 
 _LACKS_REFERENCE = "Left out: there are no reference draws to compare with."
 _LACKS_FITS = "Left out: no guide has draws to show."
@@ -33,6 +40,12 @@ def agreement(comparison: Any) -> Section | None:
     return Section(
         "agreement", "What do the guides agree on?", (f"{_capital(counts)}.", agreement_table(comparison.agreement))
     )
+
+
+def your_quantities(comparison: Any, looks: Mapping[str, Look]) -> Section | None:
+    """The sentences on the user's own quantities; None without any."""
+    table = focus_sentences(comparison.focus, looks)
+    return Section("your-quantities", "What may be said of your quantities?", (table,)) if table else None
 
 
 def which_quantities(
@@ -50,14 +63,9 @@ def which_quantities(
             )
         blocks.append(forest(quantities, order, looks, against))
         if total > MOST_ROWS and not frame.empty:
-            blocks.append(
-                strip(
-                    frame,
-                    {n: k for n, k in looks.items() if n in set(frame.index.get_level_values("guide"))},
-                    limits,
-                    against,
-                )
-            )
+            compared = set(frame.index.get_level_values("guide"))
+            shown = {name: look for name, look in looks.items() if name in compared}
+            blocks.append(strip(frame, shown, limits, against))
     return Section("quantities", "Which quantities?", tuple(blocks) or (_LACKS_FITS,))
 
 

@@ -140,7 +140,8 @@ def focus_table(focus: pd.DataFrame, looks: Mapping[str, Look], against: str) ->
 
 
 def _focus_cell(row: pd.Series, place: int | None) -> Cell:
-    sentence = str(row["sentence"] or "")
+    # The first words decide; the whole sentence stands in its own section.
+    sentence = str(row["sentence"] or "").partition(":")[0]
     if row["event"]:
         cell = number(row["probability"], row["probability_se"])
         return Cell(cell.text, cell.error, note=sentence, place=place)
@@ -148,8 +149,29 @@ def _focus_cell(row: pd.Series, place: int | None) -> Cell:
         return Cell(NONE, note=sentence, place=place)
     # The ends of an interval are less certain than its middle: one decimal fewer than the mean's error allows.
     places = max(0, decimals(row["mean_se"]) - 1)
-    low, high, mean = (minus(f"{row[c]:.{places}f}") for c in ("low", "high", "mean"))
+    low, high, mean = (minus(f"{round(row[c], places) + 0.0:.{places}f}") for c in ("low", "high", "mean"))
     return Cell(f"{mean} [{low}, {high}]", note=sentence, place=place)
+
+
+def focus_sentences(focus: pd.DataFrame, looks: Mapping[str, Look]) -> Table | None:
+    """What one may say of the user's own quantities from each guide alone; None where nothing is said."""
+    said = focus[focus["sentence"].fillna("").astype(str) != ""]
+    if said.empty:
+        return None
+    columns = (Column("quantity", numeric=False), Column("guide", numeric=False), Column("in words", numeric=False))
+    rows = [
+        (
+            Cell(f"P({row['item']})" if row["event"] else str(row["item"])),
+            Cell(str(row["source"]), place=looks[row["source"]].place if row["source"] in looks else None),
+            Cell(str(row["sentence"])),
+        )
+        for _, row in said.sort_values("item", kind="stable", key=_first_seen).iterrows()
+    ]
+    return Table("Your quantities, guide by guide", columns, tuple(rows), explained=False)
+
+
+def _first_seen(items: pd.Series) -> pd.Series:
+    return pd.Series(pd.factorize(items)[0], index=items.index)
 
 
 def agreement_table(agreement: pd.DataFrame, most: int = 20) -> Table:

@@ -105,7 +105,7 @@ def _dress(axes: Axes, rows: Sequence[pd.Series], shown: Sequence[str], against:
 def _in_units(row: pd.Series) -> str:
     """Median and 90 % interval in the quantity's unit, with the decimals that a tenth of its sd deserves."""
     places = decimals(row["sd"] / 10)
-    median, low, high = (f"{row[q]:.{places}f}".replace("-", "−") for q in ("q50", "q5", "q95"))
+    median, low, high = (f"{round(row[q], places) + 0.0:.{places}f}".replace("-", "−") for q in ("q50", "q5", "q95"))
     return f"{median} [{low}, {high}] {row['unit']}"
 
 

@@ -128,7 +128,7 @@ def _energy(axes: Axes, energy: np.ndarray) -> None:
     marginal = (energy - energy.mean()).ravel()
     changes = np.diff(energy, axis=1).ravel()
     low, high = np.quantile(np.concatenate([marginal, changes]), [0.001, 0.999])
-    edges = np.linspace(float(low), float(high), 46)
+    edges = np.linspace(float(low), float(high), 46).tolist()
     axes.hist(marginal, edges, density=True, color=BAND.light)
     axes.hist(changes, edges, density=True, histtype="step", color=INK.light, linewidth=1)
     axes.set_ylim(0, 1.3 * axes.get_ylim()[1])
