@@ -4,7 +4,7 @@ r"""Poisson regression of spike counts: what in the stimulus, and what in its ow
 spike keep the next one away? Two recordings ask it twice. In the fast one the sound's level changes from bin to bin,
 lags carry separate information and the filter's values are nearly independent. In the slow one neighbouring lags
 are nearly collinear: the data fix smooth combinations of the filter's values and hardly their differences.
-A guide that factorises must lose one of the two.
+A guide that factorises cannot hold both (for the slow recording some weights' sds come out seven times too small).
 
 **Model**, for bins t of width dt, neurons n and m, bumps j over lags:
 
@@ -25,9 +25,9 @@ alone. `exp` of a history filter is a gain: what one spike that long ago multipl
 reaches before the recording serve as history only. The posterior is log-concave with either prior.
 
 **Why these priors.** The stimulus comes in units of its sd: by Normal(0, 1) one sd at one lag alone multiplies the
-rate by less than 7 either way, in 95 of 100 cases, which is more than neurons show and still holds the collinear
+rate by at most about 7 either way, in 95 of 100 cases, which is more than neurons show and still holds the collinear
 directions. History has twice that room, since a refractory neuron's gain falls below 1/50. The baseline lies
-between 3 and 900 spikes/s in 95 of 100 cases. `"laplace"` says that most bumps do nothing: more mass at 0 and a
+between about 3 and 950 spikes/s in 95 of 100 cases. `"laplace"` says that most bumps do nothing: more mass at 0 and a
 heavier tail, with a scale (not an sd) of a quarter of the normal prior's sd.
 
 **What it leaves out.** The receptor adapts (127 and 120 spikes in the first second, 78 and 75 in the last), while
