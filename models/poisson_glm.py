@@ -88,7 +88,7 @@ def poisson_glm(
 
     Args:
         design: What each stimulus function sees, then what each history function sees of each source neuron in
-            turn, `(stimulus function + neuron * history function, bin)`: bins last, since their products are then faster.
+            turn, `(stimulus function + neuron * history function, bin)`; bins come last since products are then faster.
         stimulus_basis: Bumps at the stimulus lags to report, `(lag, stimulus function)`.
         history_basis: Bumps at the history lags to report, `(lag, history function)`.
         situations: Covariates to predict a rate for, `(situation, stimulus function + own history function)`.
