@@ -13,7 +13,7 @@ import numpyro.distributions as dist
 import pandas as pd
 import xarray as xr
 
-from toolkit import Dataset, Estimate, Model, Quantity, Status
+from toolkit import Dataset, Estimate, Model, Quantity, Status, Thresholds
 from toolkit.cost import Cost
 from toolkit.modelling.scalars import Scalars, scalars
 
@@ -246,6 +246,7 @@ def _comparison(
         agreement=_agreement(named, draws),
         reference_ok=True,
         sample=sample,
+        thresholds=Thresholds(),
         advice=("Report full_rank's intervals; use mean_field for point predictions only.",),
         to_datatree=lambda: _datatree(named, draws),
     )

@@ -65,6 +65,7 @@ class Comparison:
         advice: What to do next, a sentence each, the most important first.
         floors: What wasserstein_1 would be on average if nothing differed: quantities in rows, guides in columns.
         model: What was compared.
+        thresholds: What counted as right.
     """
 
     table: pd.DataFrame
@@ -79,6 +80,7 @@ class Comparison:
     advice: tuple[str, ...]
     floors: pd.DataFrame
     model: Model
+    thresholds: Thresholds
 
     def to_datatree(self) -> xr.DataTree:
         """Draws and errors in the groups `reference` and one for each guide; see `trees.tree`."""
@@ -159,6 +161,7 @@ def compare(
         advice=advise(model, guides, table, thresholds, problem, seconds) if len(guides) else (),
         floors=_floors(sides, truth),
         model=model,
+        thresholds=thresholds,
     )
 
 

@@ -99,7 +99,7 @@ def render(study: Any) -> Report:
 def _contents(study: Any) -> Contents:
     comparison = study.comparison
     looks = looks_of([fit.guide.name for fit in study.fits])
-    limits = getattr(comparison, "thresholds", Thresholds())
+    limits = comparison.thresholds
     against = first_screen.against(study.reference)
     frame = differences(comparison.table, limits)
     present = set(frame.index.get_level_values("guide"))

@@ -93,7 +93,8 @@ class Fit:
         self._require_usable()
 
         def one(key: jax.Array, params: Any, arrays: Any) -> dict[str, Any]:
-            values = self.model.values(self._latents(key, params, arrays), arrays, params, self.chart)
+            guide_key, _ = jax.random.split(key)  # as `log_weight` does, so that one key means one set of draws
+            values = self.model.values(self._latents(guide_key, params, arrays), arrays, params, self.chart)
             unknown = sorted(set(sites or ()) - set(values))
             if unknown:
                 raise ValueError(f"Expected sites of model '{self.model.name}', {sorted(values)}; got {unknown}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -17,6 +17,8 @@ from toolkit.variational.solvers.natural import natural_steps
 
 _DENSE_LIMIT = 1_500  # a d x d Hessian of 18 MB, and about a second for its decomposition
 _TRIES = 50
+_STEPS = 8
+_BOX_PRECISION = 4.0  # a sd of a half, for unconstrained coordinates of which nothing is known
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,14 @@ class Start:
         loc: Shape (size,), unconstrained.
         precision: Shape (size, size): minus the Hessian of log p there, averaged over a Gaussian around `loc`; None
             where it is not finite or the dimension is beyond what a dense matrix is for.
+        elbo: Of the full-rank Gaussian with these two, on the draws that moved it, in nats; -inf without one.
         log_density: log p(x, z) where the search ended, in nats.
         is_mode: Whether the search ended at a stationary point with negative curvature.
     """
 
     loc: np.ndarray
     precision: np.ndarray | None
+    elbo: float
     log_density: float
     is_mode: bool
 
@@ -111,24 +115,40 @@ def find_starts(model: Model, *, key: jax.Array, chart: str | None = None, count
 
     draw = jax.jit(lambda k, radius: space.ravel(model.start(k, arrays, radius, chart)))
     dispersed = _valid_points(evaluate, draw, key, count)
-    ends = [_climb(evaluate, point) for point in dispersed]
-    ends = _distinct(sorted(ends, key=lambda end: end[1]))
+    ends = [(*_climb(evaluate, point), point) for point in dispersed]
     points = []
-    for number, (loc, loss) in enumerate(ends):
-        precision, is_mode = _curvature(model, space, loc, chart)
-        evaluations += space.size
-        if precision is not None:
-            moved = natural_steps(
-                lambda v, a: model.log_density(space.unravel(v), a, chart),
-                arrays,
-                loc,
-                precision,
-                key=jax.random.fold_in(key, _TRIES + number),
-            )
-            evaluations += moved.gradient_evaluations
-            loc, precision = moved.loc, moved.precision
-        points.append(Start(loc, precision, -loss, is_mode))
+    for number, (loc, loss, begin) in enumerate(_distinct(sorted(ends, key=lambda end: end[1]))):
+        start, work = _start(model, space, chart, loc, begin, jax.random.fold_in(key, _TRIES + number))
+        evaluations += work
+        points.append(replace(start, log_density=-loss))
+    points.sort(key=lambda start: -start.elbo)
     return Starts(space, tuple(points), time.perf_counter() - begun, evaluations)
+
+
+def _start(
+    model: Model, space: Space, chart: str | None, end: np.ndarray, begin: np.ndarray, key: jax.Array
+) -> tuple[Start, int]:
+    """The better of two Gaussians: grown from the end of a search, or, if that is no mode, from where it began.
+
+    A density without an upper bound sends the search away for ever (the funnel of a centred hierarchy); the ELBO has
+    a bound all the same, and natural-gradient steps from the beginning do not run off.
+    """
+    precision, is_mode = _curvature(model, space, end, chart)
+    if precision is None:
+        return Start(begin, None, -np.inf, -np.inf, False), space.size
+    seeds = [(end, precision, _STEPS)]
+    if not is_mode:
+        seeds.append((begin, _BOX_PRECISION * np.eye(space.size), 3 * _STEPS))
+
+    def log_density(vector: Any, arrays: Any) -> Any:
+        return model.log_density(space.unravel(vector), arrays, chart)
+
+    grown = [natural_steps(log_density, model.arrays, loc, p, key=key, steps=steps) for loc, p, steps in seeds]
+    best = max(grown, key=lambda gaussian: gaussian.elbo)
+    work = space.size + sum(gaussian.gradient_evaluations for gaussian in grown)
+    if not np.isfinite(best.elbo):
+        return Start(begin, None, -np.inf, -np.inf, False), work
+    return Start(best.loc, best.precision, best.elbo, -np.inf, is_mode), work
 
 
 def _valid_points(
@@ -166,12 +186,12 @@ def _climb(evaluate: Callable[[np.ndarray], tuple[float, np.ndarray]], point: np
     return np.asarray(result.x), float(result.fun)
 
 
-def _distinct(ends: list[tuple[np.ndarray, float]]) -> list[tuple[np.ndarray, float]]:
+def _distinct(ends: list[tuple[np.ndarray, float, np.ndarray]]) -> list[tuple[np.ndarray, float, np.ndarray]]:
     """The ends without those that reached the same log density as a better one, within a thousandth of a nat."""
-    kept: list[tuple[np.ndarray, float]] = []
-    for loc, loss in ends:
-        if all(abs(loss - other) > 1e-3 for _, other in kept):
-            kept.append((loc, loss))
+    kept: list[tuple[np.ndarray, float, np.ndarray]] = []
+    for end in ends:
+        if all(abs(end[1] - other[1]) > 1e-3 for other in kept):
+            kept.append(end)
     return kept
 
 

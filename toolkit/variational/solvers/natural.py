@@ -93,10 +93,10 @@ def natural_steps(
             evaluations += len(noise) * size
         if proposed is None or not new[0] > elbo:
             rate /= 3
-            if rate < 0.1:
+            if rate < 0.01:
                 break
             continue
-        gain = new[0] - elbo
+        gain, rate = new[0] - elbo, min(1.0, 2 * rate)
         loc, precision, (elbo, gradient, hessian) = moved, proposed, new
         if gain < 0.01:
             break

@@ -170,14 +170,14 @@ def optimise(
             if gain.value > 0:
                 best, best_weights = average, weights
             idle = 0 if gain.value > max(tolerance / 5, 2 * gain.se) else idle + 1
-        if steps >= max_steps:
+        if idle < _PATIENCE:  # the budget ended this step size, not its idleness
             break
     else:
         arrived = True
     if best is None:
         best = programs.svi.optim.get_params(state.optim_state)
     fresh = np.concatenate(
-        [np.asarray(programs.check(jax.random.fold_in(key, 2 + i), best, programs.arrays)) for i in range(4)]
+        [np.asarray(programs.check(jax.random.fold_in(key, 2 + i), best, programs.arrays)) for i in range(16)]
     )
     finite = _sound(fresh)
     cost = Cost(programs.compile_seconds, time.perf_counter() - begun, steps * programs.particles, programs.peak_bytes)

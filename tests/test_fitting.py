@@ -1,0 +1,286 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro.infer import Trace_ELBO
+from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from targets import SCALES, impossible, line, pair
+
+from toolkit import Dataset, Estimate, Guide, Model, Status, Storage, fit
+from toolkit.variational.coordinates import best_low_rank
+from toolkit.variational.guides import GUIDES, find_guide
+from toolkit.variational.keeping import fit_key, keep_fit, kept_fit
+from toolkit.variational.nesting import check_nesting
+from toolkit.variational.objectives import StickTheLandingELBO
+from toolkit.variational.solvers.natural import natural_steps
+from toolkit.variational.starts import find_starts, latent_space
+
+KEY = jax.random.PRNGKey(0)
+CORRELATION = 0.9
+
+
+@pytest.fixture(scope="module")
+def correlated():
+    model = pair(CORRELATION)
+    return {name: fit(model, name, key=KEY) for name in ("mean_field", "low_rank", "full_rank")}
+
+
+def test_a_guide_on_its_own_family_recovers_it(correlated):
+    full = correlated["full_rank"]
+    assert full.status is Status.ARRIVED
+    assert abs(full.elbo.value) < 5 * full.elbo.se + 1e-2
+    draws = full.draw(jax.random.PRNGKey(1), 20_000)["z"]
+    error = SCALES / math.sqrt(20_000)
+    assert (np.abs(draws.mean(0) - [2 * SCALES[0], -3 * SCALES[1]]) < 5 * error + 0.01 * SCALES).all()
+    # The sd of a Gaussian's sample sd is sd / sqrt(2 n); the fit itself may be off by a hundredth.
+    assert np.abs(draws.std(0) / SCALES - 1).max() < 5 / math.sqrt(40_000) + 0.01
+    assert abs(np.corrcoef(draws.T)[0, 1] - CORRELATION) < 5 * (1 - CORRELATION**2) / math.sqrt(20_000) + 0.005
+
+
+def test_the_mean_field_lacks_what_theory_says(correlated):
+    fitted = correlated["mean_field"]
+    assert abs(fitted.elbo.value - 0.5 * math.log(1 - CORRELATION**2)) < 5 * fitted.elbo.se
+    draws = fitted.draw(jax.random.PRNGKey(1), 20_000)["z"]
+    expected = math.sqrt(1 - CORRELATION**2) * SCALES
+    assert np.abs(draws.std(0) / expected - 1).max() < 5 / math.sqrt(40_000) + 0.02
+
+
+def test_a_family_that_contains_another_is_not_below_it(correlated):
+    assert correlated["full_rank"].elbo.value > correlated["mean_field"].elbo.value
+    assert correlated["low_rank"].elbo.value > correlated["mean_field"].elbo.value
+    assert all(fitted.status is Status.ARRIVED for fitted in check_nesting(list(correlated.values())))
+
+
+def test_same_key_same_result(correlated):
+    again = fit(pair(CORRELATION), "mean_field", key=KEY)
+    other = fit(pair(CORRELATION), "mean_field", key=jax.random.PRNGKey(7))
+    for name, value in correlated["mean_field"].params.items():
+        np.testing.assert_array_equal(value, again.params[name])
+        assert not np.array_equal(value, other.params[name])
+
+
+@pytest.mark.parametrize("name", ["mean_field", "low_rank", "full_rank"])
+def test_log_weights_are_log_joint_minus_log_density(correlated, name):
+    fitted, model = correlated[name], pair(CORRELATION)
+    z = fitted.draw(KEY, 50)
+    arrays = model.arrays
+    centred = z["z"] - arrays["loc"]
+    log_p = -0.5 * np.einsum("ni,ij,nj->n", centred, arrays["precision"], centred) - arrays["log_scale"]
+    np.testing.assert_allclose(log_p - fitted.log_density({"z": z["z"]}), fitted.log_weights(KEY, 50), atol=1e-8)
+
+
+def test_log_density_counts_the_transform_of_a_constrained_site():
+    def scale_only(y=None):
+        s = numpyro.sample("s", dist.HalfNormal(1.0))
+        with numpyro.plate("row", 5):
+            numpyro.sample("y", dist.Normal(0, s), obs=y)
+
+    model = Model(scale_only, Dataset("five", {"y": np.array([0.3, -1.0, 0.5, 0.7, -0.2])}))
+    for name in ("mean_field", "full_rank"):
+        fitted = fit(model, name, key=KEY)
+        grid = np.exp(np.linspace(-6, 4, 4_001))
+        density = np.exp(fitted.log_density({"s": grid}))
+        # The trapezoid's error is of order step^2 / 12, with steps of 0.0025 in log s; a lost Jacobian would cost 0.1.
+        assert abs(np.trapezoid(density, grid) - 1) < 1e-5
+
+
+def test_stick_the_landing_has_the_gradient_of_the_elbo():
+    model = line()
+    guide = AutoMultivariateNormal(model.bound())
+    with numpyro.handlers.seed(rng_seed=0):
+        guide(**model.arrays)
+    params = {"auto_loc": jnp.array([0.3, 0.1]), "auto_scale_tril": jnp.array([[0.4, 0.0], [0.2, 0.3]])}
+
+    def gradients(loss):
+        def one(key):
+            gradient = jax.grad(lambda p: loss.loss(key, p, model.bound(), guide, **model.arrays))(params)
+            return jnp.concatenate([jnp.ravel(gradient[name]) for name in params])
+
+        return np.asarray(jax.vmap(one)(jax.random.split(KEY, 4_000)))
+
+    difference = gradients(StickTheLandingELBO(4)) - gradients(Trace_ELBO(4))
+    upper = [0, 1, 2, 4, 5]  # the entry above the diagonal takes no part
+    estimates = [Estimate.of_mean(difference[:, i]) for i in upper]
+    assert max(abs(estimate.value) / estimate.se for estimate in estimates) < 5
+
+
+def test_low_rank_optimum_of_a_gaussian():
+    rng = np.random.default_rng(3)
+    scale, factor = np.array([1.0, 10.0, 0.1, 2.0, 5.0]), rng.standard_normal((5, 2))
+    covariance = np.diag(scale) @ (np.eye(5) + factor @ factor.T) @ np.diag(scale)
+    precision = np.linalg.inv(covariance)
+
+    def kl(rank):
+        found_scale, found_factor = best_low_rank(precision, rank, rounds=2_000)
+        q = np.diag(found_scale) @ (np.eye(5) + found_factor @ found_factor.T) @ np.diag(found_scale)
+        return 0.5 * (np.trace(precision @ q) - 5 - np.linalg.slogdet(precision @ q)[1])
+
+    losses = [kl(rank) for rank in (1, 2, 3)]
+    assert losses[0] > losses[1] + 0.01  # one column is too few, and the test can see it
+    assert losses[1] < 0.05
+    assert losses[2] <= losses[1] + 1e-3
+
+
+def test_natural_steps_reach_a_gaussian_from_a_wrong_start():
+    rng = np.random.default_rng(0)
+    root = rng.standard_normal((4, 4))
+    precision = root @ root.T + np.eye(4)
+    loc = np.array([1.0, -2.0, 3.0, 0.5])
+    target = {"loc": loc, "precision": precision}
+
+    def log_density(z, arrays):
+        return -0.5 * (z - arrays["loc"]) @ arrays["precision"] @ (z - arrays["loc"])
+
+    found = natural_steps(log_density, target, np.zeros(4), 10 * np.eye(4), key=KEY)
+    np.testing.assert_allclose(found.precision, precision, rtol=1e-8)
+    np.testing.assert_allclose(found.loc, loc, rtol=1e-8)
+
+
+def test_latents_are_in_program_order():
+    def unsorted(y=None):
+        z = numpyro.sample("zeta", dist.Normal(0, 1))
+        a = numpyro.sample("alpha", dist.Normal(0, 1).expand([2]).to_event(1))
+        numpyro.sample("y", dist.Normal(z + a.sum(), 1), obs=y)
+
+    model = Model(unsorted, Dataset("one", {"y": np.array(1.0)}))
+    space = latent_space(model)
+    assert space.names == ("zeta", "alpha")
+    assert space.shapes == ((), (2,))
+    vector = jnp.arange(3.0)
+    np.testing.assert_array_equal(space.ravel(space.unravel(vector)), vector)
+
+
+def test_no_valid_start_is_a_status():
+    fitted = fit(impossible(), "mean_field", key=KEY)
+    assert fitted.status is Status.NO_VALID_START
+    assert not fitted.usable
+    with pytest.raises(ValueError, match="no start was found"):
+        fitted.draw(KEY, 10)
+
+
+def test_priors_that_break_numpyros_own_start_are_survived():
+    def vague(y=None):
+        precision = numpyro.sample("precision", dist.Gamma(1e-3, 1e-3))
+        mu = numpyro.sample("mu", dist.Normal(0, 1e3))
+        with numpyro.plate("row", 20):
+            numpyro.sample("y", dist.Normal(mu, precision**-0.5), obs=y)
+
+    y = 500 + 20 * np.random.default_rng(1).standard_normal(20)
+    fitted = fit(Model(vague, Dataset("vague", {"y": y})), "mean_field", key=KEY)
+    assert fitted.status is Status.ARRIVED
+    mu = fitted.draw(KEY, 4_000)["mu"]
+    assert abs(mu.mean() - y.mean()) < 5 * y.std() / math.sqrt(4_000) + 0.1 * y.std()
+
+
+def test_invalid_steps_are_survived_and_counted():
+    def walled(y=None):
+        z = numpyro.sample("z", dist.Normal(0, 1))
+        # Not a number where z > 1.5: within reach of nearly every block of steps.
+        numpyro.factor("wall", jnp.where(z > 1.5, jnp.nan, 0.0))
+        numpyro.sample("y", dist.Normal(z, 1), obs=y)
+
+    fitted = fit(Model(walled, Dataset("walled", {"y": np.array(-1.0)})), "mean_field", key=KEY, max_steps=1_000)
+    assert fitted.invalid_steps > 0
+    assert "skipped" in fitted.message
+
+
+def test_a_short_budget_is_told():
+    fitted = fit(line(), "mean_field", key=KEY, max_steps=250)
+    assert fitted.status is Status.BUDGET
+    assert fitted.usable
+
+
+def test_a_users_guide_and_every_named_one_fit():
+    mine = Guide("mine", lambda fn: AutoNormal(fn, init_scale=0.01))
+    fitted = fit(line(), mine, key=KEY)
+    panel = fit(line(), "mean_field", key=KEY)
+    assert abs(fitted.elbo.value - panel.elbo.value) < 5 * math.hypot(fitted.elbo.se, panel.elbo.se) + 0.02
+    point = fit(line(), "map", key=KEY)
+    assert point.usable
+    assert not point.has_density
+    assert point.elbo is None
+    laplace = fit(line(), "laplace", key=KEY)
+    # The posterior is Gaussian: Laplace's approximation is exact, and better than the mean field.
+    assert laplace.elbo.value > panel.elbo.value - 5 * panel.elbo.se
+    assert laplace.elbo.se < 1e-3
+
+
+def test_nesting_marks_the_larger_family_that_ends_lower(correlated):
+    low = correlated["mean_field"]
+    from dataclasses import replace
+
+    worse = replace(correlated["full_rank"], elbo=Estimate(low.elbo.value - 3, 0.01))
+    marked = {fitted.guide.name: fitted for fitted in check_nesting([low, worse])}
+    assert marked["full_rank"].status is Status.BELOW_SMALLER_FAMILY
+    assert "below mean_field" in marked["full_rank"].message
+    assert marked["mean_field"].status is Status.ARRIVED
+    noisy = replace(worse, elbo=Estimate(low.elbo.value - 3, 2.0))
+    assert check_nesting([low, noisy])[1].status is Status.ARRIVED
+
+
+def test_a_kept_fit_draws_the_same(tmp_path, correlated):
+    storage, fitted = Storage(tmp_path), correlated["full_rank"]
+    keep_fit(storage, "name", fitted)
+    again = kept_fit(storage, "name", fitted.model, fitted.guide)
+    np.testing.assert_array_equal(fitted.draw(KEY, 20)["z"], again.draw(KEY, 20)["z"])
+    assert again.elbo == fitted.elbo
+    assert again.status is fitted.status
+    np.testing.assert_array_equal(again.traces[0].elbo, fitted.traces[0].elbo)
+    assert kept_fit(storage, "another", fitted.model, fitted.guide) is None
+
+
+def test_only_guides_with_known_code_are_kept():
+    mine = Guide("mean_field", lambda fn: AutoNormal(fn, init_scale=3.0))
+    assert fit_key("model", mine, KEY, {}) is None
+    names = {fit_key("model", GUIDES[name], KEY, {}) for name in GUIDES}
+    assert len(names) == len(GUIDES)
+    assert fit_key("model", GUIDES["map"], KEY, {}) != fit_key("model", GUIDES["map"], jax.random.PRNGKey(1), {})
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: find_guide("meanfield"), "Expected a guide's name, one of mean_field, .*got 'meanfield'"),
+        (lambda: fit(line(), "mean_field@centred", key=KEY), r"Expected chart to be one of \['plain'\]"),
+        (lambda: fit(line(), "mean_field", key=KEY, tolerance=0.0), "Expected a positive tolerance in nats; got 0"),
+    ],
+)
+def test_misuse_is_told(call, text):
+    with pytest.raises(ValueError, match=text):
+        call()
+
+
+def test_a_chart_of_its_own_learns_and_draws_the_plain_sites():
+    from numpyro.infer.reparam import LocScaleReparam
+
+    def groups(y=None):
+        mu = numpyro.sample("mu", dist.Normal(0, 5))
+        tau = numpyro.sample("tau", dist.HalfNormal(5))
+        with numpyro.plate("group", 8):
+            theta = numpyro.sample("theta", dist.Normal(mu, tau))
+            numpyro.sample("y", dist.Normal(theta, 10.0), obs=y)
+
+    y = np.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+    charts = {"noncentred": {"theta": LocScaleReparam(0)}, "learned": {"theta": LocScaleReparam(None)}}
+    model = Model(groups, Dataset("eight", {"y": y}), charts=charts, chart="noncentred")
+    fits = {chart: fit(model, f"mean_field@{chart}", key=KEY) for chart in ("plain", "noncentred", "learned")}
+    assert "theta_centered" in fits["learned"].params
+    assert all(fitted.draw(KEY, 3)["theta"].shape == (3, 8) for fitted in fits.values())
+    # What is learned can be no worse than the better of its two ends.
+    ends = max(fits["plain"].elbo.value, fits["noncentred"].elbo.value)
+    assert fits["learned"].elbo.value > ends - 5 * fits["learned"].elbo.se - 0.1
+
+
+def test_starts_find_both_modes():
+    def two(y=None):
+        z = numpyro.sample("z", dist.Normal(0, 10))
+        numpyro.factor("modes", jnp.logaddexp(-0.5 * (z - 6) ** 2 / 0.25, -1 - 0.5 * (z + 6) ** 2 / 0.25))
+
+    starts = find_starts(Model(two, Dataset("two", {})), key=KEY, count=6)
+    ends = sorted(round(float(point.loc[0]), 1) for point in starts.points)
+    assert ends == [-6.0, 6.0]
+    assert starts.points[0].loc[0] > 0  # the better one first

@@ -1,0 +1,92 @@
+import jax
+import numpy as np
+import pandas as pd
+import pytest
+from targets import line, pair
+
+from toolkit import Guide, Status, Storage, study
+from toolkit.studies import package_versions
+
+QUICK = {"chains": 2, "warmup": 400, "draws": 3_000, "max_steps": 2_000}
+
+
+def broken(fn):
+    raise RuntimeError("this guide cannot be built\nsecond line")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    storage = Storage(tmp_path_factory.mktemp("cache"))
+    guides = ("mean_field", Guide("broken", broken), "full_rank")
+    return storage, study(pair(), guides=guides, storage=storage, **QUICK)
+
+
+def test_a_guide_that_fails_is_a_row_and_the_rest_stands(finished):
+    _, done = finished
+    by_name = {fitted.guide.name: fitted for fitted in done.fits}
+    assert by_name["broken"].status is Status.FAILED
+    assert by_name["broken"].message == "this guide cannot be built"
+    assert list(done.comparison.guides.index) == ["mean_field", "broken", "full_rank"]
+    assert set(done.comparison.table["guide"]) == {"mean_field", "full_rank"}
+
+
+def test_a_correlated_target_accuses_the_mean_field_alone(finished):
+    _, done = finished
+    rows = done.comparison.guides
+    assert rows.loc["mean_field", "verdict"] == "wrong"
+    assert "too narrow" in rows.loc["mean_field", "sentence"]
+    ratio = rows.loc["mean_field", ["worst_sd_ratio", "worst_sd_ratio_se"]].astype(float)
+    assert abs(ratio.iloc[0] - np.sqrt(1 - 0.9**2)) < 5 * ratio.iloc[1] + 0.01
+    assert rows.loc["full_rank", "wrong"] == 0
+
+
+def test_the_same_call_goes_on_from_what_is_kept(finished):
+    storage, done = finished
+    again = study(pair(), guides=("mean_field", "full_rank"), storage=storage, **QUICK)
+    assert set(again.resumed) == {"fit mean_field", "fit full_rank"}
+    kept = done.comparison.table
+    pd.testing.assert_frame_equal(again.comparison.table, kept.reset_index(drop=True))
+
+
+def test_stopping_in_the_reference_keeps_the_fits(tmp_path):
+    storage = Storage(tmp_path)
+
+    def stop(stage, *_):
+        if stage == "reference":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        study(line(), guides=("mean_field",), storage=storage, progress=stop, **QUICK)
+    assert study(line(), guides=("mean_field",), storage=storage, **QUICK).resumed == ("fit mean_field",)
+
+
+def test_another_seed_gives_other_numbers(finished):
+    _, done = finished
+    other = study(pair(), guides=("mean_field",), seed=1, **QUICK)
+    same = done.comparison.table.query("guide == 'mean_field' and metric == 'shift'")["value"]
+    assert not np.array_equal(other.comparison.table.query("metric == 'shift'")["value"], same)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"guides": ()}, "Expected at least one guide"),
+        ({"guides": ("mean_field", "mean_field")}, "Expected each guide once; got mean_field more than once"),
+        ({"guides": ("nothing",)}, "Expected a guide's name"),
+        ({"guides": ("mean_field@other",)}, "Expected chart to be one of"),
+        ({"chart": "other"}, "Expected chart to be one of"),
+        ({"chains": 0}, "Expected chains to be at least 1; got 0"),
+        ({"draws": 0}, "Expected draws to be at least 4; got 0"),
+        ({"focus": ("nosuch > 0",)}, "nosuch"),
+    ],
+)
+def test_misuse_is_told_before_any_work(arguments, text):
+    def no_work(*_):
+        pytest.fail("work had begun")
+
+    with pytest.raises(ValueError, match=text):
+        study(line(), progress=no_work, **arguments)
+
+
+def test_versions_name_what_the_numbers_depend_on():
+    assert package_versions()["jax"] == jax.__version__
