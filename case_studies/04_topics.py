@@ -98,7 +98,7 @@ for source in sources[1:] if "reference" in sources else []:
 
 # %%
 judged = comparison.table[comparison.table["metric"].isin(["shift", "sd_ratio", "coverage_90"])].copy()
-judged["site"] = judged["quantity"].str.partition("[")[0]
+judged["site"] = judged["quantity"].str.split("[").str[0]
 summary = judged.groupby(["guide", "site", "metric"], sort=False)["value"].describe(percentiles=[0.05, 0.5, 0.95])
 print(summary[["5%", "50%", "95%"]].round(3).to_string() if len(summary) else "No reference draws to compare with.")
 for _, row in comparison.focus[comparison.focus["event"].astype(bool)].iterrows():
