@@ -20,8 +20,6 @@ import typer
 # Only what answers `--help` is imported here; NumPyro, JAX and ArviZ wait until a command needs them.
 
 if TYPE_CHECKING:
-    from toolkit.modelling.model import Model
-    from toolkit.storage import Storage
     from toolkit.studies import Study
 
 app = typer.Typer(
@@ -90,16 +88,22 @@ def study(
     max_steps: Annotated[int, typer.Option(help="The optimiser's budget for each start.")] = 20_000,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Neither use nor keep finished work.")] = False,
 ) -> None:
-    """Fit guides, run NUTS, compare them, and write a report."""
+    """Fit guides, run NUTS, compare them, and write a report.
+
+    Exit codes: 0, a report was written, whatever it says of the guides; 1, a report was written, but NUTS gave no
+    draws or no guide could be fitted; 2, a mistake in the call, told in a sentence; 130, stopped by Ctrl-C: the same
+    command goes on from what was finished.
+    """
     with _sentences():
         begun = time.perf_counter()
         folder = _writable(out or Path("reports") / target.rpartition(":")[2].replace("/", "_"))
         from toolkit.sampling.references import load_reference
         from toolkit.storage import default_storage
         from toolkit.studies import study as run
+        from toolkit.targets import parse_options, resolve
 
         storage = None if no_cache else default_storage()
-        model = _model(target, data, option)
+        model = resolve(target, data, parse_options(option or []))
         with _progress() as progress:
             done = run(
                 model,
@@ -120,17 +124,23 @@ def study(
             progress("report", 0, 1, "drawing")
             report = done.write(folder)
             progress("report", 1, 1, "done")
-        _remember(storage, report)
+        _remember(report)
         _summary(done, report, time.perf_counter() - begun)
+        _fail_if_nothing_to_compare(done)
 
 
 @app.command()
 def check(target: Target, data: Data = None, option: Options = None) -> None:
-    """Check a model, rung by rung, and say what to do about the first that breaks."""
+    """Check a model, rung by rung, and say what to do about the first that breaks.
+
+    Exit codes: 0, nothing is broken; 1, a rung is broken; 2, a mistake in the call.
+    """
     with _sentences():
         from toolkit.modelling.check import check as climb
+        from toolkit.targets import find, parse_options
 
-        rungs = climb(_model(target, data, option))
+        found = find(target, data, parse_options(option or []))
+        rungs = climb(*found) if isinstance(found, tuple) else climb(found)
         for rung in rungs:
             typer.echo(
                 f"{'ok    ' if rung.passed else 'broken'}  {rung.name}{': ' + rung.message if rung.message else ''}"
@@ -166,12 +176,6 @@ def main() -> None:
     app()
 
 
-def _model(target: str, data: Path | None, option: list[str] | None) -> Model:
-    from toolkit.targets import parse_options, resolve
-
-    return resolve(target, data, parse_options(option or []))
-
-
 def _command() -> str:
     import shlex
 
@@ -179,10 +183,10 @@ def _command() -> str:
 
 
 def _writable(folder: Path) -> Path:
-    """The folder, made; told now if it cannot be written, not after minutes of work."""
+    """The folder; told now if it could not be made or written, not after minutes of work, and not made yet."""
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
         raise ValueError(
@@ -222,14 +226,23 @@ def _progress() -> Iterator[Callable[[str, int, int, str], None]]:
         TextColumn("{task.fields[text]}"),
     )
     tasks: dict[str, Any] = {}
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+    finished: set[str] = set()
+
+    def tell(stage: str, done: int, total: int, text: str) -> None:
+        # A guide that is fitted from several starts comes to its end several times.
+        if done >= total and stage not in finished:
+            finished.add(stage)
+            typer.echo(f"{stage}: done", err=True)
+
+    if not console.is_terminal:
+        yield tell
+        return
+    with Progress(*columns, console=console) as bars:
 
         def update(stage: str, done: int, total: int, text: str) -> None:
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total, text=text)
             bars.update(tasks[stage], completed=done, total=total, text=text)
-            if done >= total and not console.is_terminal:
-                console.print(f"{stage}: {text or 'done'}")
 
         yield update
 
@@ -247,9 +260,27 @@ def _summary(study: Study, report: Path, seconds: float) -> None:
     typer.echo(f"{report} ({seconds:.0f} s)")
 
 
-def _remember(storage: Storage | None, report: Path) -> None:
-    if storage is not None:
-        (storage.folder / "last_report").write_text(str(report.resolve()))
+def _fail_if_nothing_to_compare(study: Study) -> None:
+    reasons = []
+    if not study.reference.usable:
+        reasons.append("the reference has no draws")
+    if not any(fit.usable for fit in study.fits):
+        reasons.append("no guide could be fitted")
+    if reasons:
+        typer.secho(f"elbowroom: nothing could be compared, because {' and '.join(reasons)}.", err=True, fg="red")
+        raise typer.Exit(_FAILED)
+
+
+def _remember(report: Path) -> None:
+    """Note where the report is for `elbowroom open`, even with --no-cache: a path is no finished work."""
+    from toolkit.storage import cache_folder
+
+    note = cache_folder() / "last_report"
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(str(report.resolve()))
+    except OSError as error:
+        typer.echo(f"'elbowroom open' will not know of this report: '{note}' cannot be written ({error.strerror}).")
 
 
 def _last() -> Path:

@@ -7,7 +7,7 @@ import os
 import platform
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,7 +118,9 @@ def study(
         ValueError: A guide, a chart, a focus expression or a count is not what it should be.
     """
     chosen = [find_guide(guide) for guide in guides]
-    _check(model, chosen, chart, chains, warmup, draws)
+    _check(model, chosen, chart, {"chains": (chains, 2), "warmup": (warmup, 1), "draws": (draws, 4)})
+    if not (tolerance > 0 and max_steps > 0):
+        raise ValueError(f"Expected a positive tolerance and positive max_steps; got {tolerance} and {max_steps}.")
     thresholds = thresholds or Thresholds()
     for text in focus:
         parse_focus(text, model)  # a misspelt name should be heard of before the work, not after it
@@ -212,7 +214,8 @@ def _fit_or_row(model: Model, guide: Guide, fitting: Callable[[], Fit]) -> Fit:
         return Fit(guide, model, Status.FAILED, text)
 
 
-def _check(model: Model, guides: Sequence[Guide], chart: str | None, chains: int, warmup: int, draws: int) -> None:
+def _check(model: Model, guides: Sequence[Guide], chart: str | None, numbers: Mapping[str, tuple[int, int]]) -> None:
+    """Misuse is told before any work; `numbers` are values with the least that each may be."""
     if not guides:
         raise ValueError("Expected at least one guide; got none.")
     names = [guide.name for guide in guides]
@@ -222,7 +225,7 @@ def _check(model: Model, guides: Sequence[Guide], chart: str | None, chains: int
     for wanted in (chart, *(guide.chart for guide in guides)):
         if wanted is not None:
             model.bound(wanted)
-    for name, value, least in (("chains", chains, 1), ("warmup", warmup, 1), ("draws", draws, 4)):
+    for name, (value, least) in numbers.items():
         if value < least:
             raise ValueError(f"Expected {name} to be at least {least}; got {value}.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from inspect import Parameter, signature
@@ -90,14 +91,8 @@ def read_dataset(path: str | Path, fn: Callable[..., Any], static: Mapping[str, 
     if path.suffix not in {".csv", ".npz"}:
         raise ValueError(f"Expected a .csv or .npz data file; got '{path.name}'.")
     try:
-        columns = _csv_columns(path) if path.suffix == ".csv" else _npz_arrays(path)
-    except (
-        OSError,
-        ValueError,
-        UnicodeDecodeError,
-        pd.errors.ParserError,
-        pd.errors.EmptyDataError,
-    ) as error:
+        columns = _csv_columns(path) if path.suffix == ".csv" else read_npz(path)
+    except (OSError, ValueError) as error:  # pandas' own errors of parsing are among the latter
         raise ValueError(f"Expected a readable {path.suffix} file; '{path}' is not: {error}") from error
     parameters = [
         p for p in signature(fn).parameters.values() if p.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
@@ -126,9 +121,20 @@ def _csv_columns(path: Path) -> dict[str, np.ndarray]:
     return {str(name): column.to_numpy() for name, column in pd.read_csv(path).items()}
 
 
-def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an NPZ file by name.
+
+    Raises:
+        ValueError: It is not a whole NPZ file, or holds Python objects.
+    """
+    with path.open("rb") as file:
+        try:
+            loaded = np.load(file, allow_pickle=False)
+            if not isinstance(loaded, np.ndarray):
+                return {name: loaded[name] for name in loaded.files}
+        except (EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"it is no whole NPZ archive ({error})") from error
+    raise ValueError("it holds a single array without a name: write it with numpy.savez(file, name=array)")
 
 
 def _codes(name: str, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -99,6 +99,8 @@ class Model:
         _check_arguments(self.fn, self.dataset)
         sites = self._trace(self.fn)
         discrete = tuple(site.name for site in sites.values() if site.kind == LATENT and site.discrete)
+        put("sites", sites)
+        self._check_plates()
         if discrete:
             put("fn", sum_out_discrete(self.fn, discrete, self.kwargs))
             sites = self._trace(self.fn)
@@ -229,6 +231,17 @@ class Model:
             raise ValueError(
                 f"Expected model '{self.name}' to run on dataset '{self.dataset.name}'; it stops with {text}"
             ) from error
+
+    def _check_plates(self) -> None:
+        """NumPyro compares an observation with its plates only when the density is computed."""
+        for site in self.sites.values():
+            batch = site.shape[: len(site.shape) - site.event_dims]
+            for plate, size, axis in site.plates:
+                if -axis <= len(batch) and batch[axis] not in (1, size):
+                    raise ValueError(
+                        f"Expected {size:,} values of site '{site.name}' along plate '{plate}' of model "
+                        f"'{self.name}'; got {batch[axis]:,}: give the plate the size of its data."
+                    )
 
     def _default_quantities(self) -> tuple[Quantity, ...]:
         observed = [self.sites[name].shape for name in self.observed]
