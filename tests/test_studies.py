@@ -7,7 +7,7 @@ from targets import line, pair
 from toolkit import Guide, Status, Storage, study
 from toolkit.studies import package_versions
 
-QUICK = {"chains": 2, "warmup": 400, "draws": 3_000, "max_steps": 2_000}
+QUICK = {"chains": 2, "warmup": 400, "draws": 3_000, "max_steps": 4_000}
 
 
 def broken(fn):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -13,11 +13,12 @@ import numpy as np
 from scipy.optimize import minimize
 
 from toolkit.modelling.model import Model
-from toolkit.variational.solvers.natural import natural_steps
+from toolkit.variational.solvers.natural import is_safely_positive, natural_steps
 
 _DENSE_LIMIT = 1_500  # a d x d Hessian of 18 MB, and about a second for its decomposition
 _TRIES = 50
 _STEPS = 8
+_SAME_LABELS = 0.05  # of the norm: a transform's Jacobian moves the modes of two labellings apart by a little
 _BOX_PRECISION = 4.0  # a sd of a half, for unconstrained coordinates of which nothing is known
 
 
@@ -115,30 +116,64 @@ def find_starts(model: Model, *, key: jax.Array, chart: str | None = None, count
 
     draw = jax.jit(lambda k, radius: space.ravel(model.start(k, arrays, radius, chart)))
     dispersed = _valid_points(evaluate, draw, key, count)
-    ends = [(*_climb(evaluate, point), point) for point in dispersed]
+    ends = sorted((_climb(evaluate, point) for point in dispersed), key=lambda end: end.loss)
     points = []
-    for number, (loc, loss, begin) in enumerate(_distinct(sorted(ends, key=lambda end: end[1]))):
-        start, work = _start(model, space, chart, loc, begin, jax.random.fold_in(key, _TRIES + number))
+    for number, end in enumerate(_relabelled_once(model, space, chart, _distinct(ends))):
+        start, work = _start(model, space, chart, end, jax.random.fold_in(key, _TRIES + number))
         evaluations += work
-        points.append(replace(start, log_density=-loss))
+        points.append(start)
     points.sort(key=lambda start: -start.elbo)
     return Starts(space, tuple(points), time.perf_counter() - begun, evaluations)
 
 
-def _start(
-    model: Model, space: Space, chart: str | None, end: np.ndarray, begin: np.ndarray, key: jax.Array
-) -> tuple[Start, int]:
+@dataclass(frozen=True)
+class _End:
+    """Where a search for a mode ended, minus the log density there in nats, and where it began."""
+
+    loc: np.ndarray
+    loss: float
+    begin: np.ndarray
+
+
+def _distinct(ends: list[_End]) -> list[_End]:
+    """The ends without those that reached the same log density as a better one, within a thousandth of a nat."""
+    kept: list[_End] = []
+    for end in ends:
+        if all(abs(end.loss - other.loss) > 1e-3 for other in kept):
+            kept.append(end)
+    return kept
+
+
+def _relabelled_once(model: Model, space: Space, chart: str | None, ends: list[_End]) -> list[_End]:
+    """The ends without those that differ from a better one in their labelling alone."""
+    labels = model.labels
+    if labels is None or len(ends) < 2:
+        return ends
+    sites = [model.constrain(space.unravel(end.loc), model.arrays, chart=chart) for end in ends]
+    rows = [np.asarray(values[labels.by])[None, None] for values in sites]
+    kept = [0]
+    for number in range(1, len(ends)):
+        for better in kept:
+            aligned = labels.relabel({labels.by: rows[number]}, anchor=rows[better][0, 0])[labels.by]
+            if np.linalg.norm(aligned - rows[better]) < _SAME_LABELS * np.linalg.norm(rows[better]):
+                break
+        else:
+            kept.append(number)
+    return [ends[number] for number in kept]
+
+
+def _start(model: Model, space: Space, chart: str | None, end: _End, key: jax.Array) -> tuple[Start, int]:
     """The better of two Gaussians: grown from the end of a search, or, if that is no mode, from where it began.
 
     A density without an upper bound sends the search away for ever (the funnel of a centred hierarchy); the ELBO has
     a bound all the same, and natural-gradient steps from the beginning do not run off.
     """
-    precision, is_mode = _curvature(model, space, end, chart)
+    precision, is_mode = _curvature(model, space, end.loc, chart)
     if precision is None:
-        return Start(begin, None, -np.inf, -np.inf, False), space.size
-    seeds = [(end, precision, _STEPS)]
+        return Start(end.begin, None, -np.inf, -end.loss, False), space.size
+    seeds = [(end.loc, precision, _STEPS)]
     if not is_mode:
-        seeds.append((begin, _BOX_PRECISION * np.eye(space.size), 3 * _STEPS))
+        seeds.append((end.begin, _BOX_PRECISION * np.eye(space.size), 3 * _STEPS))
 
     def log_density(vector: Any, arrays: Any) -> Any:
         return model.log_density(space.unravel(vector), arrays, chart)
@@ -147,8 +182,8 @@ def _start(
     best = max(grown, key=lambda gaussian: gaussian.elbo)
     work = space.size + sum(gaussian.gradient_evaluations for gaussian in grown)
     if not np.isfinite(best.elbo):
-        return Start(begin, None, -np.inf, -np.inf, False), work
-    return Start(best.loc, best.precision, best.elbo, -np.inf, is_mode), work
+        return Start(end.begin, None, -np.inf, -end.loss, False), work
+    return Start(best.loc, best.precision, best.elbo, -end.loss, is_mode), work
 
 
 def _valid_points(
@@ -167,8 +202,8 @@ def _valid_points(
     return points
 
 
-def _climb(evaluate: Callable[[np.ndarray], tuple[float, np.ndarray]], point: np.ndarray) -> tuple[np.ndarray, float]:
-    """Where L-BFGS ends, and minus the log density there; an invalid step is a wall that it turns away from."""
+def _climb(evaluate: Callable[[np.ndarray], tuple[float, np.ndarray]], point: np.ndarray) -> _End:
+    """Where L-BFGS ends; an invalid step is a wall that it turns away from."""
 
     def walled(vector: np.ndarray) -> tuple[float, np.ndarray]:
         loss, gradient = evaluate(vector)
@@ -183,16 +218,7 @@ def _climb(evaluate: Callable[[np.ndarray], tuple[float, np.ndarray]], point: np
         method="L-BFGS-B",
         options={"maxiter": 1_000, "maxcor": 20, "ftol": 1e-12, "gtol": 1e-6},
     )
-    return np.asarray(result.x), float(result.fun)
-
-
-def _distinct(ends: list[tuple[np.ndarray, float, np.ndarray]]) -> list[tuple[np.ndarray, float, np.ndarray]]:
-    """The ends without those that reached the same log density as a better one, within a thousandth of a nat."""
-    kept: list[tuple[np.ndarray, float, np.ndarray]] = []
-    for end in ends:
-        if all(abs(end[1] - other[1]) > 1e-3 for other in kept):
-            kept.append(end)
-    return kept
+    return _End(np.asarray(result.x), float(result.fun), point)
 
 
 def _curvature(model: Model, space: Space, loc: np.ndarray, chart: str | None) -> tuple[np.ndarray | None, bool]:
@@ -217,11 +243,11 @@ def positive_definite(matrix: np.ndarray) -> tuple[np.ndarray | None, bool]:
 
     The matrix is first scaled to a unit diagonal, so that a bound on its eigenvalues means the same in every unit.
     """
+    if is_safely_positive(matrix):
+        return matrix, True
     scale = np.sqrt(np.abs(np.diag(matrix)))
     if not (scale > 0).all():
         return None, False
     values, vectors = np.linalg.eigh(matrix / np.outer(scale, scale))
-    if values[0] > 1e-8:
-        return matrix, True
     bounded = np.clip(np.abs(values), 1e-3, None)
     return (vectors * bounded) @ vectors.T * np.outer(scale, scale), False

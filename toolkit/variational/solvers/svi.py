@@ -29,7 +29,8 @@ from toolkit.variational.objectives import log_weight
 Params = dict[str, Any]
 Program = Callable[..., Any]
 
-BLOCK = 250
+_BLOCK = 250
+_LONG_STEPS = 10_000  # parameters from which a step is long enough for shorter blocks
 _CUTS = 3
 _CHECK_DRAWS = 512
 _PATIENCE = 2  # blocks in a row without a gain before the step size is cut
@@ -72,6 +73,7 @@ class Programs:
     svi: SVI
     arrays: dict[str, Any]
     particles: int
+    block_steps: int
     block: Any
     check: Any
     initial: Any
@@ -86,6 +88,8 @@ def compile_programs(model: Program, guide: Program, loss: ELBO, arrays: dict[st
     optimiser = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)
     svi = SVI(model, guide, optimiser, loss)
     initial = svi.init(key, **arrays)
+    params = svi.optim.get_params(initial.optim_state)
+    length = _BLOCK if sum(value.size for value in params.values()) < _LONG_STEPS else _BLOCK * 2 // 5
 
     def block(state: Any, arrays: Any) -> tuple[Any, Params, Any]:
         def step(carry: Any, _: None) -> tuple[Any, Any]:
@@ -95,8 +99,8 @@ def compile_programs(model: Program, guide: Program, loss: ELBO, arrays: dict[st
             return (state, total), value
 
         zeros = jax.tree.map(jnp.zeros_like, svi.optim.get_params(state.optim_state))
-        (state, total), losses = jax.lax.scan(step, (state, zeros), None, length=BLOCK)
-        return state, jax.tree.map(lambda t: t / BLOCK, total), losses
+        (state, total), losses = jax.lax.scan(step, (state, zeros), None, length=length)
+        return state, jax.tree.map(lambda t: t / length, total), losses
 
     def check(key: jax.Array, params: Params, arrays: Any) -> Any:
         constrained = svi.constrain_fn(params)
@@ -106,7 +110,6 @@ def compile_programs(model: Program, guide: Program, loss: ELBO, arrays: dict[st
             batch_size=64,
         )
 
-    params = svi.optim.get_params(initial.optim_state)
     # Tracing shares NumPyro's one stack of handlers and stays in this thread; compiling does not.
     lowered = jax.jit(block).lower(initial, arrays), jax.jit(check).lower(key, params, arrays)
     with ThreadPoolExecutor(len(lowered)) as pool:
@@ -117,6 +120,7 @@ def compile_programs(model: Program, guide: Program, loss: ELBO, arrays: dict[st
         svi,
         arrays,
         loss.num_particles,
+        length,
         compiled_block,
         compiled_check,
         initial,
@@ -149,18 +153,18 @@ def optimise(
     state = programs.initial._replace(rng_key=jax.random.fold_in(key, 0))
     course: list[tuple[int, float, float]] = []
     invalid, steps, checks = 0, 0, 0
-    best: Params | None = None
-    best_weights = np.full(_CHECK_DRAWS, -np.inf)
     arrived = False
     # One set of draws for all checks, so that differences between iterates are paired.
     check_key = jax.random.fold_in(key, 1)
+    best = programs.svi.optim.get_params(state.optim_state)
+    best_weights = np.asarray(programs.check(check_key, best, programs.arrays))
     for cut in range(_CUTS + 1):
         state = _with_step_size(programs.svi, state, step_size / 4**cut, best)
         idle = 0
         while idle < _PATIENCE and steps < max_steps:
             state, average, losses = programs.block(state, programs.arrays)
             values = -np.asarray(losses)
-            steps += BLOCK
+            steps += programs.block_steps
             invalid += int((~np.isfinite(values)).sum())
             course.append((steps, *_block_mean(values)))
             report(steps, course[-1][1])
@@ -174,8 +178,6 @@ def optimise(
             break
     else:
         arrived = True
-    if best is None:
-        best = programs.svi.optim.get_params(state.optim_state)
     fresh = np.concatenate(
         [np.asarray(programs.check(jax.random.fold_in(key, 2 + i), best, programs.arrays)) for i in range(16)]
     )
@@ -206,9 +208,8 @@ def _block_mean(values: np.ndarray) -> tuple[float, float]:
     return Estimate.of_mean(finite) if finite.size > 1 else Estimate(math.nan, math.nan)
 
 
-def _with_step_size(svi: SVI, state: Any, step_size: float, params: Params | None) -> Any:
+def _with_step_size(svi: SVI, state: Any, step_size: float, params: Params) -> Any:
     """The state with another step size, continued from the given iterate with fresh moments."""
-    params = svi.optim.get_params(state.optim_state) if params is None else params
     count, (_, inner) = svi.optim.init(params)
     hyperparams = dict(
         inner.hyperparams, learning_rate=jnp.asarray(step_size, inner.hyperparams["learning_rate"].dtype)
