@@ -93,7 +93,7 @@ def _try(model: Model, guides: pd.DataFrame) -> str:
 
 def command(model: Model, guide: str) -> str:
     """The command that fits one more guide; a model of one's own is named by its file, which only its user knows."""
-    if getattr(model.fn, "__module__", "").startswith("models."):
+    if (getattr(model.fn, "__module__", None) or "").startswith("models."):
         return f"`elbowroom study {model.name} --guides {guide}`"
     return f"the same study with `--guides {guide}`"
 

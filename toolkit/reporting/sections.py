@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from toolkit.comparison.verdicts import Thresholds
+from toolkit.modelling.model import Quantity
 from toolkit.modelling.scalars import scalars
 from toolkit.reporting.contents import Block, Column, Section, Text
 from toolkit.reporting.differences import worst_first
@@ -101,10 +102,11 @@ def reference_trusted(study: Any) -> Section:
     blocks: list[Block] = [f"{_capital(reference.origin)}, in chart “{reference.chart}”: {reference.status.value}."]
     blocks += [_capital(reason) for reason in reference.reasons]
     if reference.usable:
-        named = scalars(study.model, reference.draws)
         table = reference.diagnostics
         if not table.empty and table["rhat"].notna().any():
             worst = str(table["rhat"].idxmax())
+            # The worst may be a latent that is no quantity: every drawn site is looked through.
+            named = scalars(study.model, reference.draws, tuple(Quantity(site) for site in reference.draws))
             blocks.append(reference_health(reference, worst, named.values[:, :, named.names.index(worst)]))
             blocks.append(worst_diagnostics(table))
         if reference.ebfmi is not None:
