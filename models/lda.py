@@ -26,9 +26,9 @@ do NUTS's chains.
 **Charts.** One posterior behind both. `plain` is NumPyro's stick-breaking transform, in which a share or a word's
 probability near 0 has an exponential tail. `normal`, the default for NUTS and guides, breaks the same stick through
 the normal distribution function: a flat Dirichlet is then exactly standard normal, a posterior close to it nearly so,
-and NUTS needs 15 leapfrog steps a draw where it needs 31 in `plain` (acceptance 0.8). The slowest quantity is `share`: an
-effective 900 to 1,400 of 4,000 draws, which lifted R-hat to 1.012 in one of 12 runs; at acceptance 0.9 it has 2,000 or
-more for 1.4 times the gradients, and eight of eight runs passed every check.
+and NUTS needs 15 leapfrog steps a draw where it needs 31 in `plain` (acceptance 0.8). The slowest quantity is
+`share`: an effective 900 to 1,400 of 4,000 draws, which lifted R-hat to 1.012 in one of 12 runs; at acceptance 0.9 it
+has 2,000 or more for 1.4 times the gradients, and eight of eight runs passed every check.
 
 References:
     Blei, Ng & Jordan (2003), Latent Dirichlet allocation, Journal of Machine Learning Research 3, sections 3 and 5.
