@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
+import jax
 import numpy as np
 import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
+import toolkit.cli
+from toolkit import Model, Storage, read_dataset, study
 from toolkit.cli import app
 from toolkit.targets import parse_options, resolve
 
@@ -23,15 +30,41 @@ QUICK = ("--guides", "mean_field", "--chains", "2", "--warmup", "300", "--draws"
 QUICK_STUDY = {"guides": ("mean_field",), "chains": 2, "warmup": 300, "draws": 500}
 
 
+@pytest.fixture(autouse=True)
+def _undone(monkeypatch):
+    """A target's folder is put on sys.path, as for a script; not for the other tests."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
 def run(*words):
     """The command in this process; stdout and stderr together in `.output`."""
     return CliRunner().invoke(app, [str(word) for word in words])
 
 
-def spawn(*words, **options):
+def spawn(words, folder, cache):
+    """The command in a process of its own, whose programs come from the tests' store of compiled ones."""
+    environment = os.environ | {
+        "ELBOWROOM_CACHE": str(cache),
+        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+    }
     return subprocess.Popen(
-        [ELBOWROOM, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+        [ELBOWROOM, *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        env=environment,
     )
+
+
+def tables(report):
+    """Every table of a report but those that hold seconds, which no two runs share."""
+    return {
+        path.name: path.read_bytes()
+        for path in sorted((report / "tables").iterdir())
+        if path.name not in ("guides.csv", "fits.csv")
+    }
 
 
 def kinds(name):
@@ -42,7 +75,8 @@ def kinds(name):
 
 
 def test_help_imports_nothing_heavy_and_answers_in_under_a_second():
-    code = "import sys, toolkit.cli; print([n for n in ('jax', 'numpyro', 'arviz', 'pandas', 'matplotlib') if n in sys.modules])"
+    heavy = ("jax", "numpyro", "arviz", "pandas", "matplotlib")
+    code = f"import sys, toolkit.cli; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
     # Time on the CPU, so that a busy machine does not fail the test; children's times are summed by the system.
@@ -269,5 +303,180 @@ def test_check_ends_at_the_broken_rung_with_exit_code_1(name, text):
     result = run("check", f"{HERE}/mistakes.py:{name}", "--data", NUMBERS)
     assert result.exit_code == 1
     assert result.output.splitlines()[-1].startswith(text)
-    assert MISTAKES.get(name, "the log density") or "Expected a finite log density" in result.output
     assert result.output.count("broken") == 1
+
+
+# Studies
+
+
+STUDY = ("study", GROWTH, "--data", HEIGHTS, "--option", "noise=2.0", "--focus", "per_year > 6", *QUICK)
+
+
+@pytest.fixture(scope="module")
+def by_command(tmp_path_factory):
+    """A study of fifteen lines and a CSV by the command in a process of its own: its folder and what it said."""
+    folder = tmp_path_factory.mktemp("by_command")
+    process = spawn(STUDY, folder, folder / "cache")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return folder, out, err
+
+
+def test_a_callable_of_one_s_own_and_a_csv_give_a_report(by_command):
+    folder, out, err = by_command
+    report = folder / "reports" / "growth"
+    html = (report / "report.html").read_text()
+    for text in ("offset[north]", "offset[south]", "P(per_year &gt; 6)", "--option noise=2.0"):
+        assert text in html
+    assert out.splitlines()[-1].startswith("reports/growth/report.html (")
+    assert re.search(r"^mean_field +\w+", out, re.M)
+    assert re.search(r"^reference +NUTS, 2 chains x 500 draws after 300 warm-up", out, re.M)
+
+
+def test_off_a_terminal_there_is_a_line_a_stage_and_no_control_character(by_command):
+    _, out, err = by_command
+    stages = ["starts", "fit mean_field", "reference", "compare", "report"]
+    assert err.splitlines() == [f"{stage}: done" for stage in stages]
+    assert not re.search(r"[^\n -~±×≤≥−–\w]", out + err)
+
+
+def test_the_same_by_the_api_finds_what_the_command_finished(by_command, tmp_path):
+    folder, _, _ = by_command
+    fn = resolve(GROWTH, Path(HEIGHTS), {}).fn
+    model = Model(fn, read_dataset(HEIGHTS, fn, {"noise": 2.0}))
+    storage = Storage(folder / "cache")
+    done = study(model, focus=("per_year > 6",), storage=storage, **QUICK_STUDY)
+    assert done.resumed == ("fit mean_field",)
+    assert done.write(tmp_path).is_file()
+    assert tables(tmp_path) == tables(folder / "reports" / "growth")
+
+
+def test_a_study_that_was_stopped_goes_on_to_the_same_tables(by_command, tmp_path, monkeypatch):
+    stopped = []
+
+    @contextmanager
+    def stopping():
+        def progress(stage, done, total, text):
+            if stage == "reference" and done and not stopped:
+                stopped.append(text)
+                raise KeyboardInterrupt
+
+        yield progress
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(toolkit.cli, "_progress", stopping)
+    first = run(*STUDY)
+    assert first.exit_code == 130
+    assert stopped
+    assert first.output == "\nelbowroom: stopped; what was finished is kept. The same command goes on from there.\n"
+    second = run(*STUDY)
+    assert second.exit_code == 0
+    assert "fit mean_field: taken from the cache\n" in second.output
+    assert tables(tmp_path / "reports" / "growth") == tables(by_command[0] / "reports" / "growth")
+
+
+def test_a_cache_entry_cut_in_half_is_said_and_made_again(by_command, tmp_path, monkeypatch):
+    folder, _, _ = by_command
+    shutil.copytree(folder / "cache", tmp_path / "cache")
+    for kind in ("fit", "reference"):
+        (entry,) = (tmp_path / "cache" / kind).iterdir()
+        entry.write_bytes(entry.read_bytes()[: entry.stat().st_size // 2])
+    monkeypatch.setenv("ELBOWROOM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    result = run(*STUDY)
+    assert result.exit_code == 0
+    for kind in ("fit", "reference"):
+        assert re.search(
+            rf"^The stored {kind} '\w+' was damaged; it was removed and is made again\.$", result.output, re.M
+        )
+    assert "taken from the cache" not in result.output
+    assert tables(tmp_path / "reports" / "growth") == tables(folder / "reports" / "growth")
+
+
+def test_a_density_of_zero_everywhere_leaves_a_report_and_exit_code_1(tmp_path):
+    result = run("study", f"{HERE}/mistakes.py:impossible", "--data", NUMBERS, "--out", tmp_path, *QUICK)
+    assert result.exit_code == 1
+    assert (tmp_path / "report.html").is_file()
+    assert "at the last site 'never' has a log density of -inf" in result.output
+    last = "elbowroom: nothing could be compared, because the reference has no draws and no guide could be fitted."
+    assert result.output.splitlines()[-1] == last
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("factor_only", "Predictive draws are left out: the likelihood is a factor"),
+        ("flat", "Prior and prior predictive draws are left out: the prior of mu is flat"),
+        pytest.param("mixture", "Discrete sites summed out by enumeration: high.", marks=pytest.mark.slow),
+    ],
+)
+def test_the_report_says_what_is_left_out(name, text, tmp_path):
+    result = run("study", kinds(name), "--data", NUMBERS, "--out", tmp_path, *QUICK)
+    assert result.exit_code == 0, result.output
+    assert text in (tmp_path / "report.md").read_text()
+
+
+# Opening
+
+
+def test_open_shows_the_last_report_or_a_folder_s(tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    assert "none is known: run 'elbowroom study' first" in run("open").output
+    (tmp_path / "report.html").write_text("a report")
+    toolkit.cli._remember(tmp_path / "report.html")
+    assert run("open").exit_code == 0
+    assert run("open", tmp_path).exit_code == 0
+    assert opened == [(tmp_path / "report.html").as_uri()] * 2
+    result = run("open", tmp_path / "nosuch")
+    assert result.exit_code == 2
+    assert "found none: run 'elbowroom study' first" in result.output
+
+
+# Ctrl-C
+
+
+def interrupted(words, folder, when):
+    """What a study said that got SIGINT once `when` was true, and the seconds from the signal to its end."""
+    process = spawn(words, folder, folder / "cache")
+    deadline = time.monotonic() + 240
+    while not when() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    sent = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    seconds = time.monotonic() - sent
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert err.endswith("\nelbowroom: stopped; what was finished is kept. The same command goes on from there.\n")
+    return err, seconds
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_mid_fit_and_in_mid_nuts_then_the_same_numbers(tmp_path):
+    words = [*STUDY[:-1], "60000", "--guides", "mean_field,bnaf", "--max-steps", "4000"]
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    stopped.mkdir()
+    whole.mkdir()
+    cache = stopped / "cache"
+
+    # bnaf takes many seconds, and runs once the mean field is kept.
+    err, seconds = interrupted(words, stopped, lambda: list(cache.glob("fit/*.entry")))
+    assert "fit mean_field: done\n" in err
+    assert "fit bnaf: done\n" not in err
+    assert seconds < 10
+
+    def in_nuts():
+        return len(list(cache.glob("fit/*.entry"))) == 2 and time.sleep(5) is None
+
+    err, seconds = interrupted(words, stopped, in_nuts)
+    assert "fit bnaf: done\n" in err
+    assert "reference: done\n" not in err
+    assert seconds < 10
+
+    for folder in (stopped, whole):
+        process = spawn(words, folder, folder / "cache")
+        out, err = process.communicate(timeout=280)
+        assert process.returncode == 0, err
+        assert ("fit mean_field: taken from the cache\nfit bnaf: taken from the cache\n" in out) is (folder is stopped)
+    assert tables(stopped / "reports" / "growth") == tables(whole / "reports" / "growth")

@@ -242,7 +242,7 @@ def _progress() -> Iterator[Callable[[str, int, int, str], None]]:
         def update(stage: str, done: int, total: int, text: str) -> None:
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total, text=text)
-            bars.update(tasks[stage], completed=done, total=total, text=text)
+            bars.update(tasks[stage], completed=done, total=total, text=text if done < total else "done")
 
         yield update
 
@@ -257,6 +257,11 @@ def _summary(study: Study, report: Path, seconds: float) -> None:
     typer.echo(f"{'reference':<14} {study.reference.origin}: {study.reference.status.value}")
     for reason in study.reference.reasons:
         typer.echo(f"{'':<14} {reason}")
+    for _, row in study.comparison.focus.iterrows():
+        if isinstance(row["sentence"], str) and row["sentence"]:
+            typer.echo(f"{row['source']:<14} {row['item']}: {row['sentence']}")
+    for advice in study.comparison.advice:
+        typer.echo(f"{'next':<14} {advice}")
     typer.echo(f"{report} ({seconds:.0f} s)")
 
 
