@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -9,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -354,7 +354,7 @@ def test_the_same_by_the_api_finds_what_the_command_finished(by_command, tmp_pat
 def test_a_study_that_was_stopped_goes_on_to_the_same_tables(by_command, tmp_path, monkeypatch):
     stopped = []
 
-    @contextmanager
+    @contextlib.contextmanager
     def stopping():
         def progress(stage, done, total, text):
             if stage == "reference" and done and not stopped:
@@ -444,33 +444,46 @@ def interrupted(words, folder, when):
         time.sleep(0.05)
     sent = time.monotonic()
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=120)
     seconds = time.monotonic() - sent
-    assert process.returncode == 130, err
+    assert process.returncode == 130, out + err
     assert "Traceback" not in err
     assert err.endswith("\nelbowroom: stopped; what was finished is kept. The same command goes on from there.\n")
     return err, seconds
 
 
+def test_ctrl_c_that_a_library_swallows_stops_the_study_at_the_next_block(monkeypatch, tmp_path):
+    def swallowing(model, *, progress, **_):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        progress("reference", 0, 1, "")
+        pytest.fail("the work went on")
+
+    monkeypatch.setattr("toolkit.studies.study", swallowing)
+    before = signal.getsignal(signal.SIGINT)
+    assert run("study", kinds("bound"), "--out", tmp_path).exit_code == 130
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 @pytest.mark.slow
 def test_ctrl_c_in_mid_fit_and_in_mid_nuts_then_the_same_numbers(tmp_path):
-    words = [*STUDY[:-1], "60000", "--guides", "mean_field,bnaf", "--max-steps", "4000"]
+    words = [*STUDY[:-1], "60000", "--guides", "mean_field,dais", "--max-steps", "4000"]
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     stopped.mkdir()
     whole.mkdir()
     cache = stopped / "cache"
 
-    # bnaf takes many seconds, and runs once the mean field is kept.
+    # dais takes many seconds, and begins once the mean field is kept.
     err, seconds = interrupted(words, stopped, lambda: list(cache.glob("fit/*.entry")))
     assert "fit mean_field: done\n" in err
-    assert "fit bnaf: done\n" not in err
+    assert "fit dais: done\n" not in err
     assert seconds < 10
 
     def in_nuts():
         return len(list(cache.glob("fit/*.entry"))) == 2 and time.sleep(5) is None
 
     err, seconds = interrupted(words, stopped, in_nuts)
-    assert "fit bnaf: done\n" in err
+    assert "fit dais: done\n" in err
     assert "reference: done\n" not in err
     assert seconds < 10
 
@@ -478,5 +491,5 @@ def test_ctrl_c_in_mid_fit_and_in_mid_nuts_then_the_same_numbers(tmp_path):
         process = spawn(words, folder, folder / "cache")
         out, err = process.communicate(timeout=280)
         assert process.returncode == 0, err
-        assert ("fit mean_field: taken from the cache\nfit bnaf: taken from the cache\n" in out) is (folder is stopped)
+        assert ("fit mean_field: taken from the cache\nfit dais: taken from the cache\n" in out) is (folder is stopped)
     assert tables(stopped / "reports" / "growth") == tables(whole / "reports" / "growth")

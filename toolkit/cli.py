@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -104,7 +105,13 @@ def study(
 
         storage = None if no_cache else default_storage()
         model = resolve(target, data, parse_options(option or []))
-        with _progress() as progress:
+        with _heard() as heard, _progress() as shown:
+
+            def progress(stage: str, done: int, total: int, text: str) -> None:
+                if heard:
+                    raise KeyboardInterrupt
+                shown(stage, done, total, text)
+
             done = run(
                 model,
                 guides=[name.strip() for name in guides.split(",") if name.strip()],
@@ -209,6 +216,22 @@ def _sentences() -> Iterator[None]:
     except KeyboardInterrupt as error:
         typer.secho("\nelbowroom: stopped; what was finished is kept. The same command goes on from there.", err=True)
         raise typer.Exit(_STOPPED) from error
+
+
+@contextmanager
+def _heard() -> Iterator[list[int]]:
+    """The Ctrl-C signals so far: one that lands in compiled code may come out as that library's own error."""
+    heard: list[int] = []
+
+    def hear(number: int, frame: object) -> None:
+        heard.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, hear)
+    try:
+        yield heard
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
