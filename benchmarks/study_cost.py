@@ -1,7 +1,7 @@
 """What a whole study costs beside NUTS alone, for each curated model.
 
-Both sides are fresh processes with empty caches, one after the other: `elbowroom study NAME` (imports, three guides, NUTS,
-comparison, report), and a script that imports the model and runs the same NUTS. The bar is twice NUTS plus 15 seconds.
+Both sides are fresh processes with empty caches, one after the other: `elbowroom study NAME` (imports, three guides,
+NUTS, comparison, report), and a script that imports the model and runs the same NUTS. The bar is twice NUTS plus 15 s.
 
     python benchmarks/study_cost.py [MODEL ...] [--out benchmarks/study_cost.csv] [--warm]
 """

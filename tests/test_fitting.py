@@ -233,6 +233,27 @@ def test_a_kept_fit_draws_the_same(tmp_path, correlated):
     assert kept_fit(storage, "another", fitted.model, fitted.guide) is None
 
 
+def test_a_kept_flow_draws_the_same(tmp_path):
+    storage, fitted = Storage(tmp_path), fit(line(), "iaf", key=KEY, max_steps=500)
+    keep_fit(storage, "flow", fitted)
+    again = kept_fit(storage, "flow", fitted.model, fitted.guide)
+    np.testing.assert_array_equal(fitted.draw(KEY, 20)["a"], again.draw(KEY, 20)["a"])
+
+
+def test_laplace_where_a_latent_is_indexed_by_data():
+    def schools(school, y=None):
+        with numpyro.plate("group", 3):
+            effect = numpyro.sample("effect", dist.Normal(0, 1))
+        with numpyro.plate("row", 6):
+            numpyro.sample("y", dist.Normal(effect[school], 1), obs=y)
+
+    arrays = {"school": np.array([0, 0, 1, 1, 2, 2]), "y": np.arange(6.0)}
+    fitted = fit(Model(schools, Dataset("six", arrays)), "laplace", key=KEY)
+    # The posterior is Gaussian: mean (sum of two rows) / 3, sd 1 / sqrt(3).
+    effect = fitted.draw(KEY, 4_000)["effect"]
+    assert (np.abs(effect.mean(0) - np.array([1, 5, 9]) / 3) < 5 / math.sqrt(3 * 4_000) + 0.01).all()
+
+
 def test_only_guides_with_known_code_are_kept():
     mine = Guide("mean_field", lambda fn: AutoNormal(fn, init_scale=3.0))
     assert fit_key("model", mine, KEY, {}) is None

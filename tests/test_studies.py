@@ -43,7 +43,7 @@ def test_a_correlated_target_accuses_the_mean_field_alone(finished):
 def test_the_same_call_goes_on_from_what_is_kept(finished):
     storage, done = finished
     again = study(pair(), guides=("mean_field", "full_rank"), storage=storage, **QUICK)
-    assert set(again.resumed) == {"fit mean_field", "fit full_rank"}
+    assert set(again.resumed) == {"fit mean_field", "fit full_rank", "reference"}
     kept = done.comparison.table
     pd.testing.assert_frame_equal(again.comparison.table, kept.reset_index(drop=True))
 

@@ -87,7 +87,9 @@ def study(
     against: Annotated[Path | None, typer.Option(help="Reference draws in ArviZ form, instead of NUTS.")] = None,
     tolerance: Annotated[float, typer.Option(help="A gain in ELBO worth no further work, in nats.")] = 0.1,
     max_steps: Annotated[int, typer.Option(help="The optimiser's budget for each start.")] = 20_000,
-    no_cache: Annotated[bool, typer.Option("--no-cache", help="Neither use nor keep finished work.")] = False,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Neither use nor keep finished work; compiled programs are kept.")
+    ] = False,
 ) -> None:
     """Fit guides, run NUTS, compare them, and write a report.
 

@@ -110,7 +110,7 @@ def study(
         chart: The model's chart in which NUTS runs; the model's own choice if None.
         against: A reference from elsewhere (`load_reference`) instead of NUTS.
         thresholds: What counts as right; the documented defaults if None.
-        storage: Where finished work is kept; nowhere if None.
+        storage: Where finished work is kept; nowhere if None. Compiled programs are kept in JAX's own cache either way.
         progress: Called between blocks of work.
         command: What the report names as the command that makes it again.
 
@@ -140,6 +140,9 @@ def study(
             storage=storage,
             progress=progress,
         )
+    if drawn.stored:
+        resumed.append("reference")
+        stages["reference"] = drawn.cost.seconds
     with _timed(stages, "compare"):
         comparison = compare(
             model, drawn, fits, key=_named(key, "compare"), focus=focus, thresholds=thresholds, progress=progress

@@ -55,8 +55,11 @@ def _report(right: pd.DataFrame, reference_seconds: float) -> str:
     cheapest = right.sort_values("seconds").iloc[0]
     saved = ""
     if math.isfinite(reference_seconds) and reference_seconds > 0 and cheapest["seconds"] > 0:
-        saved = f" in {cheapest['seconds']:.3g} s; the reference took {reference_seconds:.3g} s"
-    return f"Report {cheapest.name}'s intervals: all {cheapest['quantities']} of its quantities are right{saved}."
+        saved = f" It took {cheapest['seconds']:.3g} s, the reference {reference_seconds:.3g} s"
+        saved += "." if cheapest["seconds"] < reference_seconds else ": here NUTS is the quicker of the two."
+    count = cheapest["quantities"]
+    found = "its only quantity is right" if count == 1 else f"all {count} of its quantities are right"
+    return f"Report {cheapest.name}'s intervals: {found}.{saved}"
 
 
 def _draw_more(guide: pd.Series, table: pd.DataFrame, thresholds: Thresholds) -> str:

@@ -66,6 +66,7 @@ class Reference:
         chart: The chart that NUTS ran in.
         seed_text: The key that the draws depend on; empty for draws from a file.
         methods: How they were made and judged, as a paragraph.
+        stored: Whether it was taken from storage whole, not made now.
     """
 
     model: Model
@@ -83,6 +84,7 @@ class Reference:
     chart: str = "plain"
     seed_text: str = ""
     methods: str = ""
+    stored: bool = False
 
     @property
     def usable(self) -> bool:
@@ -98,7 +100,7 @@ def reference(
     warmup: int = 1_000,
     draws: int = 1_000,
     chart: str | None = None,
-    target_accept: float = 0.8,
+    target_accept: float = 0.9,
     force: bool = False,
     storage: Storage | None = None,
     progress: Progress = silent,
@@ -335,4 +337,5 @@ def _unpack(blank: Reference, arrays: dict[str, np.ndarray], meta: dict[str, Any
         log_density=arrays.get("log_density"),
         energy=arrays.get("energy"),
         ebfmi=arrays.get("ebfmi"),
+        stored=True,
     )

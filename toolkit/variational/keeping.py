@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import jax
 import numpy as np
+from numpyro import handlers
 
 from toolkit.cost import Cost
 from toolkit.estimate import Estimate
@@ -32,7 +34,11 @@ def fit_key(fingerprint: str, guide: Guide, key: jax.Array, settings: dict[str, 
 
 def keep_fit(storage: Storage, name: str, fit: Fit) -> None:
     """Store a fit's parameters, course and figures."""
-    arrays = {f"param/{key}": np.asarray(value) for key, value in fit.params.items()}
+    arrays = {
+        f"param/{number}/{name}": np.asarray(leaf)
+        for name, value in fit.params.items()
+        for number, leaf in enumerate(jax.tree.leaves(value))
+    }
     for number, trace in enumerate(fit.traces):
         arrays |= {f"trace{number}/{column}": getattr(trace, column) for column in ("steps", "elbo", "se")}
     meta = {
@@ -53,7 +59,12 @@ def kept_fit(storage: Storage, name: str, model: Model, guide: Guide) -> Fit | N
     if entry is None:
         return None
     arrays, meta = entry
-    params = {key.removeprefix("param/"): value for key, value in arrays.items() if key.startswith("param/")}
+    leaves: dict[str, list[np.ndarray]] = {}
+    for key, value in arrays.items():
+        if key.startswith("param/"):
+            leaves.setdefault(key.split("/", 2)[2], []).append(value)
+    built = build_guide(model, guide) if leaves else None
+    params = _nested(leaves, built, model) if built else {}
     return Fit(
         guide,
         model,
@@ -67,6 +78,15 @@ def kept_fit(storage: Storage, name: str, model: Model, guide: Guide) -> Fit | N
         ),
         meta["invalid_steps"],
         Cost(**meta["cost"]),
-        build_guide(model, guide) if params else None,
+        built,
         params,
     )
+
+
+def _nested(leaves: dict[str, list[np.ndarray]], built: Callable[..., Any], model: Model) -> dict[str, Any]:
+    """Parameters in the form that the guide gives them: a flow's are trees, all others are arrays."""
+    with jax.enable_x64(True):
+        trace = handlers.trace(handlers.seed(built, 0)).get_trace(**model.arrays)
+    forms = {name: jax.tree.structure(site["value"]) for name, site in trace.items() if site["type"] == "param"}
+    single = jax.tree.structure(0)
+    return {name: jax.tree.unflatten(forms.get(name, single), values) for name, values in leaves.items()}

@@ -89,7 +89,7 @@ def compile_programs(model: Program, guide: Program, loss: ELBO, arrays: dict[st
     svi = SVI(model, guide, optimiser, loss)
     initial = svi.init(key, **arrays)
     params = svi.optim.get_params(initial.optim_state)
-    length = _BLOCK if sum(value.size for value in params.values()) < _LONG_STEPS else _BLOCK * 2 // 5
+    length = _BLOCK if sum(value.size for value in jax.tree.leaves(params)) < _LONG_STEPS else _BLOCK * 2 // 5
 
     def block(state: Any, arrays: Any) -> tuple[Any, Params, Any]:
         def step(carry: Any, _: None) -> tuple[Any, Any]:
