@@ -230,6 +230,14 @@ def test_advice_names_the_guide_that_is_right(comparison: Comparison) -> None:
     assert any(text.startswith("Give laplace more steps") for text in comparison.advice)
 
 
+def test_advice_compares_seconds_with_nuts_alone(model: Model, truth: Reference) -> None:
+    assert truth.status is Status.EXACT
+    assert not any("NUTS" in text for text in compare(model, truth, [_full_rank()], key=KEY).advice)
+    sampled = Reference(model, truth.draws, Status.PASSED, cost=Cost(1.0, 2.0))
+    (report,) = compare(model, sampled, [_full_rank()], key=KEY).advice
+    assert report.endswith(" It took 0.75 s, NUTS 3 s.")
+
+
 def test_advice_goes_up_the_ladder(model: Model, truth: Reference) -> None:
     advice = compare(model, truth, [_mean_field()], key=KEY).advice
     assert advice[0].startswith("Report the reference's intervals")

@@ -25,6 +25,7 @@ from toolkit.reporting.differences import differences, worst_first
 from toolkit.reporting.figures.canvas import file_svg
 from toolkit.reporting.figures.graph import Node, layered
 from toolkit.reporting.figures.pairs import binned_density, mass_levels, worst_pairs
+from toolkit.reporting.first_screen import health
 from toolkit.reporting.palette import INK, PAGE, PLAIN, SOFT, TEXTS, looks
 from toolkit.reporting.reports import Report, render
 from toolkit.reporting.tables import minus, number, significant
@@ -284,6 +285,8 @@ def test_differences_take_quantiles_where_moments_have_no_error() -> None:
         [
             ("g", "a", "shift", 0.2, 0.01, "wrong"),
             ("g", "a", "sd_ratio", 1.0, 0.01, "right"),
+            ("g", "b", "shift", 7.0, 9.0, ""),
+            ("g", "b", "sd_ratio", 50.0, 90.0, ""),
             ("g", "b", "median_shift", 0.0, 0.01, "right"),
             ("g", "b", "spread_ratio", 1.11**3, 0.01, "wrong"),
         ],
@@ -291,8 +294,46 @@ def test_differences_take_quantiles_where_moments_have_no_error() -> None:
     )
     frame = differences(table, Thresholds())
     assert frame["error"].tolist() == pytest.approx([2.0, 3.0])
+    assert frame["shift"].tolist() == [0.2, 0.0]
     assert frame["verdict"].tolist() == ["wrong", "wrong"]
     assert worst_first(frame) == ["b", "a"]
+
+
+@pytest.mark.parametrize(("ratio", "error"), [(0.5, 1.0), (0.25, 2.0), (1.0, 0.0), (1.2, 1.0), (0.0, np.inf)])
+def test_a_ratio_is_measured_by_the_threshold_on_its_side(ratio: float, error: float) -> None:
+    row = ("g", "a", "sd_ratio", ratio, 0.01, "wrong")
+    table = pd.DataFrame([row], columns=["guide", "quantity", "metric", "value", "se", "verdict"])
+    assert differences(table, Thresholds(sd_ratio=(0.5, 1.2)))["error"].tolist() == pytest.approx([error])
+
+
+@pytest.mark.parametrize(
+    ("rhat", "ess", "divergences", "text"),
+    [
+        (1.0021, 1_900.7, 0, "(R-hat ≤ 1.003, ESS ≥ 1,900, no divergences)"),
+        (1.0021, 1_900.7, None, "(R-hat ≤ 1.003, ESS ≥ 1,900)"),
+        (np.inf, 4.0, 1, "(R-hat infinite, ESS ≥ 4, 1 divergence)"),
+        (np.nan, np.nan, 0, "(R-hat unknown, ESS unknown, no divergences)"),
+    ],
+)
+def test_the_references_health_says_what_is_known(rhat: float, ess: float, divergences: int | None, text: str) -> None:
+    reference = studies.make_study(3).reference
+    reference.diagnostics["rhat"], reference.divergences = rhat, divergences
+    reference.diagnostics[["ess_bulk", "ess_tail"]] = ess
+    assert text in health(reference)
+
+
+def test_draws_from_a_file_claim_no_count_of_divergences() -> None:
+    study = studies.make_study(3, focus=False)
+    study.reference.divergences = study.reference.tree_depth_hits = None
+    text = render(study).markdown
+    assert "E-BFMI by chain" in text
+    assert "ivergen" not in text
+
+
+def test_a_point_mass_is_the_narrowest() -> None:
+    study = studies.make_study(3, focus=False)
+    study.comparison.guides["worst_sd_ratio"] = [0.5, 0.0, 1.0]
+    assert render(study).html.count("the worst of this column") == 6
 
 
 def test_contours_hold_their_mass() -> None:

@@ -6,7 +6,8 @@ import math
 
 import pandas as pd
 
-from toolkit.comparison.verdicts import Thresholds, Verdict, Z, is_ratio
+from toolkit.comparison.sentences import LOCATIONS
+from toolkit.comparison.verdicts import Thresholds, Verdict, Z, is_ratio, simultaneous_z
 from toolkit.modelling.model import Model
 
 # What a family that is too narrow may be replaced by, cheapest first.
@@ -29,7 +30,7 @@ def advise(
         table: The comparison's long table.
         thresholds: What counted as right.
         reference_problem: Why the reference gives no verdict; empty if it does.
-        reference_seconds: What the reference cost; NaN if unknown.
+        reference_seconds: What NUTS cost; NaN if the reference is not NUTS's, or unknown.
     """
     sentences = []
     if reference_problem:
@@ -55,7 +56,7 @@ def _report(right: pd.DataFrame, reference_seconds: float) -> str:
     cheapest = right.sort_values("seconds").iloc[0]
     saved = ""
     if math.isfinite(reference_seconds) and reference_seconds > 0 and cheapest["seconds"] > 0:
-        saved = f" It took {cheapest['seconds']:.3g} s, the reference {reference_seconds:.3g} s"
+        saved = f" It took {cheapest['seconds']:.3g} s, NUTS {reference_seconds:.3g} s"
         saved += "." if cheapest["seconds"] < reference_seconds else ": here NUTS is the quicker of the two."
     count = cheapest["quantities"]
     found = "its only quantity is right" if count == 1 else f"all {count} of its quantities are right"
@@ -108,11 +109,16 @@ def _repair_reference(model: Model) -> str:
 
 
 def _means_right(guide: str, table: pd.DataFrame) -> bool:
-    own = table[(table["guide"] == guide) & table["metric"].isin(("shift", "median_shift")) & (table["verdict"] != "")]
+    own = _judged_locations(guide, table)
     return bool(len(own)) and bool((own["verdict"] == Verdict.RIGHT.value).all())
 
 
 def _means_only(guide: str, table: pd.DataFrame) -> str:
-    own = table[(table["guide"] == guide) & table["metric"].isin(("shift", "median_shift"))]
-    largest = float((own["value"].abs() + Z * own["se"]).max())
-    return f"{guide} may be used for means (each within {largest:.2g} sd), not for intervals or probabilities."
+    own = _judged_locations(guide, table)
+    largest = float((own["value"].abs() + simultaneous_z(len(own)) * own["se"]).max())
+    return f"{guide} may be used for means (all within {largest:.2g} sd), not for intervals or probabilities."
+
+
+def _judged_locations(guide: str, table: pd.DataFrame) -> pd.DataFrame:
+    """The guide's rows of shifts that decide: of means, or of medians where tails are heavy."""
+    return table[(table["guide"] == guide) & table["metric"].isin(LOCATIONS) & (table["verdict"] != "")]

@@ -147,7 +147,7 @@ def compare(
     sources = ({"reference": truth} if truth else {}) | {s.fit.guide.name: s.scalars for s in sides if s.scalars}
     quantities = join([summarise(name, source) for name, source in sources.items()], QUANTITY_COLUMNS)
     why = {s.fit.guide.name: _why_not(s, problem) for s in sides}
-    seconds = reference.cost.seconds if reference is not None else float("nan")
+    seconds = reference.cost.seconds if reference is not None and than == "NUTS" else float("nan")
     return Comparison(
         table=table,
         guides=guides,

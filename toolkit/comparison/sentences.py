@@ -64,9 +64,10 @@ def _not_finite(rows: pd.DataFrame, names: list[str]) -> bool:
 
 
 def _room(rows: pd.DataFrame, than: str) -> str:
-    """How large the errors of right quantities may be: simultaneous 95 % limits over all of them."""
-    shifts, ratios = rows[rows["metric"].isin(LOCATIONS)].dropna(), rows[rows["metric"].isin(WIDTHS)].dropna()
-    z = simultaneous_z(rows["quantity"].nunique())
+    """How large the errors of right quantities may be: simultaneous 95 % limits over all that decide."""
+    decisive = rows[rows["verdict"] != ""]
+    shifts, ratios = (decisive[decisive["metric"].isin(metrics)] for metrics in (LOCATIONS, WIDTHS))
+    z = simultaneous_z(len(shifts) + len(ratios))
     shift = float((shifts["value"].abs() + z * shifts["se"]).max())
     ends = [interval(v, s, log=True, z=z) for v, s in zip(ratios["value"], ratios["se"], strict=True)]
     low, high = min(e[0] for e in ends), max(e[1] for e in ends)

@@ -13,11 +13,12 @@ COLUMNS = ("shift", "shift_se", "ratio", "ratio_se", "error", "verdict")
 def differences(table: pd.DataFrame, thresholds: Thresholds) -> pd.DataFrame:
     """Shift, sd ratio and their errors by (guide, quantity), in the order of the table.
 
-    Where moments have no usable error (heavy tails), the comparison holds `median_shift` and `spread_ratio` instead
-    of `shift` and `sd_ratio`; they take the same columns here.
+    Where moments have no usable error (heavy tails), the comparison holds `median_shift` and `spread_ratio` beside
+    `shift` and `sd_ratio`, and decides by them; they take the place of the moments here.
 
     Columns: shift, shift_se (reference sd); ratio, ratio_se; error: the larger of |shift| and |log ratio|, each
-    divided by the threshold up to which it counts as right, so that 1 is the limit; verdict: of the quantity.
+    divided by the threshold on its side up to which it counts as right, so that 1 is the limit; verdict: of the
+    quantity.
     """
     if table.empty:
         return pd.DataFrame(columns=list(COLUMNS), index=pd.MultiIndex.from_tuples([], names=["guide", "quantity"]))
@@ -25,12 +26,13 @@ def differences(table: pd.DataFrame, thresholds: Thresholds) -> pd.DataFrame:
         index=["guide", "quantity"], columns="metric", values=["value", "se"], aggfunc="first", sort=False
     )
     parts = {}
-    for name, metrics in (("shift", ("shift", "median_shift")), ("ratio", ("sd_ratio", "spread_ratio"))):
+    for name, metrics in (("shift", ("median_shift", "shift")), ("ratio", ("spread_ratio", "sd_ratio"))):
         for column, suffix in (("value", ""), ("se", "_se")):
             parts[name + suffix] = _first(wide, [(column, metric) for metric in metrics])
     frame = pd.DataFrame(parts, index=wide.index)
+    low, high = thresholds.sd_ratio
     with np.errstate(divide="ignore", invalid="ignore"):
-        width = np.log(frame["ratio"]).abs() / np.log(thresholds.sd_ratio[1])
+        width = np.log(frame["ratio"]) / np.log(np.where(frame["ratio"] < 1, low, high))
     frame["error"] = np.fmax(frame["shift"].abs() / thresholds.shift, width)
     frame["verdict"] = table.groupby(["guide", "quantity"], sort=False)["verdict"].agg(_combined)
     return frame

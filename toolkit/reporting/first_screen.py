@@ -69,14 +69,23 @@ def health(reference: Any) -> str:
     """The reference in one line, with the numbers that its status comes from."""
     words = [reference.status.value]
     if reference.usable and not reference.diagnostics.empty and reference.status is not Status.EXACT:
-        table = reference.diagnostics
-        ess = table[["ess_bulk", "ess_tail"]].min().min()
-        hits = reference.tree_depth_hits
-        numbers = [f"R-hat ≤ {math.ceil(table['rhat'].max() * 1_000) / 1_000:.3f}", f"ESS ≥ {math.floor(ess):,}"]
-        numbers.append(f"{reference.divergences or 'no'} divergence{'' if reference.divergences == 1 else 's'}")
-        numbers += [f"{hits:,} transition{'' if hits == 1 else 's'} at the largest tree depth"] if hits else []
-        words.append(f"({', '.join(numbers)})")
+        words.append(f"({', '.join(_numbers(reference))})")
     return f"{reference.origin}: {' '.join(words)}" + _took(reference)
+
+
+def _numbers(reference: Any) -> list[str]:
+    """What the checks found; nothing is said of what is not known."""
+    table, hits, diverged = reference.diagnostics, reference.tree_depth_hits, reference.divergences
+    rhat, ess = float(table["rhat"].max()), float(table[["ess_bulk", "ess_tail"]].min(axis=None))
+    # Infinite where a chain stands still, NaN where nothing varies.
+    known = f"R-hat ≤ {math.ceil(rhat * 1_000) / 1_000:.3f}" if math.isfinite(rhat) else ""
+    numbers = [known or f"R-hat {'infinite' if rhat == math.inf else 'unknown'}"]
+    numbers.append(f"ESS ≥ {math.floor(ess):,}" if math.isfinite(ess) else "ESS unknown")
+    if diverged is not None:
+        numbers.append(f"{diverged or 'no'} divergence{'' if diverged == 1 else 's'}")
+    if hits:
+        numbers.append(f"{hits:,} transition{'' if hits == 1 else 's'} at the largest tree depth")
+    return numbers
 
 
 def _took(reference: Any) -> str:

@@ -27,6 +27,7 @@ from toolkit.reporting.tables import (
     seconds,
     worst_diagnostics,
 )
+from toolkit.sampling.diagnostics import EBFMI_LIMIT
 
 _LACKS_REFERENCE = "Left out: there are no reference draws to compare with."
 _LACKS_FITS = "Left out: no guide has draws to show."
@@ -112,15 +113,19 @@ def reference_trusted(study: Any) -> Section:
         if reference.ebfmi is not None:
             energies = ", ".join(f"{value:.2f}" for value in np.asarray(reference.ebfmi))
             blocks.append(
-                f"E-BFMI by chain: {energies} (below 0.3 the sampler explores the energy too slowly). "
-                "Divergent transitions: "
-                f"{reference.divergences:,}. Transitions at the largest tree depth: {reference.tree_depth_hits:,}."
+                f"E-BFMI by chain: {energies} (below {EBFMI_LIMIT:g} the sampler explores the energy too slowly)."
+                f"{_counted('Divergent transitions', reference.divergences)}"
+                f"{_counted('Transitions at the largest tree depth', reference.tree_depth_hits)}"
             )
     else:
         blocks.append("There are no draws to show.")
     if reference.methods:
         blocks.append(reference.methods)
     return Section("reference", "Can the reference be trusted?", tuple(blocks))
+
+
+def _counted(what: str, count: int | None) -> str:
+    return "" if count is None else f" {what}: {count:,}."
 
 
 def made_how(study: Any, files: Mapping[str, str]) -> Section:

@@ -81,11 +81,13 @@ def guides_table(guides: pd.DataFrame, looks: Mapping[str, Look], against: str, 
 
     What is compared with a reference that is not `trusted` is shown, and none of it is marked as the worst.
     """
+    with np.errstate(divide="ignore"):  # a point mass has a ratio of 0
+        width = np.abs(np.log(guides["worst_sd_ratio"].to_numpy(dtype=float)))
     badness = pd.DataFrame(
         {
             "elbo": -guides["elbo"],
             "worst_shift": guides["worst_shift"].abs(),
-            "worst_sd_ratio": np.abs(np.log(guides["worst_sd_ratio"].to_numpy(dtype=float))),
+            "worst_sd_ratio": width,
             "worst_coverage_90": (guides["worst_coverage_90"] - 0.9).abs(),
             "khat": guides["khat"],
             "seconds": guides["seconds"],

@@ -56,9 +56,9 @@ class Reference:
         reasons: One sentence for each failed check.
         diagnostics: R-hat, bulk and tail ESS (columns rhat, ess_bulk, ess_tail), one row for each scalar of the
             quantities and then of the other latents; NaN for one that never varies.
-        divergences: Divergent transitions after warm-up.
+        divergences: Divergent transitions after warm-up; None where a file does not say.
         ebfmi: The energy's Bayesian fraction of missing information, `(chain,)`; None where there is no energy.
-        tree_depth_hits: Transitions after warm-up that used the largest tree.
+        tree_depth_hits: Transitions after warm-up that used the largest tree; None for draws from a file.
         log_density: Log p(x, z) with the Jacobian, `(chain, draw)`, in nats, in the chart's unconstrained space.
         energy: The Hamiltonian, `(chain, draw)`, in nats.
         cost: What it took when it was made.
@@ -74,9 +74,9 @@ class Reference:
     status: Status
     reasons: tuple[str, ...] = ()
     diagnostics: pd.DataFrame = field(default_factory=_no_diagnostics)
-    divergences: int = 0
+    divergences: int | None = 0
     ebfmi: np.ndarray | None = None
-    tree_depth_hits: int = 0
+    tree_depth_hits: int | None = 0
     log_density: np.ndarray | None = None
     energy: np.ndarray | None = None
     cost: Cost = Cost()
@@ -171,7 +171,8 @@ def load_reference(path: str | Path, model: Model) -> Reference:
         model,
         {},
         Status.FAILED,
-        divergences=loaded.divergences or 0,
+        divergences=loaded.divergences,
+        tree_depth_hits=None,
         log_density=loaded.log_density,
         energy=loaded.energy,
         origin=f"draws from {Path(path).name}",
@@ -256,7 +257,7 @@ def _judged(held: Reference, sites: Mapping[str, np.ndarray]) -> Reference:
         not_finite=tuple(name for name, fine in zip(names, finite, strict=True) if not fine),
         transitions=math.prod(values.shape[:2]),
         divergences=held.divergences,
-        tree_depth_hits=held.tree_depth_hits,
+        tree_depth_hits=held.tree_depth_hits or 0,
         ebfmi=ebfmi,
         log_density=held.log_density,
     )

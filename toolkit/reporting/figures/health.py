@@ -12,8 +12,8 @@ from scipy.stats import rankdata
 from toolkit.reporting.contents import Picture
 from toolkit.reporting.figures.canvas import MANY_MARKS, blank, plain, styled
 from toolkit.reporting.palette import BAND, DOTS, INK, RIGHT, SOFT
+from toolkit.sampling.diagnostics import ESS_LIMIT, RHAT_LIMIT
 
-RHAT_LIMIT, ESS_LIMIT = 1.01, 400  # Vehtari et al. (2021), sections 2 and 4
 _DASHES = ("-", "--", "-.", ":")
 _POINTS = 200
 
@@ -42,7 +42,8 @@ def reference_health(reference: Any, worst: str, draws: np.ndarray) -> Picture:
     alt = (
         f"Reference: largest R-hat {table['rhat'].max():.3f} ({worst}), smallest bulk ESS "
         f"{table['ess_bulk'].min():,.0f}, "
-        f"smallest tail ESS {table['ess_tail'].min():,.0f}, {reference.divergences} divergences."
+        f"smallest tail ESS {table['ess_tail'].min():,.0f}"
+        f"{'' if reference.divergences is None else f', {reference.divergences:,} divergences'}."
     )
     reading = (
         "Top left: every quantity should lie in the shaded corner. Ranks: each line is a chain's "
