@@ -465,6 +465,19 @@ def test_ctrl_c_that_a_library_swallows_stops_the_study_at_the_next_block(monkey
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.parametrize(
+    ("words", "said"), [((), "stopped; what was finished is kept."), (("--no-cache",), "stopped.\n")]
+)
+def test_only_what_is_kept_is_said_to_be(words, said, monkeypatch, tmp_path):
+    def stopped(model, **_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("toolkit.studies.study", stopped)
+    result = run("study", kinds("bound"), "--out", tmp_path, *words)
+    assert result.exit_code == 130
+    assert f"elbowroom: {said}" in result.output
+
+
 @pytest.mark.slow
 def test_ctrl_c_in_mid_fit_and_in_mid_nuts_then_the_same_numbers(tmp_path):
     words = [*STUDY[:-1], "60000", "--guides", "mean_field,dais", "--max-steps", "4000"]

@@ -166,6 +166,10 @@ _MISFITS = {
         lambda: Model(hierarchy, data(coords={"group": np.array(["u", "v"])})),
         "Expected 3 coords for dimension 'group' of site 'e'; dataset 'd' has 2",
     ),
+    "coords that repeat": (
+        lambda: Model(hierarchy, data(coords={"group": np.array(["u", "v", "u"])})),
+        "Expected each coord of dimension 'group' of site 'e' once; dataset 'd' has 'u' 2 times",
+    ),
     "an unknown chart": (
         lambda: Model(hierarchy, data(), chart="polar"),
         r"Expected chart to be one of \['plain'\]; got 'polar'",

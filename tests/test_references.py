@@ -181,6 +181,16 @@ def test_stored_work_is_taken_up_bit_for_bit(tmp_path: Path) -> None:
     assert from_storage.cost == first.cost
 
 
+def test_other_labels_take_the_stored_draws_under_their_own_names(tmp_path: Path) -> None:
+    storage, options = Storage(tmp_path), {"key": KEY, "chains": 2, "warmup": 100, "draws": 100}
+    for names in (["a", "b"], ["b", "c"]):
+        coords = {"x_dim_0": np.array(names), "twice_dim_0": np.array(names)}
+        made = reference(Model(gaussian, Dataset("nothing", {}, coords=coords)), storage=storage, **options)
+        assert list(made.diagnostics.index) == [f"{site}[{name}]" for site in ("x", "twice") for name in names]
+        assert not made.stored
+    assert len(list((tmp_path / "chain").iterdir())) == 2
+
+
 def test_ctrl_c_stops_all_chains_and_the_next_run_goes_on(tmp_path: Path) -> None:
     model, storage, seen = Model(gaussian, NOTHING), Storage(tmp_path), []
 
@@ -252,7 +262,7 @@ def test_switched_labels_are_brought_together_before_the_diagnosis() -> None:
     ("options", "expected"),
     [
         ({"chains": 1}, "Expected chains to be at least 2; got 1"),
-        ({"draws": 3}, "Expected draws to be at least 4; got 3"),
+        ({"draws": 7}, "Expected draws to be at least 8; got 7"),
         ({"warmup": 0}, "Expected warmup to be at least 1; got 0"),
         ({"target_accept": 1.0}, "Expected target_accept between 0 and 1; got 1.0"),
         ({"chart": "polar"}, r"Expected chart to be one of \['plain'\]; got 'polar'"),

@@ -97,7 +97,7 @@ def study(
     draws or no guide could be fitted; 2, a mistake in the call, told in a sentence; 130, stopped by Ctrl-C: the same
     command goes on from what was finished.
     """
-    with _sentences():
+    with _sentences(keeps=not no_cache):
         begun = time.perf_counter()
         folder = _writable(out or Path("reports") / target.rpartition(":")[2].replace("/", "_"))
         from toolkit.sampling.references import load_reference
@@ -206,8 +206,12 @@ def _writable(folder: Path) -> Path:
 
 
 @contextmanager
-def _sentences() -> Iterator[None]:
-    """Misuse as one sentence and an exit code, without a traceback; `ELBOWROOM_DEBUG=1` shows it."""
+def _sentences(*, keeps: bool = False) -> Iterator[None]:
+    """Misuse as one sentence and an exit code, without a traceback; `ELBOWROOM_DEBUG=1` shows it.
+
+    Args:
+        keeps: Whether finished work outlives Ctrl-C.
+    """
     try:
         yield
     except ValueError as error:
@@ -216,7 +220,8 @@ def _sentences() -> Iterator[None]:
         typer.secho(f"elbowroom: {error}", err=True, fg="red")
         raise typer.Exit(_MISUSE) from error
     except KeyboardInterrupt as error:
-        typer.secho("\nelbowroom: stopped; what was finished is kept. The same command goes on from there.", err=True)
+        kept = "; what was finished is kept. The same command goes on from there." if keeps else "."
+        typer.secho(f"\nelbowroom: stopped{kept}", err=True)
         raise typer.Exit(_STOPPED) from error
 
 

@@ -273,6 +273,13 @@ class Model:
                         f"Expected {size} coords for dimension '{dim}' of site '{name}'; "
                         f"dataset '{self.dataset.name}' has {len(labels)}."
                     )
+                names, counts = np.unique(np.array([] if labels is None else labels).astype(str), return_counts=True)
+                if (counts > 1).any():
+                    raise ValueError(
+                        f"Expected each coord of dimension '{dim}' of site '{name}' once; dataset "
+                        f"'{self.dataset.name}' has '{names[counts.argmax()]}' {counts.max()} times: tables and focus "
+                        "could not tell them apart."
+                    )
 
 
 def _check_arguments(fn: Callable[..., Any], dataset: Dataset) -> None:

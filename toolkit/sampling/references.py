@@ -141,7 +141,8 @@ def reference(
         seed_text=_seed(key),
         methods=_methods(charted, settings, chains),
     )
-    stored = storage.load("reference", f"{name}-{chains}") if storage else None
+    entry = _entry(name, model, chains)
+    stored = storage.load("reference", entry) if storage else None
     if stored:
         return _unpack(blank, *stored)
     archive = Archive(storage, name) if storage else None
@@ -152,7 +153,7 @@ def reference(
         text = str(error).strip().split("\n")[0]
         return replace(blank, reasons=(f"NUTS stopped with an error of the machine or of JAX: {text}",))
     if storage and made.usable:
-        storage.save("reference", f"{name}-{chains}", *_pack(made))
+        storage.save("reference", entry, *_pack(made))
     return made
 
 
@@ -274,7 +275,7 @@ def _other_latents(model: Model) -> tuple[Quantity, ...]:
 
 
 def _check_numbers(chains: int, warmup: int, draws: int, target_accept: float) -> None:
-    least = {"chains": (chains, 2), "warmup": (warmup, 1), "draws": (draws, 4)}
+    least = {"chains": (chains, 2), "warmup": (warmup, 1), "draws": (draws, 8)}
     for name, (value, bound) in least.items():
         if value < bound:
             raise ValueError(f"Expected {name} to be at least {bound}; got {value}.")
@@ -301,6 +302,13 @@ def _name(model: Model, settings: Settings, key: jax.Array) -> str:
         _seed(key),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _entry(name: str, model: Model, chains: int) -> str:
+    """A name for a whole reference, whose diagnostics and reasons also hold the scalars' names, as coords give them."""
+    one = {site: np.zeros((1, 1, *model.sites[site].shape)) for site in kept_sites(model)}
+    names = [name for quantities in (None, _other_latents(model)) for name in scalars(model, one, quantities).names]
+    return f"{name}-{chains}-{hashlib.sha256(repr(names).encode()).hexdigest()[:16]}"
 
 
 def _methods(model: Model, settings: Settings, chains: int) -> str:
