@@ -17,7 +17,7 @@ import jax
 import pandas as pd
 
 import models
-from toolkit import Dataset, Study, default_storage, study
+from toolkit import Dataset, Estimate, Study, default_storage, study
 
 parser = argparse.ArgumentParser(description="Which chart suits a mean field of a hierarchical regression?")
 parser.add_argument("--quick", action="store_true", help="smaller data and few draws, for tests")
@@ -100,7 +100,11 @@ def decide(done: Study) -> str:
         return "nothing: no fit has an ELBO."
     best = str(guides["elbo"].idxmax())
     lead = guides["elbo"].drop(best)
-    margin = f"{guides['elbo'][best] - lead.max():.1f} nats above the next chart" if len(lead.dropna()) else "alone"
+    margin = "alone"
+    if len(lead.dropna()):
+        pair = guides.loc[[best, str(lead.idxmax())]]
+        ahead = Estimate(pair["elbo"].iloc[0] - pair["elbo"].iloc[1], float((pair["elbo_se"] ** 2).sum() ** 0.5))
+        margin = f"{ahead} nats above the next chart"
     if not done.comparison.reference_ok:
         return f"the ELBO prefers {best} ({margin}); no verdict, as {done.reference.status.value}."
     row = guides.loc[best]

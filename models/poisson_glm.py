@@ -281,7 +281,8 @@ def model(
 
     Args:
         dataset: Arrays `stimulus` `(bin,)`, in units of its sd since the priors count on that, and `counts`
-            `(bin, neuron)`; static `bin_seconds`; coords `neuron` if they have names. The slow grasshopper
+            `(bin, neuron)`; static `bin_seconds` (or an array of one number, as in an NPZ file); coords `neuron` if
+            they have names. The slow grasshopper
             recording if not given.
         recording: `"slow"` or `"fast"`, in place of a dataset.
         prior: `"normal"`, or `"laplace"` (sparse) for all weights.
@@ -337,10 +338,14 @@ def _checked(data: Dataset) -> Dataset:
         raise ValueError(
             "Expected whole counts of 0 or more; got negative or fractional ones: give spikes in each bin."
         )
-    bin_seconds = data.static.get("bin_seconds", 0)
-    if not bin_seconds > 0:
-        raise ValueError(f"Expected bin_seconds above 0 among the static values of '{data.name}'; got {bin_seconds}.")
-    return data
+    # A file of arrays can hold the width as an array only.
+    bin_seconds = data.static.get("bin_seconds", data.arrays.get("bin_seconds", 0))
+    if np.size(bin_seconds) != 1 or not np.all(bin_seconds > 0):
+        raise ValueError(
+            f"Expected bin_seconds above 0 among the static values of '{data.name}', or as an array of one number; "
+            f"got {bin_seconds}."
+        )
+    return replace(data, arrays={"stimulus": stimulus, "counts": counts}, static={"bin_seconds": float(bin_seconds)})
 
 
 def _check_truth(bound: Model) -> None:

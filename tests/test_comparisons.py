@@ -17,6 +17,7 @@ from scipy.stats import multivariate_normal
 
 from toolkit import Dataset, Estimate, Labels, Model, Quantity, Status
 from toolkit.comparison.comparisons import Comparison, compare
+from toolkit.comparison.sentences import probability
 from toolkit.comparison.verdicts import Thresholds
 from toolkit.cost import Cost
 from toolkit.sampling.references import Reference, reference
@@ -197,6 +198,18 @@ def test_focus_stands_side_by_side(comparison: Comparison) -> None:
     assert focus.loc[("total", "low_rank"), "sentence"].startswith("not judged: ")
     assert focus.loc[("total", "laplace"), "sentence"].startswith("not judged: the optimiser used up its steps")
     assert focus.loc[("beta[worst area]", "reference"), "sentence"] == ""
+
+
+def test_a_number_has_one_error_wherever_it_stands(comparison: Comparison) -> None:
+    focus = comparison.focus.set_index(["item", "source"])
+    quantities = comparison.quantities.set_index(["quantity", "source"])
+    for source in ("reference", "mean_field"):
+        key = ("total", source)
+        assert focus.loc[key, "mean_se"] == pytest.approx(quantities.loc[key, "mean_se"], rel=1e-12)
+    event = focus.loc[("beta[worst area] + beta[mean/area] > 2", "mean_field")]
+    shown, se = event["probability"], event["probability_se"]
+    assert se == pytest.approx(math.sqrt(shown * (1 - shown) / 9_999), rel=1e-9)
+    assert probability(shown, se) in event["sentence"]
 
 
 def test_quantities_have_titles_units_and_moments(comparison: Comparison) -> None:

@@ -354,7 +354,7 @@ ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "no bin width": (
         lambda: model(replace(_data(), static={})),
-        "Expected bin_seconds above 0 among the static values of 'mine'; got 0.",
+        "Expected bin_seconds above 0 among the static values of 'mine', or as an array of one number; got 0.",
     ),
     "names": (
         lambda: model(replace(_data(), coords={"neuron": np.array(["a", "b"])})),
@@ -402,3 +402,9 @@ def test_misuse_gets_its_sentence(case: str) -> None:
     call, sentence = ERRORS[case]
     with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
         call()
+
+
+def test_a_file_of_arrays_holds_the_bin_width_too() -> None:
+    data = _data()
+    file = replace(data, arrays={**data.arrays, "bin_seconds": np.array(1e-3)}, static={})
+    assert model(file).fingerprint() == model(data).fingerprint()

@@ -25,7 +25,7 @@ from toolkit.reporting.differences import differences, worst_first
 from toolkit.reporting.figures.canvas import file_svg
 from toolkit.reporting.figures.graph import Node, layered
 from toolkit.reporting.figures.pairs import binned_density, mass_levels, worst_pairs
-from toolkit.reporting.first_screen import health
+from toolkit.reporting.first_screen import health, next_commands
 from toolkit.reporting.palette import INK, PAGE, PLAIN, SOFT, TEXTS, looks
 from toolkit.reporting.reports import Report, render
 from toolkit.reporting.tables import minus, number, significant
@@ -320,6 +320,20 @@ def test_the_references_health_says_what_is_known(rhat: float, ess: float, diver
     reference.diagnostics["rhat"], reference.divergences = rhat, divergences
     reference.diagnostics[["ess_bulk", "ess_tail"]] = ess
     assert text in health(reference)
+
+
+@pytest.mark.parametrize(
+    ("command", "again"),
+    [
+        ("elbowroom study lda", ("elbowroom study lda --seed 1",)),
+        ("elbowroom study lda --option seed=0", ("elbowroom study lda --option seed=0 --seed 1",)),
+        ("elbowroom study lda --seed=0 --draws 10", ("elbowroom study lda --seed=1 --draws 10",)),
+        ("toolkit.study(model, seed=0)", ("toolkit.study(model, seed=1)",)),
+        ("python mine.py", ()),
+    ],
+)
+def test_the_next_command_has_the_next_seed(command: str, again: tuple[str, ...]) -> None:
+    assert next_commands(command, 0) == again
 
 
 def test_draws_from_a_file_claim_no_count_of_divergences() -> None:

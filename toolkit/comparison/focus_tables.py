@@ -8,7 +8,13 @@ import numpy as np
 import pandas as pd
 
 from toolkit.comparison.focus import Focus
-from toolkit.comparison.influence import RULE_OF_THREE, chain_error, effective_draws, probability_error
+from toolkit.comparison.influence import (
+    RULE_OF_THREE,
+    chain_error,
+    effective_draws,
+    independent_error,
+    probability_error,
+)
 from toolkit.comparison.metrics import metrics
 from toolkit.comparison.sentences import LOCATIONS, WIDTHS, directions, probability
 from toolkit.comparison.tables import metric_rows, quantity_verdicts
@@ -45,7 +51,8 @@ def focus_table(
     for item in items:
         drawn = {name: item.evaluate(source) for name, source in sources.items()}
         for name, values in drawn.items():
-            summary = _event(values) if item.event else _interval(values)
+            autocorrelated = name == "reference"
+            summary = _event(values, autocorrelated) if item.event else _interval(values, autocorrelated)
             if name == "reference":
                 sentence = ""
             elif problems[name]:
@@ -60,25 +67,26 @@ def focus_table(
     return pd.DataFrame(rows, columns=list(FOCUS_COLUMNS))
 
 
-def _interval(values: np.ndarray) -> tuple[float, ...]:
+def _interval(values: np.ndarray, autocorrelated: bool) -> tuple[float, ...]:
     low, high = np.quantile(values, [0.05, 0.95])
-    return float(values.mean()), chain_error(values), float(low), float(high), np.nan, np.nan
+    error = chain_error(values) if autocorrelated else independent_error(values)
+    return float(values.mean()), error, float(low), float(high), np.nan, np.nan
 
 
-def _event(values: np.ndarray) -> tuple[float, ...]:
-    return (*[np.nan] * 4, *_probability(values))
+def _event(values: np.ndarray, autocorrelated: bool) -> tuple[float, ...]:
+    return (*[np.nan] * 4, *_probability(values, autocorrelated))
 
 
-def _probability(values: np.ndarray) -> Estimate:
+def _probability(values: np.ndarray, autocorrelated: bool) -> Estimate:
+    events = values.astype(float)
+    if not autocorrelated:
+        return Estimate(float(events.mean()), max(independent_error(events), RULE_OF_THREE / events.size))
     # An event that is never seen to change tells nothing of its autocorrelation: its draws are taken as they are.
-    effective = effective_draws(values.astype(float))
-    return Estimate(float(values.mean()), probability_error(values, effective))
+    return Estimate(float(events.mean()), probability_error(values, effective_draws(events)))
 
 
 def _event_sentence(reference: np.ndarray, guide: np.ndarray, than: str, thresholds: Thresholds) -> str:
-    p = _probability(reference)
-    events = guide.astype(float)
-    q = Estimate(float(events.mean()), max(float(events.std() / np.sqrt(events.size)), RULE_OF_THREE / events.size))
+    p, q = _probability(reference, autocorrelated=True), _probability(guide, autocorrelated=False)
     difference, se = q.value - p.value, float(np.hypot(p.se, q.se))
     verdict = judge(difference, se, -thresholds.probability, thresholds.probability)
     beside = f"{probability(*q)} where {than} has {probability(*p)}"

@@ -106,6 +106,8 @@ def warning(study: Any) -> tuple[str, tuple[str, ...]]:
 
 
 def next_commands(command: str, seed: int) -> tuple[str, ...]:
-    """The study's command with the next seed; none where the command does not name its seed."""
-    again, found = re.subn(rf"(--seed[ =]|\bseed=){seed}\b", rf"\g<1>{seed + 1}", command, count=1)
-    return (again,) if found else ()
+    """The study's command with the next seed; none for a program's own command that does not name its seed."""
+    by_command = command.startswith("elbowroom ")
+    named = r"--seed[ =]" if by_command else r"--seed[ =]|\bseed="  # `--option seed=1` is a model's own
+    again, found = re.subn(rf"({named}){seed}\b", rf"\g<1>{seed + 1}", command, count=1)
+    return (again,) if found else (f"{command} --seed {seed + 1}",) if by_command else ()

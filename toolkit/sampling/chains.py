@@ -73,7 +73,7 @@ def run_chains(
         progress: Called from the caller's thread only; an exception that it raises stops every chain.
     """
     loaded = {chain: stored for chain in range(chains) if archive and (stored := archive.load(chain))}
-    cores = min(chains, os.cpu_count() or 1)
+    cores = min(chains, _usable_cores())
     cost = Cost(run_seconds=sum(chain.seconds for chain in loaded.values()) / cores)
     results: Results = dict(loaded)
     if len(loaded) < chains:
@@ -83,6 +83,11 @@ def run_chains(
         cost = replace(sampler.cost, run_seconds=cost.run_seconds + time.perf_counter() - started)
     evaluations = sum(chain.gradient_evaluations for chain in results.values() if isinstance(chain, Chain))
     return dict(sorted(results.items())), replace(cost, gradient_evaluations=evaluations)
+
+
+def _usable_cores() -> int:
+    """The cores that this process may use; a container may be given fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +111,7 @@ class _Crew:
                 self.archive.save(chain, result)
             return result
 
-        with ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1), "chain") as pool:
+        with ThreadPoolExecutor(min(len(missing), _usable_cores()), "chain") as pool:
             futures = {chain: pool.submit(work, chain) for chain in sorted(missing)}
             try:
                 self._follow(futures, events)
