@@ -12,6 +12,7 @@ import scipy.optimize
 import scipy.special
 import scipy.stats
 from jax.flatten_util import ravel_pytree
+from numpyro.infer import MCMC, NUTS
 from scipy.stats import qmc
 
 from models import collinear_logistic as collinear
@@ -231,3 +232,25 @@ def test_misuse_gets_its_sentence(case: str) -> None:
 def test_dependent_columns_are_no_obstacle_without_rotation() -> None:
     model = collinear.model(_xy(COPIED, [0, 1] * 4 + [0]))
     assert "rotated" not in model.charts
+
+
+@pytest.mark.slow
+def test_the_truth_lies_in_90_percent_intervals_at_the_nominal_rate() -> None:
+    seeds, size = 50, {"rows": 150, "features": 5, "correlation": 0.9}
+    first = collinear.model(collinear.simulate(jax.random.PRNGKey(0), **size))
+    sampler = MCMC(NUTS(first.bound()), num_warmup=500, num_samples=1_000, progress_bar=False, jit_model_args=True)
+    inside = []
+    for seed in range(seeds):
+        data = collinear.simulate(jax.random.PRNGKey(seed), **size)
+        sampler.run(jax.random.PRNGKey(1_000 + seed), **data.arrays)
+        drawn = sampler.get_samples()
+        draws = np.column_stack([drawn["intercept"], drawn["beta"]])
+        low, high = np.quantile(draws, [0.05, 0.95], axis=0)
+        truth = np.append(data.truth["intercept"], data.truth["beta"])
+        inside.append((low <= truth) & (truth <= high))
+    # The truth is drawn from the prior, so that each number's rate is 0.9 exactly.
+    rates = np.mean(inside, axis=0)
+    assert (np.abs(rates - 0.9) < 5 * np.sqrt(0.9 * 0.1 / seeds)).all()
+    # Over all numbers of a seed the rate varies less; its spread over seeds gives its error.
+    share = np.mean(inside, axis=1)
+    assert abs(share.mean() - 0.9) < 5 * share.std(ddof=1) / np.sqrt(seeds)
