@@ -282,8 +282,7 @@ def model(
     Args:
         dataset: Arrays `stimulus` `(bin,)`, in units of its sd since the priors count on that, and `counts`
             `(bin, neuron)`; static `bin_seconds` (or an array of one number, as in an NPZ file); coords `neuron` if
-            they have names. The slow grasshopper
-            recording if not given.
+            they have names. The slow grasshopper recording if not given.
         recording: `"slow"` or `"fast"`, in place of a dataset.
         prior: `"normal"`, or `"laplace"` (sparse) for all weights.
         coupling: Whether several neurons hear one another.
