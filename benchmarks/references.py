@@ -15,12 +15,13 @@ import pandas as pd
 import models
 from toolkit import reference
 from toolkit.compilation import keep_compiled_programs
+from toolkit.studies import named_key
 
 
 def measure(name: str, seed: int) -> dict[str, object]:
     """One row: how the reference ended, by which figures, in how long."""
     begun = time.perf_counter()
-    drawn = reference(models.load(name).model(), key=jax.random.PRNGKey(seed))
+    drawn = reference(models.load(name).model(), key=named_key(jax.random.PRNGKey(seed), "reference"))
     table = drawn.diagnostics
     return {
         "model": name,

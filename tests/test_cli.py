@@ -218,7 +218,7 @@ MISUSE = {
     "no guide": ([GROWTH, "--data", HEIGHTS, "--guides", ","], "Expected at least one guide"),
     "unknown chart": ([GROWTH, "--data", HEIGHTS, "--chart", "centred"], "Expected chart to be one of ['plain']"),
     "unknown focus": ([GROWTH, "--data", HEIGHTS, "--focus", "per_yaer > 6"], "per_yaer"),
-    "no draws": ([GROWTH, "--data", HEIGHTS, "--draws", "0"], "Expected draws to be at least 4; got 0."),
+    "no draws": ([GROWTH, "--data", HEIGHTS, "--draws", "0"], "Expected draws to be at least 8; got 0."),
     "one chain": ([GROWTH, "--data", HEIGHTS, "--chains", "1"], "Expected chains to be at least 2; got 1."),
     "no tolerance": (
         [GROWTH, "--data", HEIGHTS, "--tolerance", "0"],

@@ -78,8 +78,10 @@ def test_another_seed_gives_other_numbers(finished):
         ({"chains": 0}, "Expected chains to be at least 2; got 0"),
         ({"tolerance": 0.0}, "Expected a positive tolerance and positive max_steps; got 0.0 and 20000"),
         ({"max_steps": 0}, "Expected a positive tolerance and positive max_steps; got 0.1 and 0"),
-        ({"draws": 0}, "Expected draws to be at least 4; got 0"),
+        ({"draws": 0}, "Expected draws to be at least 8; got 0"),
         ({"focus": ("nosuch > 0",)}, "nosuch"),
+        ({"seed": 2**40}, "Expected a seed from 0 to 4,294,967,295; got 1099511627776"),
+        ({"seed": -1}, "Expected a seed from 0 to"),
     ],
 )
 def test_misuse_is_told_before_any_work(arguments, text):

@@ -10,7 +10,9 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -118,13 +120,28 @@ def study(
         ValueError: A guide, a chart, a focus expression or a count is not what it should be.
     """
     chosen = [find_guide(guide) for guide in guides]
-    _check(model, chosen, chart, {"chains": (chains, 2), "warmup": (warmup, 1), "draws": (draws, 4)})
+    command = command or _call(
+        guides=tuple(guide.name for guide in chosen),
+        focus=tuple(focus),
+        seed=seed,
+        tolerance=tolerance,
+        max_steps=max_steps,
+        chains=chains,
+        warmup=warmup,
+        draws=draws,
+        chart=chart,
+        thresholds=thresholds,
+    )
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"Expected a seed from 0 to {2**32 - 1:,}; got {seed}.")
+    _check(model, chosen, chart, {"chains": (chains, 2), "warmup": (warmup, 1), "draws": (draws, 8)})
     if not (tolerance > 0 and max_steps > 0):
         raise ValueError(f"Expected a positive tolerance and positive max_steps; got {tolerance} and {max_steps}.")
     thresholds = thresholds or Thresholds()
     for text in focus:
         parse_focus(text, model)  # a misspelt name should be heard of before the work, not after it
     keep_compiled_programs()
+    met_before = len(storage.damaged) if storage else 0
     stages: dict[str, float] = {}
     resumed: list[str] = []
     key = jax.random.PRNGKey(seed)
@@ -132,7 +149,7 @@ def study(
     with _timed(stages, "reference"):
         drawn = against or reference(
             model,
-            key=_named(key, "reference"),
+            key=named_key(key, "reference"),
             chains=chains,
             warmup=warmup,
             draws=draws,
@@ -145,10 +162,9 @@ def study(
         stages["reference"] = drawn.cost.seconds
     with _timed(stages, "compare"):
         comparison = compare(
-            model, drawn, fits, key=_named(key, "compare"), focus=focus, thresholds=thresholds, progress=progress
+            model, drawn, fits, key=named_key(key, "compare"), focus=focus, thresholds=thresholds, progress=progress
         )
-    notes = tuple(storage.damaged) if storage else ()
-    command = command or f"toolkit.study(model, seed={seed})"
+    notes = tuple(storage.damaged[met_before:]) if storage else ()
     return Study(model, fits, drawn, comparison, seed, stages, command, resumed=tuple(resumed), notes=notes)
 
 
@@ -163,24 +179,31 @@ def _fits(
     resumed: list[str],
     progress: Progress,
 ) -> tuple[Fit, ...]:
-    fingerprint = model.fingerprint() if storage else ""
     settings = {"tolerance": tolerance, "max_steps": max_steps}
     starts: dict[str, Starts] = {}
+    fingerprints: dict[str, str] = {}
+
+    def kept_under(guide: Guide, own_key: jax.Array) -> str | None:
+        """The name of the guide's kept fit: what the model computes in the guide's own chart is part of it."""
+        chart = guide.chart or model.chart
+        if chart not in fingerprints:
+            fingerprints[chart] = model.in_chart(chart).fingerprint()
+        return fit_key(fingerprints[chart], guide, own_key, settings)
 
     def found(chart: str) -> Starts:
         """The searches for a mode, which all guides of a chart share."""
         if chart not in starts:
             with _timed(stages, "starts"), jax.enable_x64(True):
                 progress("starts", 0, 1, "searching for modes")
-                starts[chart] = find_starts(model, key=_named(key, f"starts {chart}"), chart=chart)
+                starts[chart] = find_starts(model, key=named_key(key, f"starts {chart}"), chart=chart)
                 progress("starts", 1, 1, "done")
         return starts[chart]
 
     fits = []
     for guide in guides:
         stage = f"fit {guide.name}"
-        own_key = _named(key, stage)
-        name = fit_key(fingerprint, guide, own_key, settings) if storage else None
+        own_key = named_key(key, stage)
+        name = kept_under(guide, own_key) if storage else None
         kept = kept_fit(storage, name, model, guide) if storage and name else None
         if kept:
             resumed.append(stage)
@@ -217,6 +240,15 @@ def _fit_or_row(model: Model, guide: Guide, fitting: Callable[[], Fit]) -> Fit:
         return Fit(guide, model, Status.FAILED, text)
 
 
+def _call(**given: Any) -> str:
+    """The call that makes the same study again, by the arguments that are not the defaults."""
+    parameters = signature(study).parameters
+    shown = [
+        f"{name}={value!r}" for name, value in given.items() if name == "seed" or value != parameters[name].default
+    ]
+    return f"toolkit.study(model, {', '.join(shown)})"
+
+
 def _check(model: Model, guides: Sequence[Guide], chart: str | None, numbers: Mapping[str, tuple[int, int]]) -> None:
     """Misuse is told before any work; `numbers` are values with the least that each may be."""
     if not guides:
@@ -233,7 +265,7 @@ def _check(model: Model, guides: Sequence[Guide], chart: str | None, numbers: Ma
             raise ValueError(f"Expected {name} to be at least {least}; got {value}.")
 
 
-def _named(key: jax.Array, name: str) -> jax.Array:
+def named_key(key: jax.Array, name: str) -> jax.Array:
     """A key of its own for each name, so that adding a guide changes no other guide's numbers."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
 

@@ -38,6 +38,7 @@ from toolkit.status import Status
 
 # A correlation matrix with more rows cannot be read in a figure.
 _MATRIX_SCALARS = 60
+_WEIGHTS = 4_000  # log weights for k-hat: four quarters of the thousand that NumPyro's own diagnostic takes
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +194,9 @@ def _side(
         return _Side(fit, None, _problem(fit)), anchor
     try:
         sites = guide_draws(model, fit, jax.random.fold_in(key, 0), draws)
-        log_weights = fit.log_weights(jax.random.fold_in(key, 1), draws) if fit.has_density else np.array([])
+        log_weights = (
+            fit.log_weights(jax.random.fold_in(key, 1), min(draws, _WEIGHTS)) if fit.has_density else np.array([])
+        )
     except (ValueError, TypeError, KeyError, ArithmeticError, RuntimeError) as error:
         # A guide that cannot draw is a row in the report; the others' work is not lost.
         first = (str(error).strip() or type(error).__name__).split("\n")[0]

@@ -116,11 +116,19 @@ def _low_rank(guide: Any, start: Start) -> Coordinates:
     return Coordinates({"shift": np.zeros(size), "log_scale": np.zeros(size), "factor": noise}, to_params)
 
 
-def best_low_rank(precision: np.ndarray, rank: int, rounds: int = 100) -> tuple[np.ndarray, np.ndarray]:
+def best_low_rank(
+    precision: np.ndarray, rank: int, *, rounds: int = 50, tolerance: float = 0.01
+) -> tuple[np.ndarray, np.ndarray]:
     """Scale (size,) and factor (size, rank) of the low-rank Gaussian nearest in KL(q || p) to N(0, precision^-1).
 
     q has covariance S (I + W W') S with S = diag(scale). Given S, W lies along the eigenvectors of S precision S with
     the smallest eigenvalues; given W, each scale solves a quadratic. Both are exact, so the KL falls in every round.
+
+    Args:
+        precision: Shape (size, size), positive definite.
+        rank: Columns of the factor.
+        rounds: The most rounds.
+        tolerance: A fall of the KL in one round, in nats, at which they stop.
     """
     size = len(precision)
     scale = 1 / np.sqrt(np.diag(precision))
@@ -135,7 +143,7 @@ def best_low_rank(precision: np.ndarray, rank: int, rounds: int = 100) -> tuple[
             scale[i] = (np.sqrt(others**2 + 4 * weights[i, i]) - others) / (2 * weights[i, i])
         inner = np.eye(rank) + factor.T @ factor
         loss = 0.5 * (scale @ weights @ scale - np.linalg.slogdet(inner)[1]) - np.log(scale).sum()
-        if last - loss < 1e-4:
+        if last - loss < tolerance:
             break
         last = loss
     return scale, factor

@@ -14,7 +14,17 @@ import numpyro
 from numpyro import handlers
 from numpyro.distributions import biject_to
 from numpyro.infer import Trace_ELBO, init_to_value
-from numpyro.infer.autoguide import AutoContinuous, AutoDelta, AutoGuide, AutoLaplaceApproximation
+from numpyro.infer.autoguide import (
+    AutoContinuous,
+    AutoDAIS,
+    AutoDelta,
+    AutoDiagonalNormal,
+    AutoGuide,
+    AutoLaplaceApproximation,
+    AutoLowRankMultivariateNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+)
 from numpyro.infer.util import constrain_fn, log_density
 
 from toolkit.cost import Cost
@@ -55,6 +65,7 @@ class Fit:
         autoguide: NumPyro's guide; everything that NumPyro does with a guide works with it and `params`.
         params: Its parameters, constrained, and the model's own parameters where its chart has any; empty if the fit
             failed.
+        start: Where the search began, unconstrained, by site; the autoguide was set up there.
     """
 
     guide: Guide
@@ -68,6 +79,7 @@ class Fit:
     cost: Cost = field(default_factory=Cost)
     autoguide: Any = None
     params: dict[str, Any] = field(default_factory=dict)
+    start: dict[str, Any] = field(default_factory=dict)
 
     @property
     def chart(self) -> str:
@@ -125,9 +137,12 @@ class Fit:
         The density is with respect to the constrained sites' own volume, as NumPyro's `log_density` has it.
 
         Raises:
-            ValueError: The fit failed, or its family has no density.
+            ValueError: The fit failed, or its family has no density in closed form.
         """
         self._require_density()
+        if isinstance(self.autoguide, AutoDAIS):
+            text = f"Expected a density in closed form; '{self.guide.name}' gives weights only."
+            raise ValueError(text)  # noqa: TRY004 - the family's limit, not an argument's type
         with jax.enable_x64(True):
             return np.asarray(
                 jax.lax.map(
@@ -166,7 +181,8 @@ class Fit:
             jacobian += transform.log_abs_det_jacobian(unconstrained[name], latents[name]).sum()
         # In the guide's own order; its `_unpack_latent.inv` needs an argument that nothing gives (NumPyro 0.22).
         vector = jnp.concatenate([jnp.ravel(value) for value in unconstrained.values()])
-        return guide.get_posterior(self.params).log_prob(vector) - jacobian
+        # AutoDiagonalNormal's posterior is a batch of independent normals: the sum is the joint density.
+        return guide.get_posterior(self.params).log_prob(vector).sum() - jacobian
 
     def _map(self, one: Callable[..., Any], key: jax.Array, draws: int) -> Any:
         if draws < 1:
@@ -286,6 +302,7 @@ def _run(
         cost=solution.cost,
         autoguide=built,
         params=params if status is not Status.DIVERGED else {},
+        start={name: np.asarray(value) for name, value in starts.space.unravel(start.loc).items()},
     )
     if not fitted.has_density:
         return fitted
@@ -307,8 +324,22 @@ def build_guide(model: Model, guide: Guide, start: Mapping[str, Any] | None = No
             # As JAX arrays: a model may index a latent by its data inside a traced program.
             values = {name: jnp.asarray(value) for name, value in constrained.items()}
             built.init_loc_fn = init_to_value(values=values)
-        handlers.seed(built, 0)(**model.arrays)
+        _set_up(built, model.arrays)
     return built
+
+
+def _set_up(built: AutoGuide, arrays: Mapping[str, Any]) -> None:
+    """Let an autoguide read the model's latent sites.
+
+    NumPyro evaluates the density and its gradient there, operation by operation, to check the start; ours is checked,
+    and for the Gaussian guides, which need nothing of the likelihood, it is hidden meanwhile: that saves seconds.
+    """
+    program = built.model
+    if isinstance(built, AutoNormal | AutoDiagonalNormal | AutoMultivariateNormal | AutoLowRankMultivariateNormal):
+        built.model = handlers.block(program, hide_fn=lambda site: site.get("is_observed", False))
+    with handlers.block(), handlers.seed(rng_seed=0):
+        built._setup_prototype(**arrays)
+    built.model = program
 
 
 def _working_guide(built: Any, chosen: Coordinates) -> Callable[..., Any]:
@@ -326,7 +357,8 @@ def _working_guide(built: Any, chosen: Coordinates) -> Callable[..., Any]:
 def _outcome(solution: Solution, max_steps: int) -> tuple[Status, str]:
     message = f"{solution.invalid_steps} invalid steps were skipped" if solution.invalid_steps else ""
     if not np.isfinite(solution.elbo.value):
-        return Status.DIVERGED, message
+        lost = f"{solution.invalid_draws:,} of {solution.fresh_draws:,} draws of the guide have no finite density"
+        return Status.DIVERGED, f"{lost}; {message}" if message else lost
     if not solution.arrived:
         return Status.BUDGET, message or f"{max_steps:,} steps"
     return Status.ARRIVED, message
@@ -343,8 +375,6 @@ def _together(first: Cost, second: Cost) -> Cost:
 
 def _laplace_program(guide: AutoLaplaceApproximation, params: Mapping[str, Any]) -> Callable[..., Any]:
     """The Gaussian that a Laplace approximation stands for, as a NumPyro guide."""
-    from numpyro.infer.autoguide import AutoMultivariateNormal
-
     gaussian = AutoMultivariateNormal(guide.model, prefix=guide.prefix, init_loc_fn=guide.init_loc_fn)
     posterior = guide.get_posterior(params)
 

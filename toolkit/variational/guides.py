@@ -51,8 +51,8 @@ GUIDES: dict[str, Guide] = {
     guide.name: guide
     for guide in (
         _auto("mean_field", "AutoNormal"),
-        _auto("low_rank", "AutoLowRankMultivariateNormal", ("mean_field",)),
-        _auto("full_rank", "AutoMultivariateNormal", ("low_rank", "mean_field")),
+        _auto("low_rank", "AutoLowRankMultivariateNormal", ("mean_field", "diagonal")),
+        _auto("full_rank", "AutoMultivariateNormal", ("low_rank", "mean_field", "diagonal", "laplace")),
         _auto("map", "AutoDelta"),
         _auto("laplace", "AutoLaplaceApproximation"),
         _auto("diagonal", "AutoDiagonalNormal"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -21,6 +22,8 @@ from toolkit.variational.guides import GUIDES, Guide
 from toolkit.variational.solvers.svi import Trace
 
 _KIND = "fit"
+_VERSION = 2
+"""Part of every kept fit's name: raised when the same settings would no longer give the same fit."""
 
 
 def fit_key(fingerprint: str, guide: Guide, key: jax.Array, settings: dict[str, Any]) -> str | None:
@@ -28,13 +31,16 @@ def fit_key(fingerprint: str, guide: Guide, key: jax.Array, settings: dict[str, 
     family = guide.name.partition("@")[0]
     if family not in GUIDES or GUIDES[family].build is not guide.build:
         return None
-    parts = (fingerprint, guide.name, guide.chart, jax.random.key_data(key).tolist(), sorted(settings.items()))
+    versions = [importlib.metadata.version(package) for package in ("numpy", "optax", "scipy")]
+    chosen = (guide.name, guide.chart, jax.random.key_data(key).tolist(), sorted(settings.items()))
+    parts = (_VERSION, versions, fingerprint, *chosen)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def keep_fit(storage: Storage, name: str, fit: Fit) -> None:
     """Store a fit's parameters, course and figures."""
-    arrays = {
+    arrays = {f"start/{name}": np.asarray(value) for name, value in fit.start.items()}
+    arrays |= {
         f"param/{number}/{name}": np.asarray(leaf)
         for name, value in fit.params.items()
         for number, leaf in enumerate(jax.tree.leaves(value))
@@ -63,7 +69,8 @@ def kept_fit(storage: Storage, name: str, model: Model, guide: Guide) -> Fit | N
     for key, value in arrays.items():
         if key.startswith("param/"):
             leaves.setdefault(key.split("/", 2)[2], []).append(value)
-    built = build_guide(model, guide) if leaves else None
+    start = {key.removeprefix("start/"): value for key, value in arrays.items() if key.startswith("start/")}
+    built = build_guide(model, guide, start or None) if leaves else None
     params = _nested(leaves, built, model) if built else {}
     return Fit(
         guide,
@@ -80,6 +87,7 @@ def kept_fit(storage: Storage, name: str, model: Model, guide: Guide) -> Fit | N
         Cost(**meta["cost"]),
         built,
         params,
+        start,
     )
 
 

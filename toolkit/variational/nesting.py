@@ -17,10 +17,13 @@ def check_nesting(fits: Sequence[Fit], tolerance: float = 0.1) -> tuple[Fit, ...
 
     A difference counts where it exceeds both the tolerance in nats and three standard errors.
     """
-    by_name = {fit.guide.name: fit for fit in fits}
-    return tuple(
-        _checked(fit, [by_name[name] for name in fit.guide.contains if name in by_name], tolerance) for fit in fits
-    )
+    return tuple(_checked(fit, [other for other in fits if _contains(fit, other)], tolerance) for fit in fits)
+
+
+def _contains(larger: Fit, smaller: Fit) -> bool:
+    """Whether one family contains the other in the same chart, by whatever name that chart was asked for."""
+    families = {name.partition("@")[0] for name in larger.guide.contains}
+    return smaller.guide.name.partition("@")[0] in families and smaller.chart == larger.chart
 
 
 def _checked(fit: Fit, contained: Sequence[Fit], tolerance: float) -> Fit:

@@ -33,7 +33,8 @@ _BLOCK = 250
 _LONG_STEPS = 10_000  # parameters from which a step is long enough for shorter blocks
 _CUTS = 3
 _CHECK_DRAWS = 512
-_PATIENCE = 2  # blocks in a row without a gain before the step size is cut
+_PATIENCE = 2  # blocks in a row without a gain before the step size is cut; one where steps are long
+_FRESH_CHECKS = 16  # sets of draws for the final ELBO; a quarter of it where steps are long
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Solution:
         trace: The course.
         invalid_steps: Steps skipped because loss or gradient were NaN or infinite.
         cost: Time, gradient evaluations, memory.
+        invalid_draws: How many of the `fresh_draws` behind the ELBO have no finite log weight.
+        fresh_draws: How many there are.
     """
 
     params: Params
@@ -64,6 +67,8 @@ class Solution:
     trace: Trace
     invalid_steps: int
     cost: Cost
+    invalid_draws: int
+    fresh_draws: int
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ class Programs:
     svi: SVI
     arrays: dict[str, Any]
     particles: int
+    long_steps: bool
     block_steps: int
     block: Any
     check: Any
@@ -87,9 +93,11 @@ def compile_programs(model: Program, guide: Program, loss: ELBO, arrays: dict[st
     begun = time.perf_counter()
     optimiser = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)
     svi = SVI(model, guide, optimiser, loss)
-    initial = svi.init(key, **arrays)
+    # Compiled, of a whole run of guide and model only the parameters' first values remain to be computed.
+    initial = jax.jit(lambda key, arrays: svi.init(key, **arrays))(key, arrays)
     params = svi.optim.get_params(initial.optim_state)
-    length = _BLOCK if sum(value.size for value in jax.tree.leaves(params)) < _LONG_STEPS else _BLOCK * 2 // 5
+    long_steps = sum(value.size for value in jax.tree.leaves(params)) >= _LONG_STEPS
+    length = _BLOCK * 2 // 5 if long_steps else _BLOCK
 
     def block(state: Any, arrays: Any) -> tuple[Any, Params, Any]:
         def step(carry: Any, _: None) -> tuple[Any, Any]:
@@ -120,6 +128,7 @@ def compile_programs(model: Program, guide: Program, loss: ELBO, arrays: dict[st
         svi,
         arrays,
         loss.num_particles,
+        long_steps,
         length,
         compiled_block,
         compiled_check,
@@ -152,8 +161,9 @@ def optimise(
     begun = time.perf_counter()
     state = programs.initial._replace(rng_key=jax.random.fold_in(key, 0))
     course: list[tuple[int, float, float]] = []
-    invalid, steps, checks = 0, 0, 0
+    invalid, steps = 0, 0
     arrived = False
+    patience = 1 if programs.long_steps else _PATIENCE
     # One set of draws for all checks, so that differences between iterates are paired.
     check_key = jax.random.fold_in(key, 1)
     best = programs.svi.optim.get_params(state.optim_state)
@@ -161,7 +171,7 @@ def optimise(
     for cut in range(_CUTS + 1):
         state = _with_step_size(programs.svi, state, step_size / 4**cut, best)
         idle = 0
-        while idle < _PATIENCE and steps < max_steps:
+        while idle < patience and steps < max_steps:
             state, average, losses = programs.block(state, programs.arrays)
             values = -np.asarray(losses)
             steps += programs.block_steps
@@ -169,23 +179,24 @@ def optimise(
             course.append((steps, *_block_mean(values)))
             report(steps, course[-1][1])
             weights = np.asarray(programs.check(check_key, average, programs.arrays))
-            checks += 1
             gain = _gain(weights, best_weights)
             if gain.value > 0:
                 best, best_weights = average, weights
             idle = 0 if gain.value > max(tolerance / 5, 2 * gain.se) else idle + 1
-        if idle < _PATIENCE:  # the budget ended this step size, not its idleness
+        if idle < patience:  # the budget ended this step size, not its idleness
             break
     else:
         arrived = True
+    checks = _FRESH_CHECKS // 4 if programs.long_steps else _FRESH_CHECKS
     fresh = np.concatenate(
-        [np.asarray(programs.check(jax.random.fold_in(key, 2 + i), best, programs.arrays)) for i in range(16)]
+        [np.asarray(programs.check(jax.random.fold_in(key, 2 + i), best, programs.arrays)) for i in range(checks)]
     )
     finite = _sound(fresh)
     cost = Cost(programs.compile_seconds, time.perf_counter() - begun, steps * programs.particles, programs.peak_bytes)
     elbo = Estimate.of_mean(fresh) if finite else Estimate(-math.inf, math.nan)
     trace = Trace(*(np.array(column, dtype=float) for column in zip(*course, strict=True)))
-    return Solution(best, elbo, arrived and finite, trace, invalid, cost)
+    lost = int((~np.isfinite(fresh)).sum())
+    return Solution(best, elbo, arrived and finite, trace, invalid, cost, lost, fresh.size)
 
 
 def _gain(weights: np.ndarray, before: np.ndarray) -> Estimate:
