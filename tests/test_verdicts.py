@@ -138,7 +138,7 @@ NARROW = {"sd_ratio": [0.26, 0.59, 0.4], "coverage_90": [0.3, 0.6, 0.5]}
             _metrics(coverage_90=[0.8, 0.9]),
             "no: 1 of 2 too narrow (the 90 % interval of b[0] holds 0.800 ± 0.005 of NUTS); the means are right",
         ),
-        (_metrics(sd_ratio=[1.0, 0.9]), "cannot tell: 1 of 2 needs more draws"),
+        (_metrics(sd_ratio=[1.0, 0.9]), "cannot tell: none of 2 is wrong, 1 is right; 1 of 2 needs more draws"),
         (_metrics(sd_ratio=[0.9, 0.9], shift=[0.0, 0.0]), "cannot tell: 2 of 2 need more draws"),
         (
             _metrics(shift=[NAN], sd_ratio=[NAN], coverage_90=[NAN]),

@@ -51,8 +51,13 @@ def guide_sentence(rows: pd.DataFrame, quantities: dict[str, Verdict], than: str
         some = f"{len(unknown)} of {count}"
         if _not_finite(rows, unknown):
             return f"cannot tell: infinite or NaN draws of {some} quantities"
-        return f"cannot tell: {some} need{'s' if len(unknown) == 1 else ''} more draws"
+        known = f"none of {count} is wrong, {_some_right(count - len(unknown))}; " if len(unknown) < count else ""
+        return f"cannot tell: {known}{some} need{'s' if len(unknown) == 1 else ''} more draws"
     return f"yes: {_all(count)} right ({_room(rows, than)})"
+
+
+def _some_right(count: int) -> str:
+    return f"{count} {'is' if count == 1 else 'are'} right"
 
 
 def _all(count: int) -> str:
