@@ -332,11 +332,12 @@ def _set_up(built: AutoGuide, arrays: Mapping[str, Any]) -> None:
     """Let an autoguide read the model's latent sites.
 
     NumPyro evaluates the density and its gradient there, operation by operation, to check the start; ours is checked,
-    and for the Gaussian guides, which need nothing of the likelihood, it is hidden meanwhile: that saves seconds.
+    and for the Gaussian guides, which need no density here, it is masked meanwhile: that saves seconds.
     """
     program = built.model
     if isinstance(built, AutoNormal | AutoDiagonalNormal | AutoMultivariateNormal | AutoLowRankMultivariateNormal):
-        built.model = handlers.block(program, hide_fn=lambda site: site.get("is_observed", False))
+        hidden = handlers.block(program, hide_fn=lambda site: site.get("is_observed", False))
+        built.model = handlers.mask(hidden, mask=False)
     with handlers.block(), handlers.seed(rng_seed=0):
         built._setup_prototype(**arrays)
     built.model = program
