@@ -60,6 +60,15 @@ def test_stopping_in_the_reference_keeps_the_fits(tmp_path):
     assert study(line(), guides=("mean_field",), storage=storage, **QUICK).resumed == ("fit mean_field",)
 
 
+def test_the_command_names_what_was_asked_for(finished):
+    _, done = finished
+    assert done.command.startswith(
+        "toolkit.study(model, guides=('mean_field', <your guide broken>, 'full_rank'), seed=0"
+    )
+    assert "chains=2" in done.command
+    assert "tolerance" not in done.command
+
+
 def test_another_seed_gives_other_numbers(finished):
     _, done = finished
     other = study(pair(), guides=("mean_field",), seed=1, **QUICK)

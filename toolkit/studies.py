@@ -26,7 +26,7 @@ from toolkit.sampling.references import Reference, reference
 from toolkit.status import Status
 from toolkit.storage import Storage
 from toolkit.variational.fitting import Fit, fit
-from toolkit.variational.guides import DEFAULT_GUIDES, Guide, find_guide
+from toolkit.variational.guides import DEFAULT_GUIDES, GUIDES, Guide, find_guide
 from toolkit.variational.keeping import fit_key, keep_fit, kept_fit
 from toolkit.variational.nesting import check_nesting
 from toolkit.variational.starts import Starts, find_starts
@@ -121,7 +121,7 @@ def study(
     """
     chosen = [find_guide(guide) for guide in guides]
     command = command or _call(
-        guides=tuple(guide.name for guide in chosen),
+        guides=tuple(_shown(guide) for guide in chosen),
         focus=tuple(focus),
         seed=seed,
         tolerance=tolerance,
@@ -131,6 +131,7 @@ def study(
         draws=draws,
         chart=chart,
         thresholds=thresholds,
+        against=_Words("the same reference") if against else None,
     )
     if not 0 <= seed < 2**32:
         raise ValueError(f"Expected a seed from 0 to {2**32 - 1:,}; got {seed}.")
@@ -238,6 +239,22 @@ def _fit_or_row(model: Model, guide: Guide, fitting: Callable[[], Fit]) -> Fit:
     except Exception as error:
         text = (str(error).strip() or type(error).__name__).split("\n")[0]
         return Fit(guide, model, Status.FAILED, text)
+
+
+class _Words(str):
+    """Text that stands in a call for an object that has no short literal."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"<{self}>"
+
+
+def _shown(guide: Guide) -> str:
+    """A named guide as its name; a user's own as what it is, since its name alone would not be found."""
+    family = guide.name.partition("@")[0]
+    own = family not in GUIDES or GUIDES[family].build is not guide.build
+    return _Words(f"your guide {guide.name}") if own else guide.name
 
 
 def _call(**given: Any) -> str:

@@ -87,18 +87,16 @@ def _try(model: Model, guides: pd.DataFrame) -> str:
     highest = max((i for i, name in enumerate(_LADDER) if name in tried), default=-1)
     untried = [name for name in _LADDER[highest + 1 :] if name not in tried]
     if untried:
-        return f"Next, a family that can express more: {command(model, untried[0])}."
+        return f"Next, a family that can express more: {_with_guide(untried[0])}."
     names = {str(name) for name in guides.index}
     charts = [chart for chart in model.charts if chart != model.chart and f"full_rank@{chart}" not in names]
     if charts:
-        return f"Next, another chart of the same posterior: {command(model, f'full_rank@{charts[0]}')}."
+        return f"Next, another chart of the same posterior: {_with_guide(f'full_rank@{charts[0]}')}."
     return "Next, write the model in other coordinates (non-centred, rotated, log scale): no richer family is left."
 
 
-def command(model: Model, guide: str) -> str:
-    """The command that fits one more guide; a model of one's own is named by its file, which only its user knows."""
-    if (getattr(model.fn, "__module__", None) or "").startswith("models."):
-        return f"`elbowroom study {model.name} --guides {guide}`"
+def _with_guide(guide: str) -> str:
+    """How to fit one more guide; only the user knows the data and the options that the study was called with."""
     return f"the same study with `--guides {guide}`"
 
 

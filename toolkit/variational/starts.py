@@ -92,11 +92,11 @@ def latent_space(model: Model, chart: str | None = None) -> Space:
 
 
 def find_starts(model: Model, *, key: jax.Array, chart: str | None = None, count: int = 2) -> Starts:
-    """Up to `count` starting points in float64, from searches that set out at dispersed points.
+    """Up to `count` starting points, from searches that set out at dispersed points.
 
     Each search climbs the log density by L-BFGS; the curvature where it ends gives the scale, and a few
     natural-gradient steps move both towards the best full-rank Gaussian. No point at all means that no start had a
-    finite density and gradient.
+    finite density and gradient. The caller sees to float64 (`jax.enable_x64`), as `fit` and `study` do.
     """
     begun = time.perf_counter()
     space = latent_space(model, chart)
