@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
@@ -26,23 +27,14 @@ class NormalToSimplex(ParameterFreeTransform):
 
     def __call__(self, x: Any) -> Any:
         """Shares `(..., n)` from normals `(..., n - 1)`."""
-        log_left = _log_upper_tail(x) / _to_come(x)
-        before = jnp.exp(jnp.pad(jnp.cumsum(log_left, axis=-1), _widths(x, 1, 0)))
-        return before * jnp.pad(-jnp.expm1(log_left), _widths(x, 0, 1), constant_values=1.0)
+        return _shares(x)
 
     def _inverse(self, y: Any) -> Any:
-        # What is left, summed from the small end; each logarithm by the form that does not cancel.
-        left = jnp.cumsum(y[..., ::-1], axis=-1)[..., ::-1]
-        part = y[..., :-1] / left[..., :-1]
-        log_left = jnp.where(part < 0.5, jnp.log1p(-part), jnp.log(left[..., 1:] / left[..., :-1]))
-        log_tail = log_left * _to_come(log_left)
-        head = -jnp.expm1(log_tail)
-        return jnp.where(head < 0.5, ndtri(head), -ndtri(jnp.exp(log_tail)))
+        return _normals(y)
 
     def log_abs_det_jacobian(self, x: Any, y: Any, intermediates: Any = None) -> Any:
         """Log of the volume that shares (the first n - 1 of them) gain per volume of normals, `(...)`."""
-        # The normal density goes to the flat one, which is (n - 1)! everywhere.
-        return norm.logpdf(x).sum(-1) - gammaln(x.shape[-1] + 1.0)
+        return _log_volume(x)
 
     def forward_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the shares."""
@@ -51,6 +43,31 @@ class NormalToSimplex(ParameterFreeTransform):
     def inverse_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the normals."""
         return (*shape[:-1], shape[-1] - 1)
+
+
+# Compiled whole: NumPyro also runs models operation by operation, and each would be compiled by itself.
+@jax.jit
+def _shares(x: Any) -> Any:
+    log_left = _log_upper_tail(x) / _to_come(x)
+    before = jnp.exp(jnp.pad(jnp.cumsum(log_left, axis=-1), _widths(x, 1, 0)))
+    return before * jnp.pad(-jnp.expm1(log_left), _widths(x, 0, 1), constant_values=1.0)
+
+
+@jax.jit
+def _normals(y: Any) -> Any:
+    # What is left, summed from the small end; each logarithm by the form that does not cancel.
+    left = jnp.cumsum(y[..., ::-1], axis=-1)[..., ::-1]
+    part = y[..., :-1] / left[..., :-1]
+    log_left = jnp.where(part < 0.5, jnp.log1p(-part), jnp.log(left[..., 1:] / left[..., :-1]))
+    log_tail = log_left * _to_come(log_left)
+    head = -jnp.expm1(log_tail)
+    return jnp.where(head < 0.5, ndtri(head), -ndtri(jnp.exp(log_tail)))
+
+
+@jax.jit
+def _log_volume(x: Any) -> Any:
+    # The normal density goes to the flat one, which is (n - 1)! everywhere.
+    return norm.logpdf(x).sum(-1) - gammaln(x.shape[-1] + 1.0)
 
 
 def _log_upper_tail(x: Any) -> Any:

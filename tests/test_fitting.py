@@ -17,7 +17,7 @@ from toolkit.variational.guides import GUIDES, find_guide
 from toolkit.variational.keeping import fit_key, keep_fit, kept_fit
 from toolkit.variational.nesting import check_nesting
 from toolkit.variational.objectives import StickTheLandingELBO
-from toolkit.variational.solvers.natural import natural_steps
+from toolkit.variational.solvers.natural import Averages, natural_steps
 from toolkit.variational.starts import find_starts, latent_space
 
 KEY = jax.random.PRNGKey(0)
@@ -142,7 +142,7 @@ def test_natural_steps_reach_a_gaussian_from_a_wrong_start():
     def log_density(z, arrays):
         return -0.5 * (z - arrays["loc"]) @ arrays["precision"] @ (z - arrays["loc"])
 
-    found = natural_steps(log_density, target, np.zeros(4), 10 * np.eye(4), key=KEY)
+    found = natural_steps(Averages(log_density, target, 4, key=KEY), np.zeros(4), 10 * np.eye(4))
     np.testing.assert_allclose(found.precision, precision, rtol=1e-8)
     np.testing.assert_allclose(found.loc, loc, rtol=1e-8)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from toolkit.comparison import trees
 from toolkit.comparison.advice import advise
 from toolkit.comparison.focus import parse_focus
 from toolkit.comparison.focus_tables import focus_table
-from toolkit.comparison.metrics import NAN, Metrics, khat, metrics
+from toolkit.comparison.metrics import NAN, Metrics, Standard, khat, metrics, prepare
 from toolkit.comparison.pairs import worst_pairs
 from toolkit.comparison.sentences import guide_sentence
 from toolkit.comparison.sources import Approximation, guide_draws, key_for, labelling, thinned, to_scalars
@@ -38,7 +39,6 @@ from toolkit.status import Status
 
 # A correlation matrix with more rows cannot be read in a figure.
 _MATRIX_SCALARS = 60
-_WEIGHTS = 4_000  # log weights for k-hat: four quarters of the thousand that NumPyro's own diagnostic takes
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,10 +135,11 @@ def compare(
     truth = scalars(model, drawn) if drawn else None
     problem = _reference_problem(reference)
     than = "the reference" if reference is None or reference.status in (Status.EXACT, Status.LOADED) else "NUTS"
+    standard = prepare(truth.values) if truth else None
     sides: list[_Side] = []
-    for i, fit in enumerate(fits):
+    for i, (fit, sites) in enumerate(_drawn(model, fits, key, draws)):
         progress("compare", i, len(fits), fit.guide.name)
-        side, anchor = _side(model, fit, truth, anchor, key_for(key, fit.guide.name), draws)
+        side, anchor = _side(model, fit, sites, standard, anchor)
         sides.append(side)
     progress("compare", len(fits), len(fits), "")
     rows = {s.fit.guide.name: _rows(s, truth, thresholds, judged=not problem) for s in sides}
@@ -186,26 +187,46 @@ def _reference_problem(reference: Reference | None) -> str:
     return ""
 
 
+def _drawn(
+    model: Model, fits: Sequence[Approximation], key: jax.Array, draws: int
+) -> Iterator[tuple[Approximation, dict[str, np.ndarray] | str]]:
+    """Each fit with its draws, or with why there are none; the next one draws while one is compared."""
+
+    def sites(fit: Approximation) -> dict[str, np.ndarray] | str:
+        if not fit.usable:
+            return _problem(fit)
+        try:
+            return guide_draws(model, fit, jax.random.fold_in(key_for(key, fit.guide.name), 0), draws)
+        except (ValueError, TypeError, KeyError, ArithmeticError, RuntimeError) as error:
+            # A guide that cannot draw is a row in the report; the others' work is not lost.
+            first = (str(error).strip() or type(error).__name__).split("\n")[0]
+            return f"{Status.FAILED.value}: {first}"
+
+    # One thread alone, because NumPyro's stack of handlers is not made for two; the comparison has no use for it.
+    with ThreadPoolExecutor(1, "draw") as pool:
+        following = pool.submit(sites, fits[0]) if fits else None
+        for i, fit in enumerate(fits):
+            current = following.result() if following else ""
+            following = pool.submit(sites, fits[i + 1]) if i + 1 < len(fits) else None
+            yield fit, current
+
+
 def _side(
-    model: Model, fit: Approximation, truth: Scalars | None, anchor: np.ndarray | None, key: jax.Array, draws: int
+    model: Model,
+    fit: Approximation,
+    sites: dict[str, np.ndarray] | str,
+    truth: Sequence[Standard | None] | None,
+    anchor: np.ndarray | None,
 ) -> tuple[_Side, np.ndarray | None]:
-    """One fit's draws and metrics, and the labelling for the fits after it."""
-    if not fit.usable:
-        return _Side(fit, None, _problem(fit)), anchor
-    try:
-        sites = guide_draws(model, fit, jax.random.fold_in(key, 0), draws)
-        log_weights = (
-            fit.log_weights(jax.random.fold_in(key, 1), min(draws, _WEIGHTS)) if fit.has_density else np.array([])
-        )
-    except (ValueError, TypeError, KeyError, ArithmeticError, RuntimeError) as error:
-        # A guide that cannot draw is a row in the report; the others' work is not lost.
-        first = (str(error).strip() or type(error).__name__).split("\n")[0]
-        return _Side(fit, None, f"{Status.FAILED.value}: {first}"), anchor
+    """One fit's metrics, and the labelling for the fits after it."""
+    if isinstance(sites, str):
+        return _Side(fit, None, sites), anchor
     if anchor is None and model.labels is not None:
         anchor = labelling(model, model.labels.relabel(sites))
     source = to_scalars(model, sites, anchor)
-    compared = metrics(truth.values, source.values[0]) if truth else None
-    return _Side(fit, source, "" if fit.status.ok else _problem(fit), khat(log_weights), compared), anchor
+    compared = metrics(truth, source.values[0]) if truth else None
+    weights = NAN if fit.fresh_log_weights is None else khat(fit.fresh_log_weights)
+    return _Side(fit, source, "" if fit.status.ok else _problem(fit), weights, compared), anchor
 
 
 def _problem(fit: Approximation) -> str:

@@ -16,7 +16,7 @@ The spread is (q95 - q5) / 3.29: the sd, if the draws are normal.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,6 +48,7 @@ NORMAL_SPREAD = 3.2897072539029444
 CONSTANT = 1e-12
 # Log weights (nats) that differ by rounding errors alone.
 EQUAL_WEIGHTS = 1e-8
+_LEAST_DRAWS = 8  # in a chain, and of a guide: for errors that mean something
 NAN = Estimate(float("nan"), float("nan"))
 
 
@@ -87,60 +88,76 @@ class _Side:
         return float(np.square(np.square(self.standard)).mean() - 3.0)
 
 
-def metrics(reference: np.ndarray, guide: np.ndarray) -> Metrics:
+@dataclass(frozen=True, eq=False)
+class Standard(_Side):
+    """The reference's side of one scalar, which every guide is compared with."""
+
+    effective: float
+
+
+def prepare(reference: np.ndarray) -> list[Standard | None]:
+    """What all guides' metrics need of the reference's draws (chain, draw, scalar); None for a scalar without spread.
+
+    Raises:
+        ValueError: The array has other axes, or too few draws.
+    """
+    if reference.ndim != 3 or reference.shape[1] < _LEAST_DRAWS:
+        raise ValueError(
+            f"Expected reference draws (chain, draw, scalar) with at least {_LEAST_DRAWS} draws in a chain, so that "
+            f"errors can be given; got {reference.shape}."
+        )
+    prepared: list[Standard | None] = []
+    for i in range(reference.shape[2]):
+        # One scalar's draws are far apart in memory; everything runs over them many times.
+        side = _side(np.ascontiguousarray(reference[:, :, i]))
+        prepared.append(Standard(**vars(side), effective=effective_draws(side.draws)) if side else None)
+    return prepared
+
+
+def metrics(reference: np.ndarray | Sequence[Standard | None], guide: np.ndarray) -> Metrics:
     """Every metric of every scalar.
 
     Args:
-        reference: Draws of p, (chain, draw, scalar).
+        reference: Draws of p, (chain, draw, scalar), or what `prepare` made of them.
         guide: Independent draws of q, (draws, scalar).
 
     Raises:
         ValueError: The arrays have other axes, different numbers of scalars, or too few draws.
     """
-    _check_shapes(reference, guide)
-    count = reference.shape[2]
+    standards = prepare(reference) if isinstance(reference, np.ndarray) else reference
+    count = len(standards)
+    if guide.ndim != 2 or guide.shape[1] != count or guide.shape[0] < _LEAST_DRAWS:
+        raise ValueError(
+            f"Expected guide draws (draws, scalar) of the reference's {count} scalars, at least {_LEAST_DRAWS} draws; "
+            f"got {guide.shape}."
+        )
     judged, heavy = np.zeros(count, bool), np.zeros(count, bool)
     floor, effective = np.full(count, np.nan), np.full(count, np.nan)
     values = {name: np.full((2, count), np.nan) for name in (*METRICS, *QUANTILE_METRICS)}
-    for i in range(count):
-        # One scalar's draws are far apart in memory; everything below runs over them many times.
-        reference_draws, guide_draws = np.ascontiguousarray(reference[:, :, i]), np.ascontiguousarray(guide[:, i])
-        p = _side(reference_draws)
+    for i, p in enumerate(standards):
+        guide_draws = np.ascontiguousarray(guide[:, i])
         judged[i] = p is not None
         if p is None or not np.isfinite(guide_draws).all():
             continue
         q = _side(guide_draws) or _point_mass(guide_draws)
-        effective[i] = effective_draws(p.draws)
+        effective[i] = p.effective
         heavy[i] = max(p.kurtosis, q.kurtosis) > HEAVY_KURTOSIS
-        row, floor[i] = _compared(p, q, effective[i], heavy[i])
+        row, floor[i] = _compared(p, q, heavy=heavy[i])
         for name, estimate in row.items():
             values[name][:, i] = estimate
     return Metrics({name: (array[0], array[1]) for name, array in values.items()}, judged, heavy, floor, effective)
 
 
-def _compared(p: _Side, q: _Side, effective: float, heavy: bool) -> tuple[dict[str, Estimate], float]:
-    distance, floor = _wasserstein(p, q, effective)
+def _compared(p: Standard, q: _Side, *, heavy: bool) -> tuple[dict[str, Estimate], float]:
+    distance, floor = _wasserstein(p, q)
     row = {
         "shift": _shift(p, q),
         "sd_ratio": _sd_ratio(p, q),
-        "coverage_50": _coverage(p, q, 0.5, effective),
-        "coverage_90": _coverage(p, q, 0.9, effective),
+        "coverage_50": _coverage(p, q, 0.5),
+        "coverage_90": _coverage(p, q, 0.9),
         "wasserstein_1": distance,
     }
     return (row | _quantile_metrics(p, q) if heavy else row), floor
-
-
-def _check_shapes(reference: np.ndarray, guide: np.ndarray) -> None:
-    if reference.ndim != 3 or guide.ndim != 2 or reference.shape[2] != guide.shape[1]:
-        raise ValueError(
-            "Expected reference draws (chain, draw, scalar) and guide draws (draws, scalar) of the same scalars; "
-            f"got {reference.shape} and {guide.shape}."
-        )
-    if reference.shape[1] < 8 or guide.shape[0] < 8:
-        raise ValueError(
-            "Expected at least 8 draws in a chain and 8 guide draws, so that errors can be given; "
-            f"got {reference.shape[1]} and {guide.shape[0]}."
-        )
 
 
 def _side(draws: np.ndarray) -> _Side | None:
@@ -171,7 +188,7 @@ def _sd_ratio(p: _Side, q: _Side) -> Estimate:
     return Estimate(value, value * _combined(-0.5 * (p.standard**2 - 1.0), 0.5 * (q.standard**2 - 1.0)))
 
 
-def _coverage(p: _Side, q: _Side, mass: float, effective: float) -> Estimate:
+def _coverage(p: Standard, q: _Side, mass: float) -> Estimate:
     """The mass; p's error is that of an event, q's comes through the mass that its two uncertain ends carry."""
     levels = (0.5 * (1.0 - mass), 0.5 * (1.0 + mass))
     low, high = ordered_quantiles(q.ordered, levels)
@@ -181,7 +198,7 @@ def _coverage(p: _Side, q: _Side, mass: float, effective: float) -> Estimate:
     of_low, of_high = (_density_ratio(p, q, level) for level in levels)
     u, v = levels
     variance = of_low**2 * u * (1 - u) + of_high**2 * v * (1 - v) - 2 * of_low * of_high * u * (1 - v)
-    error = np.hypot(probability_error(inside, effective), np.sqrt(variance / q.ordered.size))
+    error = np.hypot(probability_error(inside, p.effective), np.sqrt(variance / q.ordered.size))
     return Estimate(float(inside.mean()), float(error))
 
 
@@ -193,8 +210,8 @@ def _density_ratio(p: _Side, q: _Side, level: float) -> float:
     return float((below[1] - below[0]) / (2.0 * step))
 
 
-def _wasserstein(p: _Side, q: _Side, effective: float) -> tuple[Estimate, float]:
-    distance = wasserstein(p.draws, q.ordered, effective)
+def _wasserstein(p: Standard, q: _Side) -> tuple[Estimate, float]:
+    distance = wasserstein(p.draws, q.ordered, p.effective)
     value = distance.value / p.sd
     influence = distance.reference_influence / p.sd - value * 0.5 * (p.standard**2 - 1.0)
     error = np.hypot(_combined(influence, distance.guide_influence / p.sd), distance.bias / p.sd)

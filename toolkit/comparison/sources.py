@@ -52,6 +52,10 @@ class Approximation(Protocol):
         """In nats, if known."""
 
     @property
+    def fresh_log_weights(self) -> np.ndarray | None:
+        """Log p(x, z) - log q(z) at independent draws z, (draws,), in nats; None without a density."""
+
+    @property
     def cost(self) -> Cost:
         """What it took."""
 
@@ -59,15 +63,8 @@ class Approximation(Protocol):
     def usable(self) -> bool:
         """Whether it can draw."""
 
-    @property
-    def has_density(self) -> bool:
-        """Whether `log_weights` can be asked for."""
-
     def draw(self, key: jax.Array, draws: int, sites: tuple[str, ...] | None = None) -> dict[str, np.ndarray]:
         """Independent draws of the sites asked for, (draws, ...) each, in constrained space."""
-
-    def log_weights(self, key: jax.Array, draws: int) -> np.ndarray:
-        """Log p(x, z) - log q(z) at independent draws z, (draws,), in nats."""
 
 
 def key_for(key: jax.Array, name: str) -> jax.Array:

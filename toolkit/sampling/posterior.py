@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from toolkit.compilation import QUICK
 from toolkit.cost import Cost
 from toolkit.modelling.model import Model
 
@@ -52,7 +53,7 @@ def _mapped(
     started = time.perf_counter()
     with jax.enable_x64(True):
         flat = {name: values.reshape(-1, *values.shape[2:]) for name, values in points.items()}
-        compiled = jax.jit(program).lower(flat, model.arrays).compile()
+        compiled = jax.jit(program).lower(flat, model.arrays).compile(QUICK)
         ready = time.perf_counter()
         rows = {site: np.asarray(values, dtype=np.float64) for site, values in compiled(flat, model.arrays).items()}
     cost = Cost(compile_seconds=ready - started, run_seconds=time.perf_counter() - ready)

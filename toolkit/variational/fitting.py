@@ -27,6 +27,7 @@ from numpyro.infer.autoguide import (
 )
 from numpyro.infer.util import constrain_fn, log_density
 
+from toolkit.compilation import QUICK
 from toolkit.cost import Cost
 from toolkit.estimate import Estimate
 from toolkit.modelling.model import Model
@@ -44,8 +45,6 @@ _FIRST_STEP = 0.01  # of Adam, where nothing is known of the parameters' scales
 _FIRST_STEP_OF_SD = 0.05
 _ELBO_DRAWS = 2_048
 _BATCH = 64  # draws that are computed side by side
-# A program that runs once is compiled quickly rather than well: a half to a third of the time, measured on the models.
-_RUN_ONCE = {"xla_backend_optimization_level": 1}
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +57,7 @@ class Fit:
         status: How the optimisation ended.
         message: A detail on the status, for the report; empty if there is none.
         elbo: E_q[log p(x, z) - log q(z)] in nats on draws that the fit has not seen; None if it could not be had.
+        fresh_log_weights: Log p(x, z) - log q(z) in nats at the draws behind `elbo`, (draws,); None without a density.
         gap_bound: An upper bound on the family's best ELBO minus this one, in nats; None where none was computed.
         traces: The course of each start.
         invalid_steps: Steps skipped because loss or gradient were NaN or infinite.
@@ -73,6 +73,7 @@ class Fit:
     status: Status
     message: str = ""
     elbo: Estimate | None = None
+    fresh_log_weights: np.ndarray | None = None
     gap_bound: Estimate | None = None
     traces: tuple[Trace, ...] = ()
     invalid_steps: int = 0
@@ -195,7 +196,7 @@ class Fit:
                 return jax.lax.map(lambda k: one(k, params, arrays), keys, batch_size=_BATCH)
 
             given = (jax.random.split(key, padded), self.params, self.model.arrays)
-            program = jax.jit(many).lower(*given).compile(_RUN_ONCE)
+            program = jax.jit(many).lower(*given).compile(QUICK)
             return jax.tree.map(lambda values: values[:draws], jax.device_get(program(*given)))
 
     def _require_usable(self) -> None:
@@ -247,11 +248,13 @@ def fit(
         cost = Cost(0.0, starts.seconds, starts.gradient_evaluations, 0)
         if not starts.points:
             return Fit(guide, model, Status.NO_VALID_START, cost=cost)
-        runs = [
+        outcomes = [
             _run(model, guide, program, starts, start, jax.random.fold_in(key, 1 + i), tolerance, max_steps, progress)
             for i, start in enumerate(starts.points)
         ]
-    best = max(runs, key=lambda run: run.elbo.value if run.elbo else -np.inf)
+    # By draws other than those behind the reported ELBO, which would be too high for having won.
+    best, _ = max(outcomes, key=lambda outcome: outcome[1])
+    runs = [run for run, _ in outcomes]
     return replace(
         best,
         traces=tuple(trace for run in runs for trace in run.traces),
@@ -270,8 +273,8 @@ def _run(
     tolerance: float,
     max_steps: int,
     progress: Progress,
-) -> Fit:
-    """One start's fit."""
+) -> tuple[Fit, float]:
+    """One start's fit, and the ELBO to choose between starts by."""
     built = build_guide(model, guide, starts.space.unravel(start.loc))
     chosen = coordinates(built, starts.space, start)
     working = built if chosen is None else _working_guide(built, chosen)
@@ -305,11 +308,12 @@ def _run(
         start={name: np.asarray(value) for name, value in starts.space.unravel(start.loc).items()},
     )
     if not fitted.has_density:
-        return fitted
-    elbo = solution.elbo
+        return fitted, solution.compared
+    elbo, weights = solution.elbo, solution.log_weights
     if isinstance(built, AutoLaplaceApproximation):  # what was climbed is the log density, not the Gaussian's ELBO
-        elbo = Estimate.of_mean(fitted.log_weights(jax.random.fold_in(key, 1), _ELBO_DRAWS))
-    return replace(fitted, elbo=elbo)
+        weights = fitted.log_weights(jax.random.fold_in(key, 1), _ELBO_DRAWS)
+        elbo = Estimate.of_mean(weights)
+    return replace(fitted, elbo=elbo, fresh_log_weights=weights), solution.compared
 
 
 def build_guide(model: Model, guide: Guide, start: Mapping[str, Any] | None = None) -> Callable[..., Any]:
@@ -358,7 +362,8 @@ def _working_guide(built: Any, chosen: Coordinates) -> Callable[..., Any]:
 def _outcome(solution: Solution, max_steps: int) -> tuple[Status, str]:
     message = f"{solution.invalid_steps} invalid steps were skipped" if solution.invalid_steps else ""
     if not np.isfinite(solution.elbo.value):
-        lost = f"{solution.invalid_draws:,} of {solution.fresh_draws:,} draws of the guide have no finite density"
+        weights = solution.log_weights
+        lost = f"{(~np.isfinite(weights)).sum():,} of {weights.size:,} draws of the guide have no finite density"
         return Status.DIVERGED, f"{lost}; {message}" if message else lost
     if not solution.arrived:
         return Status.BUDGET, message or f"{max_steps:,} steps"

@@ -22,7 +22,7 @@ from toolkit.variational.guides import GUIDES, Guide
 from toolkit.variational.solvers.svi import Trace
 
 _KIND = "fit"
-_VERSION = 2
+_VERSION = 3
 """Part of every kept fit's name: raised when the same settings would no longer give the same fit."""
 
 
@@ -45,6 +45,8 @@ def keep_fit(storage: Storage, name: str, fit: Fit) -> None:
         for name, value in fit.params.items()
         for number, leaf in enumerate(jax.tree.leaves(value))
     }
+    if fit.fresh_log_weights is not None:
+        arrays["fresh_log_weights"] = fit.fresh_log_weights
     for number, trace in enumerate(fit.traces):
         arrays |= {f"trace{number}/{column}": getattr(trace, column) for column in ("steps", "elbo", "se")}
     meta = {
@@ -78,6 +80,7 @@ def kept_fit(storage: Storage, name: str, model: Model, guide: Guide) -> Fit | N
         Status[meta["status"]],
         meta["message"],
         Estimate(*meta["elbo"]) if meta["elbo"] else None,
+        arrays.get("fresh_log_weights"),
         Estimate(*meta["gap_bound"]) if meta["gap_bound"] else None,
         tuple(
             Trace(*(arrays[f"trace{number}/{column}"] for column in ("steps", "elbo", "se")))

@@ -12,12 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import minimize
 
+from toolkit.compilation import QUICK
 from toolkit.modelling.model import Model
-from toolkit.variational.solvers.natural import is_safely_positive, natural_steps
+from toolkit.variational.solvers.natural import Averages, is_safely_positive, natural_steps
 
 _DENSE_LIMIT = 1_500  # a d x d Hessian of 18 MB, and about a second for its decomposition
 _TRIES = 50
 _STEPS = 8
+_SAME_HEIGHT = 1e-3  # nats between two searches that ended at one mode
+_SAME_PLACE = 0.5  # posterior sds between them, or unconstrained units where no curvature is known
 _SAME_LABELS = 0.05  # of the norm: a transform's Jacobian moves the modes of two labellings apart by a little
 _BOX_PRECISION = 4.0  # a sd of a half, for unconstrained coordinates of which nothing is known
 
@@ -102,26 +105,38 @@ def find_starts(model: Model, *, key: jax.Array, chart: str | None = None, count
     space = latent_space(model, chart)
     arrays = model.arrays
 
-    @jax.jit
-    def loss_and_gradient(vector: Any, arrays: Any) -> tuple[Any, Any]:
-        return jax.value_and_grad(lambda v: -model.log_density(space.unravel(v), arrays, chart))(vector)
+    def log_density(vector: Any, arrays: Any) -> Any:
+        return model.log_density(space.unravel(vector), arrays, chart)
 
+    def loss_and_gradient(vector: Any, arrays: Any) -> tuple[Any, Any]:
+        return jax.value_and_grad(lambda v: -log_density(v, arrays))(vector)
+
+    climbing = jax.jit(loss_and_gradient).lower(np.zeros(space.size), arrays).compile(QUICK)
     evaluations = 0
 
     def evaluate(vector: np.ndarray) -> tuple[float, np.ndarray]:
         nonlocal evaluations
         evaluations += 1
-        loss, gradient = loss_and_gradient(vector, arrays)
+        loss, gradient = climbing(vector, arrays)
         return float(loss), np.asarray(gradient, dtype=float)
 
     draw = jax.jit(lambda k, radius: space.ravel(model.start(k, arrays, radius, chart)))
     dispersed = _valid_points(evaluate, draw, key, count)
     ends = sorted((_climb(evaluate, point) for point in dispersed), key=lambda end: end.loss)
-    points = []
-    for number, end in enumerate(_relabelled_once(model, space, chart, _distinct(ends))):
-        start, work = _start(model, space, chart, end, jax.random.fold_in(key, _TRIES + number))
-        evaluations += work
-        points.append(start)
+    points, kept = [], list[tuple[_End, np.ndarray | None]]()
+    averages = None
+    if space.size <= _DENSE_LIMIT and ends:
+        averages = Averages(log_density, arrays, space.size, key=jax.random.fold_in(key, _TRIES))
+    for end in _relabelled_once(model, space, chart, ends):
+        if _at_another(end, kept):
+            continue
+        precision, is_mode = _curvature(averages, end.loc) if averages else (None, False)
+        kept.append((end, precision))
+        if averages is None or precision is None:
+            points.append(Start(end.begin, None, -np.inf, -end.loss, False))
+        else:
+            points.append(_start(averages, end, precision, is_mode=is_mode))
+    evaluations += averages.evaluations if averages else 0
     points.sort(key=lambda start: -start.elbo)
     return Starts(space, tuple(points), time.perf_counter() - begun, evaluations)
 
@@ -135,13 +150,20 @@ class _End:
     begin: np.ndarray
 
 
-def _distinct(ends: list[_End]) -> list[_End]:
-    """The ends without those that reached the same log density as a better one, within a thousandth of a nat."""
-    kept: list[_End] = []
-    for end in ends:
-        if all(abs(end.loss - other.loss) > 1e-3 for other in kept):
-            kept.append(end)
-    return kept
+def _at_another(end: _End, kept: list[tuple[_End, np.ndarray | None]]) -> bool:
+    """Whether a search ended at the mode of an earlier one, which is kept with the precision there.
+
+    Equal heights alone do not make one mode of two (those of a symmetric density have them): the ends must also lie
+    within half a posterior sd of each other.
+    """
+    for other, precision in kept:
+        if abs(end.loss - other.loss) > _SAME_HEIGHT:
+            continue
+        apart = end.loc - other.loc
+        distance = apart @ apart if precision is None else apart @ precision @ apart
+        if distance < _SAME_PLACE**2:
+            return True
+    return False
 
 
 def _relabelled_once(model: Model, space: Space, chart: str | None, ends: list[_End]) -> list[_End]:
@@ -162,28 +184,26 @@ def _relabelled_once(model: Model, space: Space, chart: str | None, ends: list[_
     return [ends[number] for number in kept]
 
 
-def _start(model: Model, space: Space, chart: str | None, end: _End, key: jax.Array) -> tuple[Start, int]:
+def _curvature(averages: Averages, loc: np.ndarray) -> tuple[np.ndarray | None, bool]:
+    """Minus the Hessian at a point, its eigenvalues bounded away from zero, and whether it needed no bounding."""
+    _, _, hessian = averages.at(loc)
+    return positive_definite(-hessian) if np.isfinite(hessian).all() else (None, False)
+
+
+def _start(averages: Averages, end: _End, precision: np.ndarray, *, is_mode: bool) -> Start:
     """The better of two Gaussians: grown from the end of a search, or, if that is no mode, from where it began.
 
     A density without an upper bound sends the search away for ever (the funnel of a centred hierarchy); the ELBO has
     a bound all the same, and natural-gradient steps from the beginning do not run off.
     """
-    precision, is_mode = _curvature(model, space, end.loc, chart)
-    if precision is None:
-        return Start(end.begin, None, -np.inf, -end.loss, False), space.size
     seeds = [(end.loc, precision, _STEPS)]
     if not is_mode:
-        seeds.append((end.begin, _BOX_PRECISION * np.eye(space.size), 3 * _STEPS))
-
-    def log_density(vector: Any, arrays: Any) -> Any:
-        return model.log_density(space.unravel(vector), arrays, chart)
-
-    grown = [natural_steps(log_density, model.arrays, loc, p, key=key, steps=steps) for loc, p, steps in seeds]
+        seeds.append((end.begin, _BOX_PRECISION * np.eye(averages.size), 3 * _STEPS))
+    grown = [natural_steps(averages, loc, precision, steps=steps) for loc, precision, steps in seeds]
     best = max(grown, key=lambda gaussian: gaussian.elbo)
-    work = space.size + sum(gaussian.gradient_evaluations for gaussian in grown)
     if not np.isfinite(best.elbo):
-        return Start(end.begin, None, -np.inf, -end.loss, False), work
-    return Start(best.loc, best.precision, best.elbo, -end.loss, is_mode), work
+        return Start(end.begin, None, -np.inf, -end.loss, False)
+    return Start(best.loc, best.precision, best.elbo, -end.loss, is_mode)
 
 
 def _valid_points(
@@ -219,23 +239,6 @@ def _climb(evaluate: Callable[[np.ndarray], tuple[float, np.ndarray]], point: np
         options={"maxiter": 1_000, "maxcor": 20, "ftol": 1e-12, "gtol": 1e-6},
     )
     return _End(np.asarray(result.x), float(result.fun), point)
-
-
-def _curvature(model: Model, space: Space, loc: np.ndarray, chart: str | None) -> tuple[np.ndarray | None, bool]:
-    """Minus the Hessian at a point, its eigenvalues bounded away from zero, and whether it needed no bounding."""
-    if space.size > _DENSE_LIMIT:
-        return None, False
-
-    @jax.jit
-    def hessian(vector: Any, arrays: Any) -> Any:
-        gradient = jax.grad(lambda v: -model.log_density(space.unravel(v), arrays, chart))
-        column = lambda tangent: jax.jvp(gradient, (vector,), (tangent,))[1]  # noqa: E731
-        return jax.lax.map(column, jnp.eye(space.size), batch_size=64)
-
-    matrix = np.asarray(hessian(loc, model.arrays), dtype=float)
-    if not np.isfinite(matrix).all():
-        return None, False
-    return positive_definite((matrix + matrix.T) / 2)
 
 
 def positive_definite(matrix: np.ndarray) -> tuple[np.ndarray | None, bool]:

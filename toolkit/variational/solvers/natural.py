@@ -18,79 +18,103 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
+from toolkit.compilation import QUICK
+
 _HESSIANS = 4_096  # Hessian columns that one step may cost, but for the least number of draws
 _COLUMNS = 64
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """N(loc, precision^-1) in unconstrained space, its ELBO in nats on the draws that moved it, and the work done."""
+    """N(loc, precision^-1) in unconstrained space, and its ELBO in nats on the draws that moved it."""
 
     loc: np.ndarray
     precision: np.ndarray
     elbo: float
-    gradient_evaluations: int
 
 
-def natural_steps(
-    log_density: Callable[[Any, Any], Any],
-    arrays: Any,
-    loc: np.ndarray,
-    precision: np.ndarray,
-    *,
-    key: jax.Array,
-    steps: int = 8,
-) -> Gaussian:
-    """The Gaussian after at most so many steps, each taken only if it raises the ELBO on common draws.
+class Averages:
+    """Averages of a log density, its gradient and its Hessian over a Gaussian, on common antithetic draws.
 
     Args:
         log_density: Of one unconstrained vector and the model's arrays, in nats.
         arrays: The model's arrays.
-        loc: Where to begin, shape (size,).
-        precision: With which precision, shape (size, size), positive definite.
-        key: For the draws, which come in antithetic pairs.
-        steps: The most steps to take; they stop when the ELBO no longer rises by a hundredth of a nat.
-    """
-    size = len(loc)
-    pairs = int(np.clip(_HESSIANS // (2 * size), 2, 64))
-    noise = np.asarray(jax.random.normal(key, (pairs, size)))
-    noise = np.concatenate([noise, -noise])
+        size: Of the vector.
+        key: For the draws.
 
-    @jax.jit
-    def averages(loc: Any, factor: Any, arrays: Any) -> tuple[Any, Any, Any]:
-        def one(noise: Any) -> tuple[Any, Any, Any]:
-            point = loc + factor @ noise
+    Attributes:
+        size: Of the vector.
+        draws: How many.
+        evaluations: Gradient evaluations so far; a column of a Hessian counts as one.
+    """
+
+    def __init__(self, log_density: Callable[[Any, Any], Any], arrays: Any, size: int, *, key: jax.Array) -> None:
+        pairs = int(np.clip(_HESSIANS // (2 * size), 2, 64))
+        noise = np.asarray(jax.random.normal(key, (pairs, size)))
+        self.size, self.draws, self.evaluations = size, 2 * pairs, 0
+        self._noise, self._arrays = np.concatenate([noise, -noise]), arrays
+
+        def one(point: Any, arrays: Any) -> tuple[Any, Any, Any]:
             gradient = jax.grad(lambda z: log_density(z, arrays))
             columns = jax.lax.map(
                 lambda tangent: jax.jvp(gradient, (point,), (tangent,))[1], jnp.eye(size), batch_size=_COLUMNS
             )
             return log_density(point, arrays), gradient(point), columns
 
-        def add(total: Any, noise: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, one(noise)), None
+        def averages(loc: Any, factor: Any, noise: Any, draws: Any, arrays: Any) -> tuple[Any, Any, Any]:
+            def add(number: Any, total: Any) -> Any:
+                return jax.tree.map(jnp.add, total, one(loc + factor @ noise[number], arrays))
 
-        zeros = (jnp.zeros(()), jnp.zeros(size), jnp.zeros((size, size)))
-        total, _ = jax.lax.scan(add, zeros, noise)
-        return jax.tree.map(lambda value: value / len(noise), total)
+            zeros = (jnp.zeros(()), jnp.zeros(size), jnp.zeros((size, size)))
+            total = jax.lax.fori_loop(0, draws, add, zeros)
+            return jax.tree.map(lambda value: value / draws, total)
+
+        shapes = (np.zeros(size), np.zeros((size, size)), self._noise, 1, arrays)
+        self._averages = jax.jit(averages).lower(*shapes).compile(QUICK)
+
+    def over(self, loc: np.ndarray, factor: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+        """Of log density, gradient and Hessian over N(loc, factor factor'), shapes (), (size,), (size, size)."""
+        return self._of(loc, factor, self.draws)
+
+    def at(self, loc: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+        """The same three at one point, by the program that is compiled already."""
+        return self._of(loc, np.zeros((self.size, self.size)), 1)
+
+    def _of(self, loc: np.ndarray, factor: np.ndarray, draws: int) -> tuple[float, np.ndarray, np.ndarray]:
+        value, gradient, hessian = self._averages(loc, factor, self._noise, draws, self._arrays)
+        self.evaluations += draws * self.size
+        hessian = np.asarray(hessian)
+        return float(value), np.asarray(gradient), (hessian + hessian.T) / 2
+
+
+def natural_steps(averages: Averages, loc: np.ndarray, precision: np.ndarray, *, steps: int = 8) -> Gaussian:
+    """The Gaussian after at most so many steps, each taken only if it raises the ELBO on common draws.
+
+    Args:
+        averages: Of the log density to approximate.
+        loc: Where to begin, shape (size,).
+        precision: With which precision, shape (size, size), positive definite.
+        steps: The most steps to take; they stop when the ELBO no longer rises by a hundredth of a nat.
+    """
+    size = len(loc)
 
     def measured(loc: np.ndarray, precision: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
         lower = scipy.linalg.cholesky(precision, lower=True)
         factor = scipy.linalg.solve_triangular(lower, np.eye(size), lower=True).T  # factor @ factor.T = precision^-1
-        value, gradient, hessian = (np.asarray(part) for part in averages(loc, factor, arrays))
+        value, gradient, hessian = averages.over(loc, factor)
         entropy = 0.5 * size * (1 + np.log(2 * np.pi)) - np.log(np.diag(lower)).sum()
         elbo = float(value + entropy)
         return (elbo if np.isfinite(gradient).all() and np.isfinite(hessian).all() else np.nan), gradient, hessian
 
     elbo, gradient, hessian = measured(loc, precision)
-    evaluations, rate = len(noise) * size, 1.0
+    rate = 1.0
     if not np.isfinite(elbo):
-        return Gaussian(loc, precision, -np.inf, evaluations)
+        return Gaussian(loc, precision, -np.inf)
     for _ in range(steps):
-        proposed = _blend(precision, -(hessian + hessian.T) / 2, rate)
+        proposed = _blend(precision, -hessian, rate)
         if proposed is not None:
             moved = loc + rate * scipy.linalg.solve(proposed, gradient, assume_a="pos")
             new = measured(moved, proposed)
-            evaluations += len(noise) * size
         if proposed is None or not new[0] > elbo:
             rate /= 3
             if rate < 0.01:
@@ -100,7 +124,7 @@ def natural_steps(
         loc, precision, (elbo, gradient, hessian) = moved, proposed, new
         if gain < 0.01:
             break
-    return Gaussian(loc, precision, elbo, evaluations)
+    return Gaussian(loc, precision, elbo)
 
 
 def _blend(old: np.ndarray, new: np.ndarray, rate: float) -> np.ndarray | None:
