@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -6,13 +7,15 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from numpyro.distributions.transforms import AffineTransform
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from numpyro.infer.reparam import TransformReparam
 from targets import SCALES, impossible, line, pair
 
 from toolkit import Dataset, Estimate, Fit, Guide, Model, Status, Storage, fit
 from toolkit.variational.coordinates import best_low_rank
-from toolkit.variational.fitting import build_guide
+from toolkit.variational.fitting import build_guide, prepare
 from toolkit.variational.guides import GUIDES, find_guide
 from toolkit.variational.keeping import fit_key, keep_fit, kept_fit
 from toolkit.variational.nesting import check_nesting
@@ -218,7 +221,6 @@ def test_a_users_guide_and_every_named_one_fit():
 
 def test_nesting_marks_the_larger_family_that_ends_lower(correlated):
     low = correlated["mean_field"]
-    from dataclasses import replace
 
     worse = replace(correlated["full_rank"], elbo=Estimate(low.elbo.value - 3, 0.01))
     marked = {fitted.guide.name: fitted for fitted in check_nesting([low, worse])}
@@ -235,6 +237,7 @@ def test_a_kept_fit_draws_the_same(tmp_path, correlated):
     again = kept_fit(storage, "name", fitted.model, fitted.guide)
     np.testing.assert_array_equal(fitted.draw(KEY, 20)["z"], again.draw(KEY, 20)["z"])
     assert again.elbo == fitted.elbo
+    np.testing.assert_array_equal(again.fresh_log_weights, fitted.fresh_log_weights)
     assert again.status is fitted.status
     np.testing.assert_array_equal(again.traces[0].elbo, fitted.traces[0].elbo)
     assert kept_fit(storage, "another", fitted.model, fitted.guide) is None
@@ -330,12 +333,56 @@ def test_a_chart_of_its_own_learns_and_draws_the_plain_sites():
     assert fits["learned"].elbo.value > ends - 5 * fits["learned"].elbo.se - 0.1
 
 
-def test_starts_find_both_modes():
-    def two(y=None):
-        z = numpyro.sample("z", dist.Normal(0, 10))
-        numpyro.factor("modes", jnp.logaddexp(-0.5 * (z - 6) ** 2 / 0.25, -1 - 0.5 * (z + 6) ** 2 / 0.25))
+def two_modes(drop: float) -> Model:
+    """A density with modes at 6 and -6, the second lower by so many nats."""
 
-    starts = find_starts(Model(two, Dataset("two", {})), key=KEY, count=6)
+    def two():
+        z = numpyro.sample("z", dist.Normal(0, 10))
+        numpyro.factor("modes", jnp.logaddexp(-0.5 * (z - 6) ** 2 / 0.25, -drop - 0.5 * (z + 6) ** 2 / 0.25))
+
+    return Model(two, Dataset("two", {}))
+
+
+@pytest.mark.parametrize("drop", [1.0, 0.0])
+def test_starts_find_both_modes_also_where_they_are_of_equal_height(drop):
+    starts = find_starts(two_modes(drop), key=KEY, count=6)
     ends = sorted(round(float(point.loc[0]), 1) for point in starts.points)
     assert ends == [-6.0, 6.0]
-    assert starts.points[0].loc[0] > 0  # the better one first
+    if drop:
+        assert starts.points[0].loc[0] > 0  # the better one first
+
+
+def test_one_set_of_programs_serves_every_start_and_changes_nothing():
+    model, guide = two_modes(1.0), find_guide("full_rank")
+    starts = find_starts(model, key=KEY, count=6)
+    before, after = (replace(starts, points=(point,)) for point in starts.points)
+    prepared = prepare(model, guide)
+    for only in (before, after):
+        shared, own = (fit(model, guide, key=KEY, starts=only, prepared=p) for p in (prepared, None))
+        for name, value in own.params.items():
+            np.testing.assert_array_equal(shared.params[name], value)
+    both = fit(model, guide, key=KEY, starts=starts, prepared=prepared)
+    # The lower mode holds 1 / (1 + e) of the mass; a Gaussian on the upper one lacks the rest.
+    assert both.draw(KEY, 100)["z"].mean() > 5.0
+    assert len(both.traces) == 2
+
+
+def test_starts_of_another_chart_are_refused():
+    def scaled():
+        z = numpyro.sample("z", dist.TransformedDistribution(dist.Normal(), AffineTransform(0.0, 2.0)))
+        numpyro.sample("y", dist.Normal(z, 1.0), obs=1.0)
+
+    model = Model(scaled, Dataset("none", {}), charts={"standard": {"z": TransformReparam()}})
+    with jax.enable_x64(True):
+        starts = find_starts(model, key=KEY, chart="standard", count=1)
+    with pytest.raises(ValueError, match=r"Expected starts in chart 'plain', with the sites z; got starts .* z_base"):
+        fit(model, "mean_field", key=KEY, starts=starts)
+
+
+@pytest.mark.parametrize("name", ["mean_field", "full_rank"])
+def test_the_elbo_is_the_mean_of_the_log_weights_beside_it(correlated, name):
+    fitted = correlated[name]
+    assert fitted.fresh_log_weights.mean() == pytest.approx(fitted.elbo.value, abs=1e-12)
+    again = fitted.log_weights(jax.random.PRNGKey(5), 4_000)
+    error = np.hypot(fitted.elbo.se, again.std() / math.sqrt(4_000))
+    assert abs(again.mean() - fitted.elbo.value) < 5 * error

@@ -256,12 +256,9 @@ def _progress() -> Iterator[Callable[[str, int, int, str], None]]:
         TextColumn("{task.fields[text]}"),
     )
     tasks: dict[str, Any] = {}
-    finished: set[str] = set()
 
     def tell(stage: str, done: int, total: int, text: str) -> None:
-        # A guide that is fitted from several starts comes to its end several times.
-        if done >= total and stage not in finished:
-            finished.add(stage)
+        if done >= total:
             typer.echo(f"{stage}: done", err=True)
 
     if not console.is_terminal:

@@ -8,6 +8,7 @@ import platform
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from inspect import signature
@@ -25,7 +26,7 @@ from toolkit.progress import Progress, silent
 from toolkit.sampling.references import Reference, reference
 from toolkit.status import Status
 from toolkit.storage import Storage
-from toolkit.variational.fitting import Fit, fit
+from toolkit.variational.fitting import Fit, Prepared, fit, prepare
 from toolkit.variational.guides import DEFAULT_GUIDES, GUIDES, Guide, find_guide
 from toolkit.variational.keeping import fit_key, keep_fit, kept_fit
 from toolkit.variational.nesting import check_nesting
@@ -200,36 +201,64 @@ def _fits(
                 progress("starts", 1, 1, "done")
         return starts[chart]
 
-    fits = []
+    keys = {guide.name: named_key(key, f"fit {guide.name}") for guide in guides}
+    names = {guide.name: kept_under(guide, keys[guide.name]) if storage else None for guide in guides}
+    fits: dict[str, Fit] = {}
     for guide in guides:
-        stage = f"fit {guide.name}"
-        own_key = named_key(key, stage)
-        name = kept_under(guide, own_key) if storage else None
+        name = names[guide.name]
         kept = kept_fit(storage, name, model, guide) if storage and name else None
         if kept:
-            resumed.append(stage)
-            stages[stage] = kept.cost.seconds
-            fits.append(kept)
-            continue
+            resumed.append(f"fit {guide.name}")
+            stages[f"fit {guide.name}"] = kept.cost.seconds
+            fits[guide.name] = kept
+    missing = [guide for guide in guides if guide.name not in fits]
+    with _compiled_beside(model, missing, stages, progress) as prepared:
+        for guide in missing:
 
-        def fitting(guide: Guide = guide, own_key: jax.Array = own_key, stage: str = stage) -> Fit:
-            starts = found(guide.chart or model.chart)
-            with _timed(stages, stage):
-                return fit(
-                    model,
-                    guide,
-                    key=own_key,
-                    tolerance=tolerance,
-                    max_steps=max_steps,
-                    starts=starts,
-                    progress=progress,
-                )
+            def fitting(guide: Guide = guide) -> Fit:
+                ready = prepared[guide.name]
+                if isinstance(ready, Exception):
+                    raise ready
+                starts = found(guide.chart or model.chart)
+                with _timed(stages, f"fit {guide.name}"):
+                    return fit(
+                        model,
+                        guide,
+                        key=keys[guide.name],
+                        tolerance=tolerance,
+                        max_steps=max_steps,
+                        starts=starts,
+                        prepared=ready,
+                        progress=progress,
+                    )
 
-        fitted = _fit_or_row(model, guide, fitting)
-        if storage and name and fitted.status is not Status.FAILED:
-            keep_fit(storage, name, fitted)
-        fits.append(fitted)
-    return check_nesting(fits, tolerance)
+            fitted = _fit_or_row(model, guide, fitting)
+            name = names[guide.name]
+            if storage and name and fitted.status is not Status.FAILED:
+                keep_fit(storage, name, fitted)
+            fits[guide.name] = fitted
+    return check_nesting([fits[guide.name] for guide in guides], tolerance)
+
+
+@contextmanager
+def _compiled_beside(
+    model: Model, guides: Sequence[Guide], stages: dict[str, float], progress: Progress
+) -> Iterator[dict[str, Prepared | Exception | None]]:
+    """Each guide's programs, compiled one by one while the caller goes on, or what is wrong with the guide."""
+    pool = ThreadPoolExecutor(1, "compile")
+
+    def ready(guide: Guide) -> Prepared | Exception | None:
+        progress("starts", 0, 1, f"tracing {guide.name}")
+        try:
+            with _timed(stages, "tracing"):
+                return prepare(model, guide, pool=pool)
+        except Exception as error:
+            return error
+
+    try:
+        yield {guide.name: ready(guide) for guide in guides}
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _fit_or_row(model: Model, guide: Guide, fitting: Callable[[], Fit]) -> Fit:

@@ -17,9 +17,10 @@ import numpy as np
 import scipy.linalg
 from numpyro.infer import autoguide
 
-from toolkit.variational.starts import Space, Start
+from toolkit.variational.starts import DENSE_LIMIT, Space, Start
 
-_DENSE_LIMIT = 400  # above it, products of d x d matrices in every step cost more than they save
+_PRODUCT_LIMIT = 400  # above it, products of d x d matrices in every step cost more than they save
+_UNKNOWN_SCALE = 0.1  # of a posterior of which no curvature is known, in unconstrained units
 
 
 @dataclass(frozen=True)
@@ -28,45 +29,57 @@ class Coordinates:
 
     Attributes:
         initial: Name to array of zeros (small noise for a low-rank factor).
-        to_params: From such a dictionary to the autoguide's parameters by their NumPyro names.
+        frame: From a start to what places and scales the parameters there, by name. Its arrays are arguments of the
+            compiled programs, which therefore serve every start.
+        to_params: From parameters and frame to the autoguide's parameters by their NumPyro names.
     """
 
     initial: dict[str, np.ndarray]
-    to_params: Callable[[dict[str, Any]], dict[str, Any]]
+    frame: Callable[[Start], dict[str, np.ndarray]]
+    to_params: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
 
 
-def coordinates(guide: Any, space: Space, start: Start) -> Coordinates | None:
-    """The coordinates for a Gaussian autoguide around a start; None for any other guide."""
+def coordinates(guide: Any, space: Space) -> Coordinates | None:
+    """The coordinates for a Gaussian autoguide; None for any other guide."""
     if isinstance(guide, autoguide.AutoNormal | autoguide.AutoDiagonalNormal):
-        return _diagonal(guide, space, start)
+        return _diagonal(guide, space)
     if isinstance(guide, autoguide.AutoMultivariateNormal):
-        return _dense(guide, start)
+        return _dense(guide, space.size)
     if isinstance(guide, autoguide.AutoLowRankMultivariateNormal):
-        return _low_rank(guide, start)
+        return _low_rank(guide, space.size)
     return None
 
 
-def _location(start: Start) -> Callable[[Any], Any]:
-    """The location as a function of its coordinates, whitened by the curvature where it is known."""
+def _whitening(start: Start) -> dict[str, np.ndarray]:
+    """What a location is measured with: the curvature's inverse factor, or one scale in dimensions beyond that."""
+    if len(start.loc) > DENSE_LIMIT:
+        return {"loc": start.loc, "scales": np.full(len(start.loc), _UNKNOWN_SCALE)}
+    return {"loc": start.loc, "factor": _factor(start)}
+
+
+def _location(shift: Any, frame: dict[str, Any]) -> Any:
+    return frame["loc"] + (frame["factor"] @ shift if "factor" in frame else frame["scales"] * shift)
+
+
+def _factor(start: Start) -> np.ndarray:
+    """The lower Cholesky factor of the covariance at a start."""
+    size = len(start.loc)
     if start.precision is None:
-        return lambda shift: start.loc + 0.1 * shift
-    factor = _lower(start.precision)
-    return lambda shift: start.loc + factor @ shift
-
-
-def _lower(precision: np.ndarray) -> np.ndarray:
-    """The lower Cholesky factor of the inverse of a positive definite matrix."""
-    covariance = scipy.linalg.cho_solve(scipy.linalg.cho_factor(precision, lower=True), np.eye(len(precision)))
+        return _UNKNOWN_SCALE * np.eye(size)
+    covariance = scipy.linalg.cho_solve(scipy.linalg.cho_factor(start.precision, lower=True), np.eye(size))
     return np.linalg.cholesky((covariance + covariance.T) / 2)
 
 
-def _diagonal(guide: Any, space: Space, start: Start) -> Coordinates:
-    location = _location(start)
-    # The best factorised Gaussian has the precision's diagonal (Bishop 2006, section 10.1.2).
-    scale = np.full(space.size, 0.1) if start.precision is None else 1 / np.sqrt(np.diag(start.precision))
+def _diagonal(guide: Any, space: Space) -> Coordinates:
+    def frame(start: Start) -> dict[str, np.ndarray]:
+        scale = np.full(space.size, _UNKNOWN_SCALE)
+        if start.precision is not None:
+            # The best factorised Gaussian has the precision's diagonal (Bishop 2006, section 10.1.2).
+            scale = 1 / np.sqrt(np.diag(start.precision))
+        return _whitening(start) | {"scale": scale}
 
-    def to_params(given: dict[str, Any]) -> dict[str, Any]:
-        loc, scales = location(given["shift"]), scale * jnp.exp(given["log_scale"])
+    def to_params(given: dict[str, Any], frame: dict[str, Any]) -> dict[str, Any]:
+        loc, scales = _location(given["shift"], frame), frame["scale"] * jnp.exp(given["log_scale"])
         if isinstance(guide, autoguide.AutoDiagonalNormal):
             return {f"{guide.prefix}_loc": loc, f"{guide.prefix}_scale": scales}
         locs, per_site = space.unravel(loc), space.unravel(scales)
@@ -74,48 +87,54 @@ def _diagonal(guide: Any, space: Space, start: Start) -> Coordinates:
             f"{name}_{guide.prefix}_scale": per_site[name] for name in space.names
         }
 
-    return Coordinates({"shift": np.zeros(space.size), "log_scale": np.zeros(space.size)}, to_params)
+    return Coordinates({"shift": np.zeros(space.size), "log_scale": np.zeros(space.size)}, frame, to_params)
 
 
-def _dense(guide: Any, start: Start) -> Coordinates:
-    location, size = _location(start), len(start.loc)
-    factor: np.ndarray = 0.1 * np.eye(size) if start.precision is None else _lower(start.precision)
-    row_scale = np.linalg.norm(factor, axis=1)
-    # Everything is kept as the factor's transpose: a triangular solve reads columns, and turning a matrix of this size
-    # round in every step takes up to five times as long as all the rest of the step.
-    upper, diagonal = np.ascontiguousarray(np.triu(factor.T, 1)), np.diag(factor)
+def _dense(guide: Any, size: int) -> Coordinates:
+    # Everything is kept as the factor's transpose: a triangular solve reads columns, and turning a matrix of a million
+    # entries round in every step takes as long as the rest of the step.
+    def frame(start: Start) -> dict[str, np.ndarray]:
+        factor = _factor(start)
+        if size <= _PRODUCT_LIMIT:
+            return {"loc": start.loc, "factor": factor}
+        upper = np.ascontiguousarray(np.triu(factor.T, 1))
+        row_scale = np.linalg.norm(factor, axis=1)
+        return _whitening(start) | {"upper": upper, "row_scale": row_scale, "diagonal": np.diag(factor).copy()}
 
-    def to_params(given: dict[str, Any]) -> dict[str, Any]:
+    def to_params(given: dict[str, Any], frame: dict[str, Any]) -> dict[str, Any]:
         # Adam moves each of a row's entries by about a step: divided by sqrt(size), the row as a whole moves so far.
         scales, above = jnp.exp(given["log_diagonal"]), jnp.triu(given["above"], 1) / np.sqrt(size)
-        if size <= _DENSE_LIMIT:
-            scale_triu = (above + jnp.diag(scales)) @ factor.T
+        if size <= _PRODUCT_LIMIT:
+            scale_triu = (above + jnp.diag(scales)) @ frame["factor"].T
         else:
-            scale_triu = upper + above * row_scale + jnp.diag(diagonal * scales)
-        return {f"{guide.prefix}_loc": location(given["shift"]), f"{guide.prefix}_scale_tril": scale_triu.T}
+            scale_triu = frame["upper"] + above * frame["row_scale"] + jnp.diag(frame["diagonal"] * scales)
+        loc = _location(given["shift"], frame)
+        return {f"{guide.prefix}_loc": loc, f"{guide.prefix}_scale_tril": scale_triu.T}
 
     zeros = {"shift": np.zeros(size), "log_diagonal": np.zeros(size), "above": np.zeros((size, size))}
-    return Coordinates(zeros, to_params)
+    return Coordinates(zeros, frame, to_params)
 
 
-def _low_rank(guide: Any, start: Start) -> Coordinates:
-    location, size = _location(start), len(start.loc)
+def _low_rank(guide: Any, size: int) -> Coordinates:
     rank = round(size**0.5) if guide.rank is None else guide.rank
-    if start.precision is None:
-        scale, factor = np.full(size, 0.1), np.zeros((size, rank))
-    else:
-        scale, factor = best_low_rank(start.precision, rank)
     # A factor of exactly zero is a saddle of the ELBO, from which no gradient leads away.
     noise = 1e-2 * np.random.default_rng(0).standard_normal((size, rank))
 
-    def to_params(given: dict[str, Any]) -> dict[str, Any]:
+    def frame(start: Start) -> dict[str, np.ndarray]:
+        scale, columns = np.full(size, _UNKNOWN_SCALE), np.zeros((size, rank))
+        if start.precision is not None:
+            scale, columns = best_low_rank(start.precision, rank)
+        return _whitening(start) | {"scale": scale, "columns": columns}
+
+    def to_params(given: dict[str, Any], frame: dict[str, Any]) -> dict[str, Any]:
         return {
-            f"{guide.prefix}_loc": location(given["shift"]),
-            f"{guide.prefix}_cov_factor": factor + given["factor"] / np.sqrt(rank),
-            f"{guide.prefix}_scale": scale * jnp.exp(given["log_scale"]),
+            f"{guide.prefix}_loc": _location(given["shift"], frame),
+            f"{guide.prefix}_cov_factor": frame["columns"] + given["columns"] / np.sqrt(rank),
+            f"{guide.prefix}_scale": frame["scale"] * jnp.exp(given["log_scale"]),
         }
 
-    return Coordinates({"shift": np.zeros(size), "log_scale": np.zeros(size), "factor": noise}, to_params)
+    zeros = {"shift": np.zeros(size), "log_scale": np.zeros(size), "columns": noise}
+    return Coordinates(zeros, frame, to_params)
 
 
 def best_low_rank(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,8 +37,8 @@ from toolkit.status import Status
 from toolkit.variational.coordinates import Coordinates, coordinates
 from toolkit.variational.guides import Guide, find_guide
 from toolkit.variational.objectives import StickTheLandingELBO, log_weight
-from toolkit.variational.solvers.svi import Solution, Trace, compile_programs, optimise
-from toolkit.variational.starts import Start, Starts, find_starts
+from toolkit.variational.solvers.svi import Programs, Solution, Trace, lower_programs, optimise
+from toolkit.variational.starts import Start, Starts, find_starts, latent_space
 
 _PARTICLES = 8
 _FIRST_STEP = 0.01  # of Adam, where nothing is known of the parameters' scales
@@ -209,6 +210,40 @@ class Fit:
             raise ValueError(f"Expected a family with a density; '{self.guide.name}' is a point mass.")
 
 
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A Gaussian guide's programs for a model: traced, and compiled by the time that `programs` returns them."""
+
+    coordinates: Coordinates
+    programs: Callable[[], Programs]
+
+
+def prepare(model: Model, guide: Guide, *, pool: Executor | None = None) -> Prepared | None:
+    """The programs that fit a guide from any start; None where they depend on the start, as a flow's do.
+
+    Args:
+        model: The model.
+        guide: The guide.
+        pool: Where to compile, beside whatever the caller goes on with; when first asked for if None.
+
+    Raises:
+        ValueError: The guide's chart is unknown, or the guide cannot be built for this model.
+    """
+    with jax.enable_x64(True):
+        space = latent_space(model, guide.chart)
+        built = build_guide(model, guide, space.unravel(np.zeros(space.size)))
+        chosen = coordinates(built, space)
+        if chosen is None:
+            return None
+        anywhere = Start(np.zeros(space.size), None, 0.0, 0.0, is_mode=False)
+        given = {"arrays": model.arrays, "frame": chosen.frame(anywhere)}
+        program = _without_frame(model.bound(guide.chart))
+        working = _working_guide(built, chosen)
+        loss = StickTheLandingELBO(_PARTICLES)
+        compiled = functools.cache(lower_programs(program, working, loss, given, jax.random.PRNGKey(0)))
+    return Prepared(chosen, pool.submit(compiled).result if pool else compiled)
+
+
 def fit(
     model: Model,
     guide: str | Guide,
@@ -217,6 +252,7 @@ def fit(
     tolerance: float = 0.1,
     max_steps: int = 20_000,
     starts: Starts | int = 2,
+    prepared: Prepared | None = None,
     progress: Progress = silent,
 ) -> Fit:
     """The guide fitted by NumPyro's SVI, with step sizes, stopping and starts chosen for the user.
@@ -232,26 +268,38 @@ def fit(
         max_steps: The budget of each start, in steps of eight draws.
         starts: How many dispersed searches for a mode to begin with, or their result (`find_starts`), which several
             guides may share.
+        prepared: The result of `prepare` for this model and guide; made here if None.
         progress: Called between blocks of steps.
 
     Raises:
-        ValueError: The guide's name or chart is unknown, or the guide cannot be built for this model.
+        ValueError: The guide's name or chart is unknown, the guide cannot be built for this model, or the starts are
+            of another chart.
     """
     guide = find_guide(guide)
     chart = guide.chart or model.chart
-    program = model.bound(chart)
     if tolerance <= 0:
         raise ValueError(f"Expected a positive tolerance in nats; got {tolerance}.")
     with jax.enable_x64(True):
         if isinstance(starts, int):
             starts = find_starts(model, key=jax.random.fold_in(key, 0), chart=chart, count=starts)
+        if starts.space != (space := latent_space(model, chart)):
+            raise ValueError(
+                f"Expected starts in chart '{chart}', with the sites {', '.join(space.names)}; got starts with the "
+                f"sites {', '.join(starts.space.names)}: find them with chart='{chart}'."
+            )
         cost = Cost(0.0, starts.seconds, starts.gradient_evaluations, 0)
         if not starts.points:
             return Fit(guide, model, Status.NO_VALID_START, cost=cost)
+        progress(f"fit {guide.name}", 0, 1, "compiling")
+        prepared = prepared or prepare(model, guide)
+        if prepared:
+            programs = prepared.programs()
+            cost = replace(cost, compile_seconds=programs.compile_seconds, peak_bytes=programs.peak_bytes)
         outcomes = [
-            _run(model, guide, program, starts, start, jax.random.fold_in(key, 1 + i), tolerance, max_steps, progress)
+            _run(model, guide, prepared, starts, start, jax.random.fold_in(key, 1 + i), tolerance, max_steps, progress)
             for i, start in enumerate(starts.points)
         ]
+    progress(f"fit {guide.name}", 1, 1, "done")
     # By draws other than those behind the reported ELBO, which would be too high for having won.
     best, _ = max(outcomes, key=lambda outcome: outcome[1])
     runs = [run for run, _ in outcomes]
@@ -266,7 +314,7 @@ def fit(
 def _run(
     model: Model,
     guide: Guide,
-    program: Callable[..., Any],
+    prepared: Prepared | None,
     starts: Starts,
     start: Start,
     key: jax.Array,
@@ -275,25 +323,30 @@ def _run(
     progress: Progress,
 ) -> tuple[Fit, float]:
     """One start's fit, and the ELBO to choose between starts by."""
+
+    def report(steps: int, expected: int, elbo: float) -> None:
+        # Never complete: a block that pays, or another start, may follow.
+        progress(f"fit {guide.name}", steps, max(expected, steps + 1), f"ELBO {elbo:.2f}")
+
     built = build_guide(model, guide, starts.space.unravel(start.loc))
-    chosen = coordinates(built, starts.space, start)
-    working = built if chosen is None else _working_guide(built, chosen)
-    loss = StickTheLandingELBO(_PARTICLES) if chosen is not None else Trace_ELBO(_PARTICLES)
-    stage = f"fit {guide.name}"
-    progress(stage, 0, max_steps, "compiling")
-    programs = compile_programs(program, working, loss, model.arrays, key)
-
-    def report(steps: int, elbo: float) -> None:
-        progress(stage, steps, max_steps, f"ELBO {elbo:.2f}")
-
-    step_size = _FIRST_STEP if chosen is None else min(_FIRST_STEP_OF_SD, 0.4 / starts.space.size**0.5)
-    solution = optimise(programs, key=key, step_size=step_size, tolerance=tolerance, max_steps=max_steps, report=report)
-    progress(stage, max_steps, max_steps, "done")
+    given: dict[str, Any] = {"arrays": model.arrays, "frame": {}}
+    if prepared:
+        given["frame"] = frame = prepared.coordinates.frame(start)
+        programs, compiling = prepared.programs(), 0.0
+        step_size = min(_FIRST_STEP_OF_SD, 0.4 / starts.space.size**0.5)
+    else:
+        program, working = _without_frame(model.bound(guide.chart)), _without_frame(built)
+        programs = lower_programs(program, working, Trace_ELBO(_PARTICLES), given, key)()
+        compiling, step_size = programs.compile_seconds, _FIRST_STEP
+    solution = optimise(
+        programs, given, key=key, step_size=step_size, tolerance=tolerance, max_steps=max_steps, report=report
+    )
     params = jax.device_get(programs.constrain(solution.params))
-    if chosen is not None:
-        names = set(chosen.initial)
+    if prepared:
+        names = set(prepared.coordinates.initial)
         own = {name: value for name, value in params.items() if name not in names}
-        params = own | jax.device_get(chosen.to_params({name: params[name] for name in names}))
+        moved = prepared.coordinates.to_params({name: params[name] for name in names}, frame)
+        params = own | jax.device_get(moved)
     status, message = _outcome(solution, max_steps)
     fitted = Fit(
         guide,
@@ -302,7 +355,7 @@ def _run(
         message,
         traces=(solution.trace,),
         invalid_steps=solution.invalid_steps,
-        cost=solution.cost,
+        cost=replace(solution.cost, compile_seconds=compiling, peak_bytes=programs.peak_bytes),
         autoguide=built,
         params=params if status is not Status.DIVERGED else {},
         start={name: np.asarray(value) for name, value in starts.space.unravel(start.loc).items()},
@@ -348,15 +401,20 @@ def _set_up(built: AutoGuide, arrays: Mapping[str, Any]) -> None:
 
 
 def _working_guide(built: Any, chosen: Coordinates) -> Callable[..., Any]:
-    """The autoguide as a function of the dimensionless parameters."""
-    hidden = list(chosen.to_params(chosen.initial))
+    """The autoguide as a function of the dimensionless parameters, given the model's arrays and a start's frame."""
 
-    def working(**kwargs: Any) -> Any:
+    def working(*, arrays: Any, frame: Any) -> Any:
         given = {name: numpyro.param(name, value) for name, value in chosen.initial.items()}
-        with handlers.block(hide=hidden), handlers.substitute(data=chosen.to_params(given)):
-            return built(**kwargs)
+        params = chosen.to_params(given, frame)
+        with handlers.block(hide=list(params)), handlers.substitute(data=params):
+            return built(**arrays)
 
     return working
+
+
+def _without_frame(program: Callable[..., Any]) -> Callable[..., Any]:
+    """The model, or a guide in its own parameters, beside a working guide: it has no use for the frame."""
+    return lambda *, arrays, frame: program(**arrays)
 
 
 def _outcome(solution: Solution, max_steps: int) -> tuple[Status, str]:

@@ -16,7 +16,7 @@ from toolkit.compilation import QUICK
 from toolkit.modelling.model import Model
 from toolkit.variational.solvers.natural import Averages, is_safely_positive, natural_steps
 
-_DENSE_LIMIT = 1_500  # a d x d Hessian of 18 MB, and about a second for its decomposition
+DENSE_LIMIT = 1_500  # a d x d Hessian of 18 MB, and about a second for its decomposition
 _TRIES = 50
 _STEPS = 8
 _SAME_HEIGHT = 1e-3  # nats between two searches that ended at one mode
@@ -125,7 +125,7 @@ def find_starts(model: Model, *, key: jax.Array, chart: str | None = None, count
     ends = sorted((_climb(evaluate, point) for point in dispersed), key=lambda end: end.loss)
     points, kept = [], list[tuple[_End, np.ndarray | None]]()
     averages = None
-    if space.size <= _DENSE_LIMIT and ends:
+    if space.size <= DENSE_LIMIT and ends:
         averages = Averages(log_density, arrays, space.size, key=jax.random.fold_in(key, _TRIES))
     for end in _relabelled_once(model, space, chart, ends):
         if _at_another(end, kept):

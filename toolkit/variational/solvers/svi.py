@@ -74,10 +74,12 @@ class Solution:
 
 @dataclass(frozen=True)
 class Programs:
-    """The compiled parts of one optimisation: a block of steps, and a check of two iterates on common draws."""
+    """The compiled parts of an optimisation: a block of steps, and a check of two iterates on common draws.
+
+    They are called with the keyword arguments of model and guide, of which only the shapes were compiled in.
+    """
 
     svi: SVI
-    arrays: dict[str, Any]
     particles: int
     long_steps: bool
     block_steps: int
@@ -89,20 +91,30 @@ class Programs:
     peak_bytes: int
 
 
-def compile_programs(model: Program, guide: Program, loss: ELBO, arrays: dict[str, Any], key: jax.Array) -> Programs:
-    """Trace and compile everything that an optimisation runs, for arrays of these shapes."""
+def lower_programs(
+    model: Program, guide: Program, loss: ELBO, given: dict[str, Any], key: jax.Array
+) -> Callable[[], Programs]:
+    """What an optimisation runs, traced; calling the result compiles it, in any thread.
+
+    Args:
+        model: NumPyro callable.
+        guide: Its guide.
+        loss: The objective.
+        given: Keyword arguments of both.
+        key: For the parameters' first values.
+    """
     begun = time.perf_counter()
     svi = SVI(model, guide, optax.inject_hyperparams(_careful_adam)(learning_rate=1e-3), loss)
     # Compiled, of a whole run of guide and model only the parameters' first values remain to be computed.
-    initial = jax.jit(lambda key, arrays: svi.init(key, **arrays))(key, arrays)
+    initial = jax.jit(lambda key, given: svi.init(key, **given))(key, given)
     params = svi.optim.get_params(initial.optim_state)
     long_steps = sum(value.size for value in jax.tree.leaves(params)) >= _LONG_STEPS
     length = _BLOCK * 2 // 5 if long_steps else _BLOCK
 
-    def block(state: Any, arrays: Any) -> tuple[Any, Params, Any, Any]:
+    def block(state: Any, given: Any) -> tuple[Any, Params, Any, Any]:
         def step(carry: Any, _: None) -> tuple[Any, Any]:
             state, total = carry
-            state, value = svi.update(state, **arrays)
+            state, value = svi.update(state, **given)
             total = jax.tree.map(jnp.add, total, svi.optim.get_params(state.optim_state))
             return (state, total), value
 
@@ -111,33 +123,37 @@ def compile_programs(model: Program, guide: Program, loss: ELBO, arrays: dict[st
         (state, total), losses = jax.lax.scan(step, (state, zeros), None, length=length)
         return state, jax.tree.map(lambda t: t / length, total), losses, _skipped(state) - skipped
 
-    def check(key: jax.Array, params: Params, arrays: Any) -> Any:
+    def check(key: jax.Array, params: Params, given: Any) -> Any:
         constrained = svi.constrain_fn(params)
         return jax.lax.map(
-            lambda k: log_weight(k, constrained, model, guide, arrays),
+            lambda k: log_weight(k, constrained, model, guide, given),
             jax.random.split(key, _CHECK_DRAWS),
             batch_size=64,
         )
 
-    # Tracing shares NumPyro's one stack of handlers and stays in this thread; compiling does not.
-    lowered = jax.jit(block).lower(initial, arrays), jax.jit(check).lower(key, params, arrays)
-    with ThreadPoolExecutor(len(lowered)) as pool:
-        compiled_block, compiled_check = pool.map(lambda program: program.compile(QUICK), lowered)
-    memory = compiled_block.memory_analysis()
-    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    return Programs(
-        svi,
-        arrays,
-        loss.num_particles,
-        long_steps,
-        length,
-        compiled_block,
-        compiled_check,
-        initial,
-        svi.constrain_fn,
-        time.perf_counter() - begun,
-        peak,
-    )
+    # Tracing shares NumPyro's one stack of handlers and stays in the caller's thread; compiling does not.
+    lowered = jax.jit(block).lower(initial, given), jax.jit(check).lower(key, params, given)
+    traced = time.perf_counter() - begun
+
+    def compiled() -> Programs:
+        begun = time.perf_counter()
+        with ThreadPoolExecutor(len(lowered)) as pool:
+            compiled_block, compiled_check = pool.map(lambda program: program.compile(QUICK), lowered)
+        memory = compiled_block.memory_analysis()
+        return Programs(
+            svi,
+            loss.num_particles,
+            long_steps,
+            length,
+            compiled_block,
+            compiled_check,
+            initial,
+            svi.constrain_fn,
+            traced + time.perf_counter() - begun,
+            memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes,
+        )
+
+    return compiled
 
 
 def _careful_adam(learning_rate: Any) -> optax.GradientTransformationExtraArgs:
@@ -161,23 +177,26 @@ def _skipped(state: Any) -> Any:
 
 def optimise(
     programs: Programs,
+    given: dict[str, Any],
     *,
     key: jax.Array,
     step_size: float,
     tolerance: float,
     max_steps: int,
-    report: Callable[[int, float], None],
+    report: Callable[[int, int, float], None],
 ) -> Solution:
     """The averaged iterate at which further steps no longer raise the ELBO.
 
     Args:
-        programs: From `compile_programs`.
+        programs: From `lower_programs`.
+        given: Keyword arguments of model and guide.
         key: For the steps and for the checks, which use draws that no step has seen.
         step_size: Adam's first, in the units of the parameters.
         tolerance: In nats; a step size is left when its blocks gain less than a fifth of it, or less than half of it
             where steps are long.
         max_steps: The budget.
-        report: Called after each block with the steps taken and the block's mean ELBO.
+        report: Called after each block with the steps taken, how many there will be if no further block pays, and the
+            block's mean ELBO.
     """
     begun = time.perf_counter()
     state = programs.initial._replace(rng_key=jax.random.fold_in(key, 0))
@@ -189,22 +208,23 @@ def optimise(
     # One set of draws for all checks, so that differences between iterates are paired.
     check_key = jax.random.fold_in(key, 1)
     best = programs.svi.optim.get_params(state.optim_state)
-    best_weights = np.asarray(programs.check(check_key, best, programs.arrays))
+    best_weights = np.asarray(programs.check(check_key, best, given))
     for cut in range(_CUTS + 1):
         state = _with_step_size(programs.svi, state, step_size / 4**cut, best)
         before, idle = best_weights, 0
         while idle < patience and steps < max_steps:
-            state, average, losses, skipped = programs.block(state, programs.arrays)
+            state, average, losses, skipped = programs.block(state, given)
             values = -np.asarray(losses)
             steps += programs.block_steps
             invalid += int(skipped)
             course.append((steps, *_block_mean(values)))
-            report(steps, course[-1][1])
-            weights = np.asarray(programs.check(check_key, average, programs.arrays))
+            weights = np.asarray(programs.check(check_key, average, given))
             gain = _gain(weights, best_weights)
             if gain.value > 0:
                 best, best_weights = average, weights
             idle = 0 if gain.value > max(worth, 2 * gain.se) else idle + 1
+            to_come = (_CUTS - cut + 1) * patience - idle
+            report(steps, min(max_steps, steps + to_come * programs.block_steps), course[-1][1])
         if idle < patience:  # the budget ended this step size, not its idleness
             break
         # Neither better nor worse for shorter steps: no noise is left that still shorter ones could take away.
@@ -213,10 +233,10 @@ def optimise(
             break
     checks = _FRESH_CHECKS // 4 if programs.long_steps else _FRESH_CHECKS
     fresh = np.concatenate(
-        [np.asarray(programs.check(jax.random.fold_in(key, 2 + i), best, programs.arrays)) for i in range(checks)]
+        [np.asarray(programs.check(jax.random.fold_in(key, 2 + i), best, given)) for i in range(checks)]
     )
     finite = _sound(fresh)
-    cost = Cost(programs.compile_seconds, time.perf_counter() - begun, steps * programs.particles, programs.peak_bytes)
+    cost = Cost(0.0, time.perf_counter() - begun, steps * programs.particles, programs.peak_bytes)
     elbo = Estimate.of_mean(fresh) if finite else Estimate(-math.inf, math.nan)
     trace = Trace(*(np.array(column, dtype=float) for column in zip(*course, strict=True)))
     compared = float(best_weights.mean()) if _sound(best_weights) else -math.inf
