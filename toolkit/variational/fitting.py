@@ -31,6 +31,7 @@ from numpyro.infer.util import constrain_fn, log_density
 from toolkit.compilation import QUICK
 from toolkit.cost import Cost
 from toolkit.estimate import Estimate
+from toolkit.modelling.completion import BATCH, complete
 from toolkit.modelling.model import Model
 from toolkit.progress import Progress, silent
 from toolkit.status import Status
@@ -45,7 +46,6 @@ _FIRST_STEP = 0.01  # of Adam, where nothing is known of the parameters' scales
 # In the working coordinates a twentieth of a posterior sd; in d dimensions its noise costs about d step^2 / 2 nats.
 _FIRST_STEP_OF_SD = 0.05
 _ELBO_DRAWS = 2_048
-_BATCH = 64  # draws that are computed side by side
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,13 +113,10 @@ class Fit:
 
         def one(key: jax.Array, params: Any, arrays: Any) -> dict[str, Any]:
             guide_key, _ = jax.random.split(key)  # as `log_weight` does, so that one key means one set of draws
-            values = self.model.values(self._latents(guide_key, params, arrays), arrays, params, self.chart)
-            unknown = sorted(set(sites or ()) - set(values))
-            if unknown:
-                raise ValueError(f"Expected sites of model '{self.model.name}', {sorted(values)}; got {unknown}.")
-            return {name: value for name, value in values.items() if sites is None or name in sites}
+            return self._latents(guide_key, params, arrays)
 
-        return {name: np.asarray(value) for name, value in self._map(one, key, draws).items()}
+        latents = self._map(one, key, draws)
+        return complete(self.model, latents, params=self.params, chart=self.chart, sites=sites)
 
     def log_weights(self, key: jax.Array, draws: int) -> np.ndarray:
         """Log p(x, z) - log q(z) at independent draws z of the guide, shape (draws,), in nats.
@@ -148,7 +145,7 @@ class Fit:
         with jax.enable_x64(True):
             return np.asarray(
                 jax.lax.map(
-                    lambda z: self._log_density(z), {k: np.asarray(v) for k, v in latents.items()}, batch_size=_BATCH
+                    lambda z: self._log_density(z), {k: np.asarray(v) for k, v in latents.items()}, batch_size=BATCH
                 )
             )
 
@@ -190,11 +187,11 @@ class Fit:
         if draws < 1:
             raise ValueError(f"Expected at least 1 draw; got {draws}.")
         # Whole batches only: a last, shorter one would be compiled as a program of its own.
-        padded = -(-draws // _BATCH) * _BATCH
+        padded = -(-draws // BATCH) * BATCH
         with jax.enable_x64(True):
 
             def many(keys: Any, params: Any, arrays: Any) -> Any:
-                return jax.lax.map(lambda k: one(k, params, arrays), keys, batch_size=_BATCH)
+                return jax.lax.map(lambda k: one(k, params, arrays), keys, batch_size=BATCH)
 
             given = (jax.random.split(key, padded), self.params, self.model.arrays)
             program = jax.jit(many).lower(*given).compile(QUICK)

@@ -1,0 +1,81 @@
+"""All sites of many draws, from their latents, by one compiled program for every guide of a model."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from numpyro import handlers
+
+from toolkit.compilation import QUICK
+from toolkit.modelling.model import Model
+
+BATCH = 64  # draws that are computed side by side
+
+_programs: weakref.WeakKeyDictionary[Model, dict[Any, Any]] = weakref.WeakKeyDictionary()
+
+
+def complete(
+    model: Model,
+    latents: Mapping[str, np.ndarray],
+    *,
+    params: Mapping[str, Any],
+    chart: str,
+    sites: tuple[str, ...] | None = None,
+) -> dict[str, np.ndarray]:
+    """Latent and deterministic sites, `(draws, ...)` each, in constrained space.
+
+    Args:
+        model: The model.
+        latents: The chart's latents, `(draws, ...)` each, in constrained space.
+        params: Values of the parameters that the model itself has in this chart; others are ignored.
+        chart: Which chart.
+        sites: Which sites; all if None. What is not asked for is not computed.
+
+    Raises:
+        ValueError: A site is unknown.
+    """
+    draws = len(next(iter(latents.values())))
+    # Whole batches only: a last, shorter one would be compiled as a program of its own.
+    extra = -draws % BATCH
+    padded = {name: np.concatenate([value, value[-1:].repeat(extra, 0)]) for name, value in latents.items()}
+    with jax.enable_x64(True):
+        one = {name: value[0] for name, value in padded.items()}
+        own = {name: value for name, value in params.items() if name in _parameters(model, one, chart)}
+        given = (padded, own, model.arrays)
+        shapes = tuple((name, value.shape, str(value.dtype)) for name, value in padded.items())
+        programs = _programs.setdefault(model, {})
+        if (chart, sites, shapes) not in programs:
+            programs[chart, sites, shapes] = _compiled(model, chart, sites, given)
+        values = jax.device_get(programs[chart, sites, shapes](*given))
+    return {name: np.asarray(value[:draws]) for name, value in values.items()}
+
+
+def _compiled(model: Model, chart: str, sites: tuple[str, ...] | None, given: tuple[Any, ...]) -> Any:
+    def many(latents: Any, params: Any, arrays: Any) -> Any:
+        def one(latents: Any) -> dict[str, Any]:
+            values = model.values(latents, arrays, params, chart)
+            unknown = sorted(set(sites or ()) - set(values))
+            if unknown:
+                raise ValueError(f"Expected sites of model '{model.name}', {sorted(values)}; got {unknown}.")
+            return {name: value for name, value in values.items() if sites is None or name in sites}
+
+        return jax.lax.map(one, latents, batch_size=BATCH)
+
+    return jax.jit(many).lower(*given).compile(QUICK)
+
+
+def _parameters(model: Model, latents: Mapping[str, Any], chart: str) -> set[str]:
+    """The names of the model's own parameters in a chart, such as a learned degree of centring."""
+    names: set[str] = set()
+
+    def run(latents: Any, arrays: Any) -> None:
+        program = handlers.substitute(model.bound(chart), data=latents)
+        trace = handlers.trace(handlers.seed(program, 0)).get_trace(**arrays)
+        names.update(name for name, site in trace.items() if site["type"] == "param")
+
+    jax.eval_shape(run, dict(latents), model.arrays)
+    return names
