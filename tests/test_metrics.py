@@ -6,12 +6,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from scipy.signal import lfilter
-from scipy.stats import expon, gamma, norm, wasserstein_distance
+from scipy.stats import expon, foldnorm, gamma, norm, wasserstein_distance
 
-from toolkit.comparison.influence import RULE_OF_THREE, chain_error, effective_draws
+from toolkit.comparison.influence import RULE_OF_THREE, chain_error, chain_errors, effective_draws
 from toolkit.comparison.metrics import METRICS, QUANTILE_METRICS, khat, metrics
 from toolkit.comparison.pairs import correlations, worst_pairs
-from toolkit.comparison.wasserstein import wasserstein
+from toolkit.comparison.wasserstein import _folded_excess, wasserstein
 
 CHAINS, DRAWS, GUIDE_DRAWS = 4, 1_000, 5_000
 Distribution = tuple[Callable[[np.ndarray], np.ndarray], float, float]
@@ -100,7 +100,18 @@ def test_nothing_is_accused_where_nothing_differs() -> None:
 def test_wasserstein_is_scipys() -> None:
     rng = np.random.default_rng(4)
     p, q = rng.normal(size=(4, 100)), rng.gamma(2.0, size=700)
-    assert wasserstein(p, np.sort(q), 400.0).value == pytest.approx(wasserstein_distance(p.ravel(), q), rel=1e-12)
+    assert wasserstein(np.sort(p, axis=None), np.sort(q), 400.0).value == pytest.approx(
+        wasserstein_distance(p.ravel(), q), rel=1e-12
+    )
+
+
+def test_what_noise_adds_is_the_excess_of_a_folded_normal() -> None:
+    # sqrt(difference^2 - variance) is the distance, in every regime: below the noise, about it, and far beyond it.
+    ratio, sd, widths = np.array([0.0, 0.0, 0.3, 1.0, 4.0, 30.0, 1.0]), 0.02, np.arange(1.0, 8.0)
+    difference = sd * np.sqrt(ratio**2 + 1.0) * np.array([0.0, 0.5, 1.0, -1.0, 1.0, -1.0, 1.0])
+    expected = sd * ((foldnorm.mean(ratio) - ratio) * widths)
+    found = _folded_excess(difference, np.full(7, sd**2), sd * widths)
+    assert found == pytest.approx(expected.sum(), rel=1e-12)
 
 
 def test_errors_grow_with_autocorrelation() -> None:
@@ -168,6 +179,23 @@ def test_chain_error_is_of_any_scale() -> None:
     series = _normals(np.random.default_rng(10), 1, ar=0.5)[:, :, 0]
     assert chain_error(1e-20 * series) == pytest.approx(1e-20 * chain_error(series), rel=1e-9)
     assert effective_draws(1e-20 * series + 0.0) == pytest.approx(effective_draws(series), rel=1e-9)
+
+
+def test_errors_of_many_series_are_those_of_each() -> None:
+    series = np.moveaxis(_normals(np.random.default_rng(15), 4, ar=0.5), -1, 0).copy()
+    series[1] = 3.0
+    series[2, 0, 0] = np.nan
+    errors = chain_errors(series)
+    assert errors[1] == 0.0
+    assert np.isnan(errors[2])
+    assert errors[[0, 3]] == pytest.approx([chain_error(series[0]), chain_error(series[3])], rel=1e-12)
+
+
+def test_a_constant_with_rounding_errors_has_no_correlation() -> None:
+    draws = np.random.default_rng(16).normal(size=(1_001, 2))
+    draws[:, 1] = 0.1
+    assert np.isnan(correlations(draws)[1]).all()
+    assert correlations(draws)[0, 0] == pytest.approx(1.0, rel=1e-12)
 
 
 def test_correlation_errors_are_as_large_as_the_spread_over_replicates() -> None:

@@ -56,6 +56,10 @@ def test_each_name_stands_over_its_own_values(model: Model, draws: dict[str, np.
     np.testing.assert_array_equal(column["a"], draws["a"])
 
 
+def test_the_draws_of_one_scalar_lie_together(model: Model, draws: dict[str, np.ndarray]) -> None:
+    assert np.moveaxis(scalars(model, draws).values, -1, 0).flags.c_contiguous
+
+
 def test_other_quantities_may_be_asked_for(model: Model, draws: dict[str, np.ndarray]) -> None:
     assert scalars(model, draws, [Quantity("b")]).names == ("b[north]", "b[south]")
     assert scalars(model, draws, []).values.shape == (2, 5, 0)

@@ -29,11 +29,24 @@ def effective_draws(series: np.ndarray) -> float:
 
 def chain_error(series: np.ndarray) -> float:
     """The Monte Carlo standard error of the mean of `series` (chain, draw), autocorrelation included."""
-    scale = series.std()
-    if not scale > 0:
-        return 0.0 if np.isfinite(scale) else float("nan")
-    centred = (series - series.mean()) / scale
-    return float(array_stats.mcse(centred, chain_axis=0, draw_axis=1, method="mean")) * float(scale)
+    return float(chain_errors(series[None])[0])
+
+
+def chain_errors(series: np.ndarray) -> np.ndarray:
+    """`chain_error` of several series (series, chain, draw) at once, (series,)."""
+    scales = np.empty(series.shape[0])
+    # ArviZ takes a range below 1e-15 for a constant, as in `effective_draws`.
+    scaled = np.empty(series.shape)
+    for i, one in enumerate(series):
+        centred = one - one.mean()
+        scales[i] = np.sqrt(np.square(centred).mean())
+        scaled[i] = centred / scales[i] if scales[i] > 0 else 0.0
+    errors = np.where(np.isfinite(scales), 0.0, np.nan)
+    varying = np.flatnonzero(scales > 0)
+    if varying.size:
+        chosen = scaled if varying.size == scales.size else scaled[varying]
+        errors[varying] = array_stats.mcse(chosen, chain_axis=1, draw_axis=2, method="mean") * scales[varying]
+    return errors
 
 
 def independent_error(series: np.ndarray) -> float:
@@ -44,13 +57,16 @@ def independent_error(series: np.ndarray) -> float:
 def probability_error(events: np.ndarray, effective: float) -> float:
     """The standard error of an event's probability from autocorrelated draws (chain, draw).
 
-    Never below the rule of three's: an event that no draw shows has a probability near 0, not of exactly 0.
-
     Args:
         events: Booleans, (chain, draw).
         effective: Effective draws of the variable behind the event; an event that never changes shows none itself.
     """
-    return max(chain_error(events.astype(float)), RULE_OF_THREE / effective)
+    return max(chain_error(events.astype(float)), least_probability_error(effective))
+
+
+def least_probability_error(effective: float) -> float:
+    """The rule of three's error: an event that no draw shows has a probability near 0, not of exactly 0."""
+    return RULE_OF_THREE / effective
 
 
 def level_step(level: float, draws: int) -> float:

@@ -18,19 +18,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from arviz_stats.base import array_stats
 
 from toolkit.comparison.influence import (
-    chain_error,
-    effective_draws,
+    chain_errors,
     independent_error,
+    least_probability_error,
     level_step,
     ordered_quantiles,
-    probability_error,
     quantile_influence,
 )
+from toolkit.comparison.sides import LEAST_DRAWS, Side, Standard, guide_side, prepare, spread_influence, spread_of
 from toolkit.comparison.wasserstein import wasserstein
 from toolkit.estimate import Estimate
 
@@ -42,13 +43,8 @@ FLOOR = "wasserstein_1_floor"
 # that a reference may have, that is 0.09: no sd ratio could be told from the threshold of 0.1; and that error itself
 # stands on the eighth moment. Simple real posteriors reach 12 to 20; normal 0, Laplace 3, exponential 6.
 HEAVY_KURTOSIS = 10.0
-# Distance of the 5 % and the 95 % quantile of a standard normal.
-NORMAL_SPREAD = 3.2897072539029444
-# A scalar whose sd is this small beside its size is a constant with rounding errors (a simplex of one element).
-CONSTANT = 1e-12
 # Log weights (nats) that differ by rounding errors alone.
 EQUAL_WEIGHTS = 1e-8
-_LEAST_DRAWS = 8  # in a chain, and of a guide: for errors that mean something
 NAN = Estimate(float("nan"), float("nan"))
 
 
@@ -72,46 +68,20 @@ class Metrics:
     effective: np.ndarray
 
 
-@dataclass(frozen=True, eq=False)
-class _Side:
-    """One scalar's draws under one distribution, with what all metrics need."""
+class _Part(NamedTuple):
+    """A metric before its errors of both sides are put together.
 
-    draws: np.ndarray
-    ordered: np.ndarray
-    mean: float
-    sd: float
-    standard: np.ndarray
-
-    @property
-    def kurtosis(self) -> float:
-        """Excess kurtosis."""
-        return float(np.square(np.square(self.standard)).mean() - 3.0)
-
-
-@dataclass(frozen=True, eq=False)
-class Standard(_Side):
-    """The reference's side of one scalar, which every guide is compared with."""
-
-    effective: float
-
-
-def prepare(reference: np.ndarray) -> list[Standard | None]:
-    """What all guides' metrics need of the reference's draws (chain, draw, scalar); None for a scalar without spread.
-
-    Raises:
-        ValueError: The array has other axes, or too few draws.
+    Attributes:
+        value: The metric.
+        influence: What each draw of the reference adds to it, (chain, draw).
+        guide_error: Its error from the guide's draws.
+        least: What its error from the reference's draws is at least.
     """
-    if reference.ndim != 3 or reference.shape[1] < _LEAST_DRAWS:
-        raise ValueError(
-            f"Expected reference draws (chain, draw, scalar) with at least {_LEAST_DRAWS} draws in a chain, so that "
-            f"errors can be given; got {reference.shape}."
-        )
-    prepared: list[Standard | None] = []
-    for i in range(reference.shape[2]):
-        # One scalar's draws are far apart in memory; everything runs over them many times.
-        side = _side(np.ascontiguousarray(reference[:, :, i]))
-        prepared.append(Standard(**vars(side), effective=effective_draws(side.draws)) if side else None)
-    return prepared
+
+    value: float
+    influence: np.ndarray
+    guide_error: float
+    least: float = 0.0
 
 
 def metrics(reference: np.ndarray | Sequence[Standard | None], guide: np.ndarray) -> Metrics:
@@ -126,9 +96,9 @@ def metrics(reference: np.ndarray | Sequence[Standard | None], guide: np.ndarray
     """
     standards = prepare(reference) if isinstance(reference, np.ndarray) else reference
     count = len(standards)
-    if guide.ndim != 2 or guide.shape[1] != count or guide.shape[0] < _LEAST_DRAWS:
+    if guide.ndim != 2 or guide.shape[1] != count or guide.shape[0] < LEAST_DRAWS:
         raise ValueError(
-            f"Expected guide draws (draws, scalar) of the reference's {count} scalars, at least {_LEAST_DRAWS} draws; "
+            f"Expected guide draws (draws, scalar) of the reference's {count} scalars, at least {LEAST_DRAWS} draws; "
             f"got {guide.shape}."
         )
     judged, heavy = np.zeros(count, bool), np.zeros(count, bool)
@@ -139,7 +109,7 @@ def metrics(reference: np.ndarray | Sequence[Standard | None], guide: np.ndarray
         judged[i] = p is not None
         if p is None or not np.isfinite(guide_draws).all():
             continue
-        q = _side(guide_draws) or _point_mass(guide_draws)
+        q = guide_side(guide_draws)
         effective[i] = p.effective
         heavy[i] = max(p.kurtosis, q.kurtosis) > HEAVY_KURTOSIS
         row, floor[i] = _compared(p, q, heavy=heavy[i])
@@ -148,61 +118,50 @@ def metrics(reference: np.ndarray | Sequence[Standard | None], guide: np.ndarray
     return Metrics({name: (array[0], array[1]) for name, array in values.items()}, judged, heavy, floor, effective)
 
 
-def _compared(p: Standard, q: _Side, *, heavy: bool) -> tuple[dict[str, Estimate], float]:
+def _compared(p: Standard, q: Side, *, heavy: bool) -> tuple[dict[str, Estimate], float]:
     distance, floor = _wasserstein(p, q)
-    row = {
+    whole = {"sd_ratio": _sd_ratio(p, q)}
+    parts = {
         "shift": _shift(p, q),
-        "sd_ratio": _sd_ratio(p, q),
         "coverage_50": _coverage(p, q, 0.5),
         "coverage_90": _coverage(p, q, 0.9),
         "wasserstein_1": distance,
     }
-    return (row | _quantile_metrics(p, q) if heavy else row), floor
+    if heavy and p.quantiles.spread > 0:
+        whole["spread_ratio"] = _spread_ratio(p, q)
+        parts["median_shift"] = _median_shift(p, q)
+    # All at once: what one call costs beside the computing is a tenth of it.
+    errors = chain_errors(np.stack([part.influence for part in parts.values()]))
+    for (name, part), error in zip(parts.items(), errors.tolist(), strict=True):
+        whole[name] = Estimate(part.value, float(np.hypot(max(error, part.least), part.guide_error)))
+    return whole, floor
 
 
-def _side(draws: np.ndarray) -> _Side | None:
-    """The draws with their moments, or None if they do not vary or are not finite."""
-    mean, sd = float(draws.mean()), float(draws.std(ddof=1))
-    if not sd > CONSTANT * max(abs(mean), np.finfo(float).tiny) or not np.isfinite(sd):
-        return None
-    return _Side(draws, np.sort(draws, axis=None), mean, sd, (draws - mean) / sd)
-
-
-def _point_mass(draws: np.ndarray) -> _Side:
-    """A guide without spread, such as the posterior's mode."""
-    return _Side(draws, np.sort(draws), float(draws.mean()), 0.0, np.zeros_like(draws))
-
-
-def _combined(reference_influence: np.ndarray, guide_influence: np.ndarray) -> float:
-    return float(np.hypot(chain_error(reference_influence), independent_error(guide_influence)))
-
-
-def _shift(p: _Side, q: _Side) -> Estimate:
+def _shift(p: Standard, q: Side) -> _Part:
     value = (q.mean - p.mean) / p.sd
-    influence = -p.standard - value * 0.5 * (p.standard**2 - 1.0)
-    return Estimate(value, _combined(influence, (q.draws - q.mean) / p.sd))
+    return _Part(value, -p.standard - value * p.log_sd_influence, independent_error(q.draws) / p.sd)
 
 
-def _sd_ratio(p: _Side, q: _Side) -> Estimate:
+def _sd_ratio(p: Side, q: Side) -> Estimate:
     value = q.sd / p.sd
-    return Estimate(value, value * _combined(-0.5 * (p.standard**2 - 1.0), 0.5 * (q.standard**2 - 1.0)))
+    return Estimate(value, value * float(np.hypot(p.log_sd_error, q.log_sd_error)))
 
 
-def _coverage(p: Standard, q: _Side, mass: float) -> Estimate:
+def _coverage(p: Standard, q: Side, mass: float) -> _Part:
     """The mass; p's error is that of an event, q's comes through the mass that its two uncertain ends carry."""
     levels = (0.5 * (1.0 - mass), 0.5 * (1.0 + mass))
     low, high = ordered_quantiles(q.ordered, levels)
-    inside = (p.draws >= low) & (p.draws <= high)
+    inside = ((p.draws >= low) & (p.draws <= high)).astype(float)
     # With densities f, the low end moves the mass by s = f_p / f_q times the error of its level, the high end alike.
     # Of n draws, n u (1 - u) is the variance of how many lie below level u, n u (1 - v) the covariance with level v.
     of_low, of_high = (_density_ratio(p, q, level) for level in levels)
     u, v = levels
     variance = of_low**2 * u * (1 - u) + of_high**2 * v * (1 - v) - 2 * of_low * of_high * u * (1 - v)
-    error = np.hypot(probability_error(inside, p.effective), np.sqrt(variance / q.ordered.size))
-    return Estimate(float(inside.mean()), float(error))
+    guide_error = float(np.sqrt(variance / q.ordered.size))
+    return _Part(float(inside.mean()), inside, guide_error, least=least_probability_error(p.effective))
 
 
-def _density_ratio(p: _Side, q: _Side, level: float) -> float:
+def _density_ratio(p: Side, q: Side, level: float) -> float:
     """The density of p over that of q at q's quantile, from how p's mass moves with the quantile's level."""
     step = level_step(level, min(q.ordered.size, p.ordered.size))
     ends = ordered_quantiles(q.ordered, (level - step, level + step))
@@ -210,36 +169,28 @@ def _density_ratio(p: _Side, q: _Side, level: float) -> float:
     return float((below[1] - below[0]) / (2.0 * step))
 
 
-def _wasserstein(p: Standard, q: _Side) -> tuple[Estimate, float]:
-    distance = wasserstein(p.draws, q.ordered, p.effective)
+def _wasserstein(p: Standard, q: Side) -> tuple[_Part, float]:
+    distance = wasserstein(p.ordered, q.ordered, p.effective)
     value = distance.value / p.sd
-    influence = distance.reference_influence / p.sd - value * 0.5 * (p.standard**2 - 1.0)
-    error = np.hypot(_combined(influence, distance.guide_influence / p.sd), distance.bias / p.sd)
-    return Estimate(value, float(error)), distance.floor / p.sd
+    influence = np.empty(p.draws.size)
+    influence[p.order] = distance.reference_influence / p.sd
+    influence = influence.reshape(p.draws.shape) - value * p.log_sd_influence
+    guide_error = float(np.hypot(independent_error(distance.guide_influence), distance.bias) / p.sd)
+    return _Part(value, influence, guide_error), distance.floor / p.sd
 
 
-def _quantile_metrics(p: _Side, q: _Side) -> dict[str, Estimate]:
-    """Location and width by quantiles, for tails under which moments have no usable error."""
-    (p_low, p_median, p_high), (q_low, q_median, q_high) = (
-        ordered_quantiles(s.ordered, (0.05, 0.5, 0.95)) for s in (p, q)
-    )
-    p_spread, q_spread = (p_high - p_low) / NORMAL_SPREAD, (q_high - q_low) / NORMAL_SPREAD
-    if not p_spread > 0:
-        return {"median_shift": NAN, "spread_ratio": NAN}
-    p_relative, q_relative = _spread_influence(p) / p_spread, _spread_influence(q)
-    shift, ratio = (q_median - p_median) / p_spread, q_spread / p_spread
-    p_location = -quantile_influence(p.draws, p.ordered, 0.5) / p_spread - shift * p_relative
-    q_location = quantile_influence(q.draws, q.ordered, 0.5) / p_spread
-    return {
-        "median_shift": Estimate(float(shift), _combined(p_location, q_location)),
-        "spread_ratio": Estimate(float(ratio), _combined(ratio * p_relative, q_relative / p_spread)),
-    }
+def _median_shift(p: Standard, q: Side) -> _Part:
+    median = ordered_quantiles(q.ordered, [0.5])[0]
+    value = (median - p.quantiles.median) / p.quantiles.spread
+    influence = -p.quantiles.median_influence / p.quantiles.spread - value * p.quantiles.log_spread_influence
+    guide_error = independent_error(quantile_influence(q.draws, q.ordered, 0.5)) / p.quantiles.spread
+    return _Part(value, influence, guide_error)
 
 
-def _spread_influence(side: _Side) -> np.ndarray:
-    ends = (quantile_influence(side.draws, side.ordered, level) for level in (0.05, 0.95))
-    low, high = ends
-    return (high - low) / NORMAL_SPREAD
+def _spread_ratio(p: Standard, q: Side) -> Estimate:
+    value = spread_of(q.ordered) / p.quantiles.spread
+    guide_error = independent_error(spread_influence(q)) / p.quantiles.spread
+    return Estimate(value, float(np.hypot(value * p.quantiles.log_spread_error, guide_error)))
 
 
 def khat(log_weights: np.ndarray) -> Estimate:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from toolkit.comparison.influence import chain_error, independent_error
+from toolkit.comparison.sides import CONSTANT
 
 
 class Pairs(NamedTuple):
@@ -29,8 +30,13 @@ class Pairs(NamedTuple):
 
 def correlations(draws: np.ndarray) -> np.ndarray:
     """Correlation matrix of draws (draws, scalar); NaN for scalars that do not vary."""
-    standard = _standardised(draws)
-    return np.clip(standard.T @ standard / standard.shape[0], -1.0, 1.0)
+    mean = draws.mean(axis=0)
+    centred = draws - mean
+    covariance = centred.T @ centred / draws.shape[0]
+    sd = np.sqrt(np.diag(covariance))
+    # The mean of equal numbers is not quite their value.
+    sd = np.where(sd > CONSTANT * np.abs(mean), sd, np.nan)
+    return np.clip(covariance / np.multiply.outer(sd, sd), -1.0, 1.0)
 
 
 def worst_pairs(reference: np.ndarray, guide: np.ndarray, effective: np.ndarray, count: int = 50) -> Pairs:
@@ -46,20 +52,30 @@ def worst_pairs(reference: np.ndarray, guide: np.ndarray, effective: np.ndarray,
         count: How many pairs at most.
     """
     known = np.flatnonzero(np.isfinite(effective))
-    flat = reference.reshape(-1, reference.shape[2])[:, known]
-    of_reference, of_guide = correlations(flat), correlations(guide[:, known])
+    if known.size < effective.size:
+        reference, guide = reference[:, :, known], guide[:, known]
+    chains, length = reference.shape[:2]
+    of_reference, of_guide = correlations(reference.reshape(chains * length, known.size)), correlations(guide)
+    difference = of_guide - of_reference
     draws = np.sqrt(np.multiply.outer(effective[known], effective[known]))
     screen = np.sqrt((1 - of_reference**2) ** 2 / draws + (1 - of_guide**2) ** 2 / guide.shape[0])
-    beyond = np.abs(of_guide - of_reference) - 2.0 * screen
-    a, b = np.triu_indices(known.size, k=1)
-    ranks = np.where(np.isnan(beyond[a, b]), -np.inf, beyond[a, b])
-    chosen = np.argpartition(-ranks, min(count, ranks.size - 1))[:count] if ranks.size else np.array([], dtype=int)
-    chosen = chosen[np.isfinite(ranks[chosen])]
-    a, b = a[chosen], b[chosen]
-    order = np.argsort(-np.abs(of_guide - of_reference)[a, b], kind="stable")
+    a, b = _largest(np.abs(difference) - 2.0 * screen, count)
+    order = np.argsort(-np.abs(difference[a, b]), kind="stable")
     a, b = a[order], b[order]
-    se = [_error(reference[:, :, known[[i, j]]], guide[:, known[[i, j]]]) for i, j in zip(a, b, strict=True)]
+    se = [_error(reference[:, :, [i, j]], guide[:, [i, j]]) for i, j in zip(a, b, strict=True)]
     return Pairs(known[a], known[b], of_reference[a, b], of_guide[a, b], np.array(se))
+
+
+def _largest(matrix: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column of the largest elements above the diagonal, in no order, NaN left out."""
+    upper = np.flatnonzero(~np.tri(matrix.shape[0], dtype=bool))
+    if not upper.size:
+        return upper, upper
+    values = -matrix.ravel()[upper]
+    values[np.isnan(values)] = np.inf
+    chosen = np.argpartition(values, min(count, values.size - 1))[:count]
+    chosen = upper[chosen[np.isfinite(values[chosen])]]
+    return chosen // matrix.shape[0], chosen % matrix.shape[0]
 
 
 def _error(reference: np.ndarray, guide: np.ndarray) -> float:

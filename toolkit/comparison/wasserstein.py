@@ -10,7 +10,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import ndtr
+from scipy.special import erfc
+
+# Where the distribution functions differ by this many times the noise, noise adds less than 1e-18 of itself.
+_FAR = 9.0
 
 
 class Distance(NamedTuple):
@@ -20,8 +23,8 @@ class Distance(NamedTuple):
         value: The integral of |F_p - F_q|.
         bias: By how much noise alone raises it, since noise adds to |F_p - F_q| wherever it is near zero.
         floor: Its expected value if both sets of draws came from one distribution.
-        reference_influence: What each draw of p adds, (chain, draw).
-        guide_influence: What each draw of q adds, in ascending order, (draws,).
+        reference_influence: What each draw of p adds, in ascending order of the draws.
+        guide_influence: What each draw of q adds, in ascending order of the draws.
     """
 
     value: float
@@ -32,44 +35,52 @@ class Distance(NamedTuple):
 
 
 def wasserstein(reference: np.ndarray, guide: np.ndarray, effective: float) -> Distance:
-    """The distance between reference draws (chain, draw) and independent guide draws (draws,).
+    """The distance between reference draws and independent guide draws, both (draws,) in ascending order.
 
     The influence of a reference draw x is the integral of sign(F_p - F_q)(t) (1{x <= t} - F_p(t)) dt, that of a guide
     draw the same with the other sign and F_q: the derivative of the integral of |F_p - F_q| (van der Vaart 1998,
     chapter 20).
 
     Args:
-        reference: Draws of p, (chain, draw).
-        guide: Draws of q in ascending order, (draws,); independent, so that their order tells nothing.
+        reference: Draws of p, all chains together.
+        guide: Draws of q.
         effective: Effective draws of the reference, for the bias and the floor.
     """
-    order = np.argsort(reference, axis=None, kind="stable")
-    ordered = reference.ravel()[order]
-    # Where each reference draw falls among all draws in ascending order: cheaper than sorting them together.
-    places = np.arange(ordered.size) + np.searchsorted(guide, ordered)
-    of_reference = np.zeros(ordered.size + guide.size, dtype=bool)
-    of_reference[places] = True
-    draws = np.empty(of_reference.size)
-    draws[of_reference], draws[~of_reference] = ordered, guide
-    below = np.cumsum(of_reference)[:-1]
+    both = np.concatenate([reference, guide])
+    # The stable sort finds the two ascending runs and merges them, which is cheaper than to sort or to search.
+    order = np.argsort(both, kind="stable")
+    draws, of_reference = both[order], order < reference.size
+    below = np.cumsum(of_reference[:-1])
     cdf_p, cdf_q = below / reference.size, (np.arange(1, draws.size) - below) / guide.size
-    widths = np.diff(draws)
-    difference = cdf_p - cdf_q
-    climbed = np.concatenate([[0.0], np.cumsum(np.sign(difference) * widths)])
-    of_draws = np.empty(reference.size)
-    of_draws[order] = -climbed[places]
-    noise = np.sqrt(cdf_p * (1.0 - cdf_p) / effective + cdf_q * (1.0 - cdf_q) / guide.size)
+    widths, difference = np.diff(draws), cdf_p - cdf_q
+    signed_widths = np.sign(difference) * widths
+    climbed = np.zeros(draws.size)
+    np.cumsum(signed_widths, out=climbed[1:])
+    variance = cdf_p * (1.0 - cdf_p) / effective + cdf_q * (1.0 - cdf_q) / guide.size
+    noise = np.sqrt(variance) * widths
+    # Integer indices, because numpy reads an array several times faster by them than by a mask.
     return Distance(
-        value=float((np.abs(difference) * widths).sum()),
-        bias=float((_folded_excess(difference, noise) * widths).sum()),
-        floor=float(np.sqrt(2.0 / np.pi) * (noise * widths).sum()),
-        reference_influence=of_draws.reshape(reference.shape),
-        guide_influence=climbed[~of_reference],
+        value=float((difference * signed_widths).sum()),
+        bias=_folded_excess(difference, variance, noise),
+        floor=float(np.sqrt(2.0 / np.pi) * noise.sum()),
+        reference_influence=-climbed[np.flatnonzero(of_reference)],
+        guide_influence=climbed[np.flatnonzero(~of_reference)],
     )
 
 
-def _folded_excess(difference: np.ndarray, noise: np.ndarray) -> np.ndarray:
-    """E|d + noise N(0, 1)| - |d| at each point, with d^2 estimated by difference^2 - noise^2, or 0 below it."""
-    safe = np.where(noise > 0, noise, 1.0)
-    ratio = np.sqrt(np.maximum((difference / safe) ** 2 - 1.0, 0.0))
-    return noise * (np.sqrt(2.0 / np.pi) * np.exp(-0.5 * ratio**2) - 2.0 * ratio * ndtr(-ratio))
+def _folded_excess(difference: np.ndarray, variance: np.ndarray, noise: np.ndarray) -> float:
+    """The integral of E|d + s N(0, 1)| - |d|, with d^2 estimated by difference^2 - s^2, or 0 below it.
+
+    Args:
+        difference: F_p - F_q on each interval.
+        variance: Its variance s^2.
+        noise: s times the interval's width.
+    """
+    square = np.square(difference)
+    near = square <= variance
+    # The two special functions cost as much as everything else: only where neither of the limits is exact.
+    between = np.flatnonzero((square < _FAR**2 * variance) & ~near)
+    half = 0.5 * (square[between] / variance[between] - 1.0)
+    # With r the ratio of |d| to s: 2 (normal density at r) - 2 r (normal mass above r), where half = r^2 / 2.
+    excess = np.sqrt(2.0 / np.pi) * np.exp(-half) - np.sqrt(2.0 * half) * erfc(np.sqrt(half))
+    return float(np.sqrt(2.0 / np.pi) * (near * noise).sum() + (excess * noise[between]).sum())

@@ -16,7 +16,8 @@ class Scalars:
 
     Attributes:
         names: `site`, `site[label]` or `site[label, label]`, one for each scalar.
-        values: The draws, `(chain, draw, scalar)`, float64.
+        values: The draws, `(chain, draw, scalar)`, float64. From `scalars`, the draws of one scalar lie together in
+            memory, because comparisons run over one scalar at a time.
         sites: The site that each scalar belongs to.
         titles: The quantity's title with the same bracket, for figures and tables.
         units: The quantity's unit, or the empty string.
@@ -54,7 +55,14 @@ def scalars(model: Model, draws: Mapping[str, np.ndarray], quantities: Sequence[
         titles += [quantity.title + bracket for bracket in brackets]
         sites += [quantity.site] * len(brackets)
         units += [quantity.unit] * len(brackets)
-    return Scalars(tuple(names), np.concatenate(columns, axis=-1), tuple(sites), tuple(titles), tuple(units))
+    return Scalars(tuple(names), _joined(columns), tuple(sites), tuple(titles), tuple(units))
+
+
+def _joined(columns: Sequence[np.ndarray]) -> np.ndarray:
+    """The columns (chain, draw, scalar) side by side, the draws of one scalar together in memory."""
+    joined = np.empty((sum(column.shape[2] for column in columns), *columns[0].shape[:2]))
+    np.concatenate([np.moveaxis(column, -1, 0) for column in columns], out=joined)
+    return np.moveaxis(joined, 0, -1)
 
 
 def _brackets(model: Model, site: str) -> list[str]:
