@@ -22,7 +22,7 @@ import xarray as xr
 
 from toolkit.comparison.verdicts import Thresholds
 from toolkit.reporting.differences import differences, worst_first
-from toolkit.reporting.figures.canvas import file_svg
+from toolkit.reporting.figures.canvas import blank, drawn, file_png, file_svg, segments, styled
 from toolkit.reporting.figures.graph import Node, layered
 from toolkit.reporting.figures.pairs import binned_density, mass_levels, worst_pairs
 from toolkit.reporting.first_screen import health, next_commands
@@ -117,7 +117,40 @@ def test_html_without_figures_is_the_golden_one(report: Report) -> None:
 def test_same_study_gives_the_same_page_and_the_same_figures(report: Report) -> None:
     again = render(studies.make_study())
     assert again.html == report.html
-    assert file_svg(again.figures["forest"]) == file_svg(report.figures["forest"])
+    assert again.drawings == report.drawings
+
+
+def test_a_drawing_settles_the_layout(report: Report) -> None:
+    for name, figure in report.figures.items():
+        places = [axes.get_position().bounds for axes in figure.axes]
+        file_png(figure)
+        assert drawn(figure) == report.drawings[name], name
+        assert [axes.get_position().bounds for axes in figure.axes] == places
+
+
+def test_files_are_white_and_pages_have_no_ground(report: Report) -> None:
+    for name, drawing in report.drawings.items():
+        ground = drawing[drawing.index('id="patch_1"') :].partition("/>")[0]
+        assert 'style="fill: none"' in ground, name
+        assert ground.replace("fill: none", "fill: #ffffff") in file_svg(drawing).decode()
+
+
+def test_geometry_has_two_decimals_and_labels_keep_theirs(report: Report) -> None:
+    drawing = report.drawings["reference_health"]
+    assert not re.search(r' d="[^"]*\.\d{3}', drawing)
+    assert re.search(r">1\.0001</text>", drawing)
+
+
+def test_segments_lie_where_the_data_does() -> None:
+    x, low, high = np.array([0.1, 1.0, 30.0]), np.array([-1.0, 0.0, 2.0]), 3.0
+    with styled():
+        axes = blank(3.0, 2.0)[1][0, 0]
+        axes.set(xscale="log", xlim=(0.05, 50.0), ylim=(-2.0, 4.0))
+        segments(axes, (x, low), (x, high), linewidth=1)
+    lines = axes.collections[0]
+    ends = np.stack([lines.get_transform().transform(path.vertices) for path in lines.get_paths()])
+    for end, y in ((0, low), (1, np.full(3, high))):
+        np.testing.assert_allclose(ends[:, end], axes.transData.transform(np.column_stack([x, y])), rtol=1e-12)
 
 
 def test_page_is_well_formed_and_small(variant: Report) -> None:
@@ -348,6 +381,20 @@ def test_a_point_mass_is_the_narrowest() -> None:
     study = studies.make_study(3, focus=False)
     study.comparison.guides["worst_sd_ratio"] = [0.5, 0.0, 1.0]
     assert render(study).html.count("the worst of this column") == 6
+
+
+def test_a_guide_without_spread_or_moments_is_drawn() -> None:
+    # A point mass and a guide of which nothing is known, beside one that is right.
+    study = studies.make_study(3, focus=False)
+    table, quantities = study.comparison.table, study.comparison.quantities
+    table.loc[(table["guide"] == "mean_field") & (table["metric"] == "sd_ratio"), ["value", "se"]] = 0.0
+    table.loc[table["guide"] == "low_rank", ["value", "se"]] = np.nan
+    numbers = ["mean", "mean_se", "sd", "sd_se", "q5", "q25", "q50", "q75", "q95"]
+    quantities.loc[quantities["source"] == "low_rank", numbers] = np.nan
+    report = render(study)
+    assert "full_rank's are" in report.html
+    assert "low_rank's are" not in report.html
+    assert all(file_png(figure).startswith(b"\x89PNG") for figure in report.figures.values())
 
 
 def test_contours_hold_their_mass() -> None:

@@ -34,7 +34,7 @@ def differences(table: pd.DataFrame, thresholds: Thresholds) -> pd.DataFrame:
     with np.errstate(divide="ignore", invalid="ignore"):
         width = np.log(frame["ratio"]) / np.log(np.where(frame["ratio"] < 1, low, high))
     frame["error"] = np.fmax(frame["shift"].abs() / thresholds.shift, width)
-    frame["verdict"] = table.groupby(["guide", "quantity"], sort=False)["verdict"].agg(_combined)
+    frame["verdict"] = _combined(table)
     return frame
 
 
@@ -47,9 +47,12 @@ def _first(wide: pd.DataFrame, keys: list[tuple[str, str]]) -> pd.Series:
     return found
 
 
-def _combined(verdicts: pd.Series) -> str:
-    present = set(verdicts)
-    return next((word for word in ("wrong", "cannot tell", "right") if word in present), "")
+def _combined(table: pd.DataFrame) -> pd.Series:
+    """The gravest verdict on any metric, by (guide, quantity)."""
+    words = ("", "right", "cannot tell", "wrong")
+    gravity = table["verdict"].map({word: i for i, word in enumerate(words)})
+    gravest = gravity.groupby([table["guide"], table["quantity"]], sort=False).max()
+    return gravest.map(dict(enumerate(words)))
 
 
 def worst_first(frame: pd.DataFrame) -> list[str]:

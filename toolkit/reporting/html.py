@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -28,7 +29,6 @@ def environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    made.filters["svg"] = _svg
     made.filters["breakable"] = _breakable
     made.tests["table"] = lambda block: isinstance(block, Table)
     made.tests["picture"] = lambda block: isinstance(block, Picture)
@@ -36,20 +36,25 @@ def environment() -> Environment:
     return made
 
 
-def to_html(contents: Contents) -> str:
-    """The report as HTML: figures, style and all inside."""
+def to_html(contents: Contents, drawings: Mapping[str, str]) -> str:
+    """The report as HTML: figures, style and all inside.
+
+    Args:
+        contents: The report.
+        drawings: Each picture's name to its SVG document.
+    """
+
+    def svg(picture: Picture) -> Markup:
+        """The picture's SVG; matplotlib has escaped its text."""
+        return Markup(page_svg(drawings[picture.name], picture.name, picture.alt))
+
     template = environment().get_template("report.html.j2")
-    return template.render(report=contents, style=Markup(_style()), padded=padded, shapes=SHAPES)
+    return template.render(report=contents, style=Markup(_style()), padded=padded, shapes=SHAPES, svg=svg)
 
 
 def _breakable(text: str) -> Markup:
     """Escaped text that may break inside a class name and before a bracket."""
     return Markup(re.sub(r"(?<=[a-z])(?=[A-Z\[])", "<wbr>", str(escape(text))))
-
-
-def _svg(picture: Picture) -> Markup:
-    """The picture's SVG; matplotlib has escaped its text."""
-    return Markup(page_svg(picture.figure, picture.name, picture.alt))
 
 
 def _style() -> str:

@@ -16,7 +16,7 @@ from toolkit.comparison.verdicts import Thresholds
 from toolkit.reporting import first_screen, sections
 from toolkit.reporting.contents import Contents, Section
 from toolkit.reporting.differences import differences
-from toolkit.reporting.figures.canvas import file_png, file_svg
+from toolkit.reporting.figures.canvas import drawn, file_png, file_svg
 from toolkit.reporting.figures.scatter import overview
 from toolkit.reporting.html import to_html
 from toolkit.reporting.markdown import to_markdown
@@ -44,6 +44,7 @@ class Report:
         html: One self-contained page.
         markdown: The same contents; it links to `figures/<name>.svg`.
         figures: Name to matplotlib figure.
+        drawings: Name to the figure's SVG document, of which the page's figures and the SVG files are made.
         tables: Name to data frame, one CSV file each.
         summary: What a program wants to know: verdicts, numbers and how they were made; JSON types only.
         comparison: Where the draws come from when the report is written.
@@ -52,6 +53,7 @@ class Report:
     html: str
     markdown: str
     figures: Mapping[str, Any]
+    drawings: Mapping[str, str]
     tables: Mapping[str, pd.DataFrame]
     summary: Mapping[str, Any]
     comparison: Any
@@ -70,7 +72,7 @@ class Report:
                 # One end of line on every system, so that the same study gives the same bytes.
                 table.to_csv(folder / "tables" / f"{name}.csv", index=table.index.name is not None, lineterminator="\n")
             for name, figure in self.figures.items():
-                (folder / "figures" / f"{name}.svg").write_bytes(file_svg(figure))
+                (folder / "figures" / f"{name}.svg").write_bytes(file_svg(self.drawings[name]))
                 (folder / "figures" / f"{name}.png").write_bytes(file_png(figure))
             self.comparison.to_datatree().to_netcdf(folder / "draws.nc", engine="h5netcdf")
             (folder / "summary.json").write_text(json.dumps(self.summary, indent=2, allow_nan=False) + "\n", "utf-8")
@@ -93,7 +95,9 @@ def render(study: Any) -> Report:
     contents = _contents(study)
     tables = _tables(study)
     figures = {picture.name: picture.figure for picture in contents.pictures}
-    return Report(to_html(contents), to_markdown(contents), figures, tables, _summary(study), study.comparison)
+    drawings = {name: drawn(figure) for name, figure in figures.items()}
+    html, markdown = to_html(contents, drawings), to_markdown(contents)
+    return Report(html, markdown, figures, drawings, tables, _summary(study), study.comparison)
 
 
 def _contents(study: Any) -> Contents:

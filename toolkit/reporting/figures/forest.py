@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.collections import PatchCollection
 from matplotlib.patches import Rectangle
 
 from toolkit.comparison.verdicts import Thresholds
 from toolkit.estimate import decimals
 from toolkit.reporting.contents import Picture
-from toolkit.reporting.figures.canvas import blank, plain, ratio_axis, styled
+from toolkit.reporting.figures.canvas import blank, plain, ratio_axis, segments, styled
 from toolkit.reporting.palette import BAND, INK, LINE, RIGHT, SOFT, Look
 
 MOST_ROWS = 20
+_QUANTILES = ("q5", "q25", "q50", "q75", "q95")
 
 
 def forest(quantities: pd.DataFrame, order: Sequence[str], looks: Mapping[str, Look], against: str) -> Picture:
@@ -31,14 +32,17 @@ def forest(quantities: pd.DataFrame, order: Sequence[str], looks: Mapping[str, L
     shown = list(order[:MOST_ROWS])
     sources = list(dict.fromkeys(quantities["source"]))
     base = "reference" if "reference" in sources else sources[0]
-    values: Any = quantities.set_index(["source", "quantity"])
+    by_source = {source: own.set_index("quantity").reindex(shown) for source, own in quantities.groupby("source")}
+    own = by_source[base]
     guides = [name for name in looks if name in sources and name != base]
     with styled():
         figure, grid = blank(8.6, 0.95 + 0.17 * len(shown) * (1 + 0.42 * len(guides)))
         axes = grid[0, 0]
-        for row, name in enumerate(shown):
-            _row(axes, row, name, values, base, guides, looks)
-        _dress(axes, [values.loc[(base, name)] for name in shown], shown, against)
+        _bands(axes, _placed(own, own))
+        step = 0.72 / max(len(guides), 1)
+        for i, name in enumerate(guides):
+            _intervals(axes, step * (i + 0.5) - 0.36, _placed(by_source[name], own), looks[name])
+        _dress(axes, own, against)
         handles = [
             axes.plot([], [], look.shape, color=look.mark.light, markersize=5, label=name)[0]
             for name, look in looks.items()
@@ -46,7 +50,7 @@ def forest(quantities: pd.DataFrame, order: Sequence[str], looks: Mapping[str, L
         ]
         band = Rectangle((0, 0), 1, 1, facecolor=BAND.light, label=against)
         figure.legend(handles=[band, *handles], loc="outside upper left", ncols=min(len(handles) + 1, 5), fontsize=8.5)
-    alt = _alt(values, base, shown, guides, against)
+    alt = _alt(own, {name: by_source[name] for name in guides}, against)
     reading = (
         f"The grey band is {against}'s 90 % interval, its darker line the median. Each guide's 90 % "
         "interval is thin, its 50 % "
@@ -55,36 +59,33 @@ def forest(quantities: pd.DataFrame, order: Sequence[str], looks: Mapping[str, L
     return Picture("forest", figure, alt, reading)
 
 
-def _row(
-    axes: Axes,
-    row: int,
-    name: str,
-    values: Any,
-    base: str,
-    guides: Sequence[str],
-    looks: Mapping[str, Look],
-) -> None:
-    own = values.loc[(base, name)]
-    scale = own["sd"] if np.isfinite(own["sd"]) and own["sd"] > 0 else 1.0
-
-    def place(value: float) -> float:
-        return float((value - own["mean"]) / scale)
-
-    axes.add_patch(
-        Rectangle((place(own["q5"]), row - 0.42), place(own["q95"]) - place(own["q5"]), 0.84, facecolor=BAND.light)
-    )
-    axes.plot([place(own["q50"])] * 2, [row - 0.42, row + 0.42], color=SOFT.light, linewidth=1)
-    step = 0.72 / max(len(guides), 1)
-    for i, guide in enumerate(guides):
-        if (guide, name) not in values.index:
-            continue
-        it, height, colour = values.loc[(guide, name)], row - 0.36 + step * (i + 0.5), looks[guide].mark.light
-        axes.plot([place(it["q5"]), place(it["q95"])], [height] * 2, color=colour, linewidth=1)
-        axes.plot([place(it["q25"]), place(it["q75"])], [height] * 2, color=colour, linewidth=2.6)
-        axes.plot(place(it["q50"]), height, looks[guide].shape, color=colour, markersize=3.4, markeredgewidth=0)
+def _placed(values: pd.DataFrame, own: pd.DataFrame) -> pd.DataFrame:
+    """Quantiles, row by row, as distances from the reference's mean in its sd; NaN where the source has none."""
+    scale = own["sd"].where(np.isfinite(own["sd"]) & (own["sd"] > 0), 1.0)
+    return values[list(_QUANTILES)].sub(own["mean"], axis=0).div(scale, axis=0)
 
 
-def _dress(axes: Axes, rows: Sequence[pd.Series], shown: Sequence[str], against: str) -> None:
+# One collection holds the lines or bands of all rows: an artist for each would cost more than all else in the figure.
+def _bands(axes: Axes, at: pd.DataFrame) -> None:
+    """The reference's 90 % intervals with their medians."""
+    rows = np.arange(len(at))
+    bands = [
+        Rectangle((low, row - 0.42), high - low, 0.84) for row, low, high in zip(rows, at["q5"], at["q95"], strict=True)
+    ]
+    axes.add_collection(PatchCollection(bands, facecolor=BAND.light))
+    axes.vlines(at["q50"], rows - 0.42, rows + 0.42, color=SOFT.light, linewidth=1)
+
+
+def _intervals(axes: Axes, below: float, at: pd.DataFrame, look: Look) -> None:
+    """A guide's intervals and medians, so far below the middle of each row."""
+    heights, colour = np.arange(len(at)) + below, look.mark.light
+    axes.hlines(heights, at["q5"], at["q95"], color=colour, linewidth=1)
+    axes.hlines(heights, at["q25"], at["q75"], color=colour, linewidth=2.6)
+    axes.plot(at["q50"], heights, look.shape, color=colour, markersize=3.4, markeredgewidth=0)
+
+
+def _dress(axes: Axes, own: pd.DataFrame, against: str) -> None:
+    shown = [str(name) for name in own.index]
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_yticks(range(len(shown)), [plain(name) for name in shown])
     axes.tick_params(axis="y", length=0)
@@ -96,7 +97,7 @@ def _dress(axes: Axes, rows: Sequence[pd.Series], shown: Sequence[str], against:
         axes.set_xscale("symlog", linthresh=3.0)
     axes.grid(axis="x")
     right = axes.secondary_yaxis("right")
-    texts = [_in_units(row) for row in rows]
+    texts = [_in_units(row) for _, row in own.iterrows()]
     right.set_yticks(range(len(shown)), [plain(text.strip(), 48) for text in texts])
     right.tick_params(axis="y", length=0, labelcolor=SOFT.light, labelsize=8)
     right.spines["right"].set_visible(False)
@@ -109,18 +110,14 @@ def _in_units(row: pd.Series) -> str:
     return f"{median} [{low}, {high}] {row['unit']}"
 
 
-def _alt(values: Any, base: str, shown: Sequence[str], guides: Sequence[str], against: str) -> str:
+def _alt(own: pd.DataFrame, guides: Mapping[str, pd.DataFrame], against: str) -> str:
+    width = own["q95"] - own["q5"]
     said = []
-    for guide in guides:
-        widths = [
-            (values.loc[(guide, q), "q95"] - values.loc[(guide, q), "q5"])
-            / (values.loc[(base, q), "q95"] - values.loc[(base, q), "q5"])
-            for q in shown
-            if (guide, q) in values.index and values.loc[(base, q), "q95"] > values.loc[(base, q), "q5"]
-        ]
-        if widths:
-            said.append(f"{guide}'s are {min(widths):.2f} to {max(widths):.2f} times as wide")
-    return f"90 % intervals of {len(shown)} quantities against {against}'s: {'; '.join(said) or 'no guide to show'}."
+    for name, values in guides.items():
+        widths = ((values["q95"] - values["q5"]) / width)[width > 0].dropna()
+        if len(widths):
+            said.append(f"{name}'s are {widths.min():.2f} to {widths.max():.2f} times as wide")
+    return f"90 % intervals of {len(own)} quantities against {against}'s: {'; '.join(said) or 'no guide to show'}."
 
 
 def strip(frame: pd.DataFrame, looks: Mapping[str, Look], thresholds: Thresholds, against: str) -> Picture:
@@ -128,15 +125,21 @@ def strip(frame: pd.DataFrame, looks: Mapping[str, Look], thresholds: Thresholds
     with styled():
         figure, grid = blank(8.6, 0.75 + 0.4 * len(looks))
         axes = grid[0, 0]
+        ratio_axis(axes, frame["ratio"].to_numpy(), vertical=False)
+        axes.set_ylim(len(looks) - 0.45, -0.55)
         axes.axvspan(*thresholds.sd_ratio, color=RIGHT.light)
         axes.axvline(1, color=LINE.light, linewidth=0.7)
         for row, (name, look) in enumerate(looks.items()):
             own = frame.loc[name]["ratio"].to_numpy()
-            axes.vlines(
-                own, row - 0.32, row + 0.32, color=look.mark.light, linewidth=1, alpha=0.6, rasterized=own.size > 300
+            segments(
+                axes,
+                (own, row - 0.32),
+                (own, row + 0.32),
+                color=look.mark.light,
+                linewidth=1,
+                alpha=0.6,
+                rasterized=own.size > 300,
             )
-        ratio_axis(axes, frame["ratio"].to_numpy(), vertical=False)
-        axes.set_ylim(len(looks) - 0.45, -0.55)
         axes.set_yticks(range(len(looks)), [plain(name) for name in looks])
         for label, look in zip(axes.get_yticklabels(), looks.values(), strict=True):
             label.set_color(look.text.light)

@@ -10,10 +10,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from toolkit.comparison.verdicts import Thresholds
 from toolkit.reporting.contents import Picture
-from toolkit.reporting.figures.canvas import MANY_MARKS, blank, plain, ratio_axis, shift_axis, styled
+from toolkit.reporting.figures.canvas import MANY_MARKS, blank, plain, ratio_axis, segments, shift_axis, styled
 from toolkit.reporting.palette import LINE, RIGHT, Look
 
 _LABELLED = 3
@@ -36,12 +37,16 @@ def overview(
     width = {1: 3.2, 2: 4.2}.get(columns, 4.6)
     with styled():
         figure, axes = blank(width, 0.75 + 2.3 * rows, rows, columns, sharex=True, sharey=True)
+        _axes(axes[0, 0], frame, thresholds)
+        if axes[0, 0].get_xscale() == "linear":
+            # As many ticks as fit: matplotlib would first lay out the panels with the ticks of wider ones.
+            most = {1: 7, 2: 4}.get(columns, 3)
+            axes[0, 0].xaxis.set_major_locator(MaxNLocator(most, steps=[1, 2, 5, 10], min_n_ticks=3))
         for panel, name in zip(axes.flat, looks, strict=False):
             _panel(panel, frame.xs(name), looks[name], thresholds)
             panel.set_title(plain(name), color=looks[name].text.light)
         for panel in axes.flat[len(looks) :]:
             panel.set_visible(False)
-        _axes(axes[0, 0], frame, thresholds)
         figure.supylabel(f"sd ratio to {against} (log)", fontsize=9)
         figure.supxlabel(f"shift of the mean ({against} sd)", fontsize=9)
     reading = (
@@ -63,6 +68,7 @@ def shift_and_ratio(frame: pd.DataFrame, looks: Mapping[str, Look], thresholds: 
         figure, axes = blank(
             3.3 * columns + 0.6 * (columns == 1), 0.5 + 3.5 * rows, rows, columns, sharex=True, sharey=True
         )
+        _axes(axes[0, 0], frame, thresholds)
         for panel, name in zip(axes.flat, looks, strict=False):
             own = frame.xs(name)
             _panel(panel, own, looks[name], thresholds, bars=True)
@@ -71,7 +77,6 @@ def shift_and_ratio(frame: pd.DataFrame, looks: Mapping[str, Look], thresholds: 
             panel.tick_params(labelbottom=True, labelleft=True)
         for panel in axes.flat[len(looks) :]:
             panel.set_visible(False)
-        _axes(axes[0, 0], frame, thresholds)
         figure.supylabel(f"sd ratio to {against} (log)", fontsize=9)
         figure.supxlabel(f"shift of the mean ({against} sd)", fontsize=9)
     reading = (
@@ -107,19 +112,7 @@ def _panel(axes: Axes, own: Any, look: Look, thresholds: Thresholds, *, bars: bo
     axes.axvline(0, color=LINE.light, linewidth=0.7, zorder=1)
     many = len(own) > MANY_MARKS // 3
     if bars:
-        ratio_error = 1.96 * own["ratio_se"] / own["ratio"]
-        factor = np.exp(ratio_error)
-        axes.errorbar(
-            own["shift"],
-            own["ratio"],
-            xerr=1.96 * own["shift_se"],
-            yerr=[own["ratio"] * (1 - 1 / factor), own["ratio"] * (factor - 1)],
-            fmt="none",
-            ecolor=look.mark.light,
-            elinewidth=0.6,
-            alpha=0.45 if not many else 0.15,
-            rasterized=many,
-        )
+        _error_bars(axes, own, color=look.mark.light, alpha=0.45 if not many else 0.15, rasterized=many)
     axes.plot(
         own["shift"],
         own["ratio"],
@@ -130,6 +123,16 @@ def _panel(axes: Axes, own: Any, look: Look, thresholds: Thresholds, *, bars: bo
         alpha=0.85 if not many else 0.5,
         rasterized=many,
     )
+
+
+def _error_bars(axes: Axes, own: Any, **options: Any) -> None:
+    """95 % intervals of shift and ratio; the ratio's on the log scale."""
+    shift, ratio = own["shift"].to_numpy(), own["ratio"].to_numpy()
+    reach = 1.96 * own["shift_se"].to_numpy()
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # a point mass has a ratio of 0 and no bar
+        factor = np.exp(1.96 * own["ratio_se"].to_numpy() / ratio)
+    segments(axes, (shift - reach, ratio), (shift + reach, ratio), linewidth=0.6, **options)
+    segments(axes, (shift, ratio / factor), (shift, ratio * factor), linewidth=0.6, **options)
 
 
 def _axes(axes: Axes, frame: pd.DataFrame, thresholds: Thresholds) -> None:
