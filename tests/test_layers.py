@@ -82,9 +82,9 @@ def test_reporting_runs_no_inference(path: Path) -> None:
     assert not {name.split(".")[-1] for name in imported(path)} & INFERENCE
 
 
-@pytest.mark.parametrize("name", ["metrics", "influence", "wasserstein"])
+@pytest.mark.parametrize("name", ["metrics", "influence", "sides", "wasserstein"])
 def test_metrics_take_arrays_and_know_no_noun_but_the_estimate(name: str) -> None:
-    arrays_only = {f"toolkit.comparison.{other}" for other in ("influence", "wasserstein")}
+    arrays_only = {f"toolkit.comparison.{other}" for other in ("influence", "sides", "wasserstein")}
     for found in imported(ROOT / "toolkit" / "comparison" / f"{name}.py"):
         if found.startswith("toolkit."):
             assert found.startswith("toolkit.estimate") or any(found.startswith(other) for other in arrays_only)

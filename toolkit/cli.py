@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import os
 import signal
 import sys
@@ -105,6 +106,10 @@ def study(
         from toolkit.studies import study as run
         from toolkit.targets import parse_options, resolve
 
+        # Tracing makes many small objects, and what JAX holds is large: at Python's defaults the collector would take a
+        # twentieth of a study's time to find nothing.
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 100)
         storage = None if no_cache else default_storage()
         model = resolve(target, data, parse_options(option or []))
         with _heard() as heard, _progress() as shown:

@@ -7,8 +7,8 @@ import os
 import platform
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from inspect import signature
@@ -23,7 +23,7 @@ from toolkit.comparison.verdicts import Thresholds
 from toolkit.compilation import keep_compiled_programs
 from toolkit.modelling.model import Model
 from toolkit.progress import Progress, silent
-from toolkit.sampling.references import Reference, reference
+from toolkit.sampling.references import Reference, prepare_reference, reference
 from toolkit.status import Status
 from toolkit.storage import Storage
 from toolkit.variational.fitting import Fit, Prepared, fit, prepare
@@ -45,7 +45,7 @@ class Study:
         reference: What the guides were compared with.
         comparison: What differs.
         seed: Makes every random number of the study.
-        stages: Wall-clock seconds by stage: starts, each fit, reference, compare.
+        stages: Wall-clock seconds by stage: tracing, starts, each fit, reference, compare.
         command: Makes the same study again.
         versions: Package name to version.
         machine: Processor, cores and system, without a name.
@@ -144,21 +144,28 @@ def study(
         parse_focus(text, model)  # a misspelt name should be heard of before the work, not after it
     keep_compiled_programs()
     met_before = len(storage.damaged) if storage else 0
-    stages: dict[str, float] = {}
-    resumed: list[str] = []
     key = jax.random.PRNGKey(seed)
-    fits = _fits(model, chosen, key, tolerance, max_steps, storage, stages, resumed, progress)
-    with _timed(stages, "reference"):
-        drawn = against or reference(
-            model,
-            key=named_key(key, "reference"),
-            chains=chains,
-            warmup=warmup,
-            draws=draws,
-            chart=chart,
-            storage=storage,
-            progress=progress,
-        )
+    nuts: dict[str, Any] = {
+        "key": named_key(key, "reference"),
+        "chains": chains,
+        "warmup": warmup,
+        "draws": draws,
+        "chart": chart,
+        "storage": storage,
+    }
+    work = _Work(model, key, tolerance, max_steps, storage, progress)
+    stages, resumed = work.stages, work.resumed
+    done = {guide.name: kept for guide in chosen if (kept := work.kept(guide))}
+    missing = [guide for guide in chosen if guide.name not in done]
+    with _beside() as pool:
+        prepared = {guide.name: work.prepared(guide, pool) for guide in missing}
+        with _timed(stages, "tracing"):
+            sampler = None if against else prepare_reference(model, pool=pool, **nuts)
+        for guide in missing:
+            done[guide.name] = work.fitted(guide, prepared[guide.name])
+        fits = check_nesting([done[guide.name] for guide in chosen], tolerance)
+        with _timed(stages, "reference"):
+            drawn = against or reference(model, sampler=sampler, progress=progress, **nuts)
     if drawn.stored:
         resumed.append("reference")
         stages["reference"] = drawn.cost.seconds
@@ -170,104 +177,96 @@ def study(
     return Study(model, fits, drawn, comparison, seed, stages, command, resumed=tuple(resumed), notes=notes)
 
 
-def _fits(
-    model: Model,
-    guides: Sequence[Guide],
-    key: jax.Array,
-    tolerance: float,
-    max_steps: int,
-    storage: Storage | None,
-    stages: dict[str, float],
-    resumed: list[str],
-    progress: Progress,
-) -> tuple[Fit, ...]:
-    settings = {"tolerance": tolerance, "max_steps": max_steps}
-    starts: dict[str, Starts] = {}
-    fingerprints: dict[str, str] = {}
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """The fits of one study; `stages` and `resumed` tell what they took and what was there already."""
 
-    def kept_under(guide: Guide, own_key: jax.Array) -> str | None:
-        """The name of the guide's kept fit: what the model computes in the guide's own chart is part of it."""
-        chart = guide.chart or model.chart
-        if chart not in fingerprints:
-            fingerprints[chart] = model.in_chart(chart).fingerprint()
-        return fit_key(fingerprints[chart], guide, own_key, settings)
+    model: Model
+    key: jax.Array
+    tolerance: float
+    max_steps: int
+    storage: Storage | None
+    progress: Progress
+    stages: dict[str, float] = field(default_factory=dict)
+    resumed: list[str] = field(default_factory=list)
+    starts: dict[str, Starts] = field(default_factory=dict)
+    fingerprints: dict[str, str] = field(default_factory=dict)
 
-    def found(chart: str) -> Starts:
-        """The searches for a mode, which all guides of a chart share."""
-        if chart not in starts:
-            with _timed(stages, "starts"), jax.enable_x64(True):
-                progress("starts", 0, 1, "searching for modes")
-                starts[chart] = find_starts(model, key=named_key(key, f"starts {chart}"), chart=chart)
-                progress("starts", 1, 1, "done")
-        return starts[chart]
+    def kept(self, guide: Guide) -> Fit | None:
+        """The guide's fit, if an earlier study has kept it."""
+        name = self._name(guide)
+        fit = kept_fit(self.storage, name, self.model, guide) if self.storage and name else None
+        if fit:
+            self.resumed.append(f"fit {guide.name}")
+            self.stages[f"fit {guide.name}"] = fit.cost.seconds
+        return fit
 
-    keys = {guide.name: named_key(key, f"fit {guide.name}") for guide in guides}
-    names = {guide.name: kept_under(guide, keys[guide.name]) if storage else None for guide in guides}
-    fits: dict[str, Fit] = {}
-    for guide in guides:
-        name = names[guide.name]
-        kept = kept_fit(storage, name, model, guide) if storage and name else None
-        if kept:
-            resumed.append(f"fit {guide.name}")
-            stages[f"fit {guide.name}"] = kept.cost.seconds
-            fits[guide.name] = kept
-    missing = [guide for guide in guides if guide.name not in fits]
-    with _compiled_beside(model, missing, stages, progress) as prepared:
-        for guide in missing:
-
-            def fitting(guide: Guide = guide) -> Fit:
-                ready = prepared[guide.name]
-                if isinstance(ready, Exception):
-                    raise ready
-                starts = found(guide.chart or model.chart)
-                with _timed(stages, f"fit {guide.name}"):
-                    return fit(
-                        model,
-                        guide,
-                        key=keys[guide.name],
-                        tolerance=tolerance,
-                        max_steps=max_steps,
-                        starts=starts,
-                        prepared=ready,
-                        progress=progress,
-                    )
-
-            fitted = _fit_or_row(model, guide, fitting)
-            name = names[guide.name]
-            if storage and name and fitted.status is not Status.FAILED:
-                keep_fit(storage, name, fitted)
-            fits[guide.name] = fitted
-    return check_nesting([fits[guide.name] for guide in guides], tolerance)
-
-
-@contextmanager
-def _compiled_beside(
-    model: Model, guides: Sequence[Guide], stages: dict[str, float], progress: Progress
-) -> Iterator[dict[str, Prepared | Exception | None]]:
-    """Each guide's programs, compiled one by one while the caller goes on, or what is wrong with the guide."""
-    pool = ThreadPoolExecutor(1, "compile")
-
-    def ready(guide: Guide) -> Prepared | Exception | None:
-        progress("starts", 0, 1, f"tracing {guide.name}")
+    def prepared(self, guide: Guide, pool: Executor) -> Prepared | Exception | None:
+        """The guide's programs, being compiled while the study goes on, or what is wrong with the guide."""
+        self.progress("starts", 0, 1, f"tracing {guide.name}")
         try:
-            with _timed(stages, "tracing"):
-                return prepare(model, guide, pool=pool)
+            with _timed(self.stages, "tracing"):
+                return prepare(self.model, guide, pool=pool)
         except Exception as error:
             return error
 
+    def fitted(self, guide: Guide, prepared: Prepared | Exception | None) -> Fit:
+        """The fit, or a fit that says why there is none: another guide's work must not be lost to this one's error."""
+        try:
+            if isinstance(prepared, Exception):
+                raise prepared
+            starts = self._starts(guide.chart or self.model.chart)
+            with _timed(self.stages, f"fit {guide.name}"):
+                fitted = fit(
+                    self.model,
+                    guide,
+                    key=self._key(guide),
+                    tolerance=self.tolerance,
+                    max_steps=self.max_steps,
+                    starts=starts,
+                    prepared=prepared,
+                    progress=self.progress,
+                )
+        except Exception as error:
+            text = (str(error).strip() or type(error).__name__).split("\n")[0]
+            return Fit(guide, self.model, Status.FAILED, text)
+        name = self._name(guide)
+        if self.storage and name:
+            keep_fit(self.storage, name, fitted)
+        return fitted
+
+    def _key(self, guide: Guide) -> jax.Array:
+        return named_key(self.key, f"fit {guide.name}")
+
+    def _name(self, guide: Guide) -> str | None:
+        """The name of the guide's kept fit: what the model computes in the guide's own chart is part of it."""
+        if self.storage is None:
+            return None
+        chart = guide.chart or self.model.chart
+        if chart not in self.fingerprints:
+            self.fingerprints[chart] = self.model.in_chart(chart).fingerprint()
+        settings = {"tolerance": self.tolerance, "max_steps": self.max_steps}
+        return fit_key(self.fingerprints[chart], guide, self._key(guide), settings)
+
+    def _starts(self, chart: str) -> Starts:
+        """The searches for a mode, which all guides of a chart share."""
+        if chart not in self.starts:
+            with _timed(self.stages, "starts"), jax.enable_x64(True):
+                self.progress("starts", 0, 1, "searching for modes")
+                key = named_key(self.key, f"starts {chart}")
+                self.starts[chart] = find_starts(self.model, key=key, chart=chart)
+                self.progress("starts", 1, 1, "done")
+        return self.starts[chart]
+
+
+@contextmanager
+def _beside() -> Iterator[Executor]:
+    """One thread that compiles while the study goes on; whatever ends the study, what waits there is dropped."""
+    pool = ThreadPoolExecutor(1, "compile")
     try:
-        yield {guide.name: ready(guide) for guide in guides}
+        yield pool
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _fit_or_row(model: Model, guide: Guide, fitting: Callable[[], Fit]) -> Fit:
-    """The fit, or a fit that says why there is none: another guide's work must not be lost to this one's error."""
-    try:
-        return fitting()
-    except Exception as error:
-        text = (str(error).strip() or type(error).__name__).split("\n")[0]
-        return Fit(guide, model, Status.FAILED, text)
 
 
 class _Words(str):

@@ -6,7 +6,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 
@@ -16,7 +16,7 @@ import numpy as np
 from toolkit.cost import Cost
 from toolkit.modelling.model import Model
 from toolkit.progress import Progress
-from toolkit.sampling.nuts import Chain, NoValidStart, Sampler, Settings, compile_sampler, sample_chain
+from toolkit.sampling.nuts import Chain, NoValidStart, Sampler, Settings, lower_sampler, sample_chain
 from toolkit.storage import Storage
 
 Results = dict[int, Chain | NoValidStart]
@@ -56,7 +56,14 @@ class Archive:
 
 
 def run_chains(
-    model: Model, settings: Settings, *, key: jax.Array, chains: int, archive: Archive | None, progress: Progress
+    model: Model,
+    settings: Settings,
+    *,
+    key: jax.Array,
+    chains: int,
+    archive: Archive | None,
+    progress: Progress,
+    sampler: Callable[[], Sampler] | None = None,
 ) -> tuple[Results, Cost]:
     """Chain number to result, and what they cost; where one has no valid start, the others may be missing.
 
@@ -71,16 +78,17 @@ def run_chains(
         chains: How many.
         archive: Where finished chains are looked for and kept; nowhere if None.
         progress: Called from the caller's thread only; an exception that it raises stops every chain.
+        sampler: Gives the programs, for this model and these settings; made here if None.
     """
     loaded = {chain: stored for chain in range(chains) if archive and (stored := archive.load(chain))}
     cores = min(chains, _usable_cores())
     cost = Cost(run_seconds=sum(chain.seconds for chain in loaded.values()) / cores)
     results: Results = dict(loaded)
     if len(loaded) < chains:
-        sampler = compile_sampler(model, settings, key)
+        ready = (sampler or lower_sampler(model, settings, key))()
         started = time.perf_counter()
-        results |= _Crew(sampler, key, chains, archive, progress).run(set(range(chains)) - set(loaded))
-        cost = replace(sampler.cost, run_seconds=cost.run_seconds + time.perf_counter() - started)
+        results |= _Crew(ready, key, chains, archive, progress).run(set(range(chains)) - set(loaded))
+        cost = replace(ready.cost, run_seconds=cost.run_seconds + time.perf_counter() - started)
     evaluations = sum(chain.gradient_evaluations for chain in results.values() if isinstance(chain, Chain))
     return dict(sorted(results.items())), replace(cost, gradient_evaluations=evaluations)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from numpyro.infer import NUTS
 
+from toolkit.compilation import QUICK
 from toolkit.cost import Cost
 from toolkit.modelling.model import Model
 
@@ -116,16 +118,29 @@ class _Transitions(NamedTuple):
     steps: Any
 
 
-def compile_sampler(model: Model, settings: Settings, key: jax.Array) -> Sampler:
-    """The sampler of a model in its own chart, in float64; `key` gives only its type."""
+def lower_sampler(model: Model, settings: Settings, key: jax.Array) -> Callable[[], Sampler]:
+    """The sampler of a model in its own chart, in float64, traced; calling the result compiles it, in any thread.
+
+    `key` gives only its type.
+    """
     started = time.perf_counter()
     with jax.enable_x64(True):
         arrays = jax.device_put(model.arrays)
-        start = jax.jit(_start_program(model, settings)).lower(key, arrays).compile(_OPTIONS)
+        start = jax.jit(_start_program(model, settings)).lower(key, arrays)
         state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), start.out_info[0])
-        block = jax.jit(_block_program(model, settings)).lower(state, 0, 0, arrays).compile(_OPTIONS)
-    cost = Cost(compile_seconds=time.perf_counter() - started, peak_bytes=max(map(_bytes, (start, block))))
-    return Sampler(start, block, arrays, settings, cost)
+        block = jax.jit(_block_program(model, settings)).lower(state, 0, 0, arrays)
+    traced = time.perf_counter() - started
+
+    def compiled() -> Sampler:
+        started = time.perf_counter()
+        with ThreadPoolExecutor(2) as pool:
+            # The start runs once a chain: not worth the compiler's best.
+            starting, drawing = pool.map(lambda p, options: p.compile(options), (start, block), (QUICK, _OPTIONS))
+        seconds = traced + time.perf_counter() - started
+        cost = Cost(seconds, peak_bytes=max(_bytes(starting), _bytes(drawing)))
+        return Sampler(starting, drawing, arrays, settings, cost)
+
+    return compiled
 
 
 def sample_chain(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,16 @@ from toolkit.progress import Progress, silent
 from toolkit.sampling.chains import Archive, Results, run_chains
 from toolkit.sampling.diagnostics import Evidence, diagnose, energy_fraction, judge
 from toolkit.sampling.files import read_draws
-from toolkit.sampling.nuts import MAX_TREE_DEPTH, START_RADIUS, START_TRIES, Chain, NoValidStart, Settings
+from toolkit.sampling.nuts import (
+    MAX_TREE_DEPTH,
+    START_RADIUS,
+    START_TRIES,
+    Chain,
+    NoValidStart,
+    Sampler,
+    Settings,
+    lower_sampler,
+)
 from toolkit.sampling.posterior import completed, constrained, kept_sites
 from toolkit.status import Status
 from toolkit.storage import Storage
@@ -103,6 +114,7 @@ def reference(
     target_accept: float = 0.9,
     force: bool = False,
     storage: Storage | None = None,
+    sampler: Callable[[], Sampler] | None = None,
     progress: Progress = silent,
 ) -> Reference:
     """Exact draws where the model knows its posterior, else NUTS from dispersed starts, judged.
@@ -120,6 +132,7 @@ def reference(
         target_accept: The acceptance probability that NUTS adapts its step size to; higher is slower and safer.
         force: Run NUTS even where the posterior is known exactly.
         storage: Where finished work is looked for and kept; nowhere if None.
+        sampler: From `prepare_reference`, called with the same arguments; made here if None.
         progress: Called between blocks of transitions; raising from it stops the run.
 
     Raises:
@@ -128,8 +141,7 @@ def reference(
     _check_numbers(chains, warmup, draws, target_accept)
     if model.exact is not None and not force:
         return _exact(model, model.exact, key, chains, draws)
-    charted = model if chart in (None, model.chart) else model.in_chart(str(chart))
-    settings = Settings(warmup, draws, target_accept)
+    charted, settings = _charted(model, chart), Settings(warmup, draws, target_accept)
     name = _name(charted, settings, key)
     origin = f"NUTS, {chains} chains x {draws:,} draws after {warmup:,} warm-up"
     blank = Reference(
@@ -147,7 +159,9 @@ def reference(
         return _unpack(blank, *stored)
     archive = Archive(storage, name) if storage else None
     try:
-        results, cost = run_chains(charted, settings, key=key, chains=chains, archive=archive, progress=progress)
+        results, cost = run_chains(
+            charted, settings, key=key, chains=chains, archive=archive, progress=progress, sampler=sampler
+        )
         made = _collect(blank, charted, results, cost, chains)
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         text = str(error).strip().split("\n")[0]
@@ -155,6 +169,34 @@ def reference(
     if storage and made.usable:
         storage.save("reference", entry, *_pack(made))
     return made
+
+
+def prepare_reference(
+    model: Model,
+    *,
+    key: jax.Array,
+    pool: Executor,
+    chains: int = 4,
+    warmup: int = 1_000,
+    draws: int = 1_000,
+    chart: str | None = None,
+    target_accept: float = 0.9,
+    storage: Storage | None = None,
+) -> Callable[[], Sampler] | None:
+    """What gives the programs of `reference`, compiled in `pool` beside whatever the caller goes on with.
+
+    None where they are not needed: the posterior is known exactly, or the reference is kept in the storage.
+    """
+    charted, settings = _charted(model, chart), Settings(warmup, draws, target_accept)
+    if model.exact is not None:
+        return None
+    if storage and storage.load("reference", _entry(_name(charted, settings, key), model, chains)):
+        return None
+    return pool.submit(functools.cache(lower_sampler(charted, settings, key))).result
+
+
+def _charted(model: Model, chart: str | None) -> Model:
+    return model if chart in (None, model.chart) else model.in_chart(str(chart))
 
 
 def load_reference(path: str | Path, model: Model) -> Reference:

@@ -43,8 +43,11 @@ from toolkit.variational.starts import Start, Starts, find_starts, latent_space
 
 _PARTICLES = 8
 _FIRST_STEP = 0.01  # of Adam, where nothing is known of the parameters' scales
-# In the working coordinates a twentieth of a posterior sd; in d dimensions its noise costs about d step^2 / 2 nats.
+# In the working coordinates: at most a twentieth of a posterior sd, and in d dimensions so much over sqrt(d), since the
+# noise of steps costs about d step^2 / 2 nats. Where the curvature is known, most of the way lies behind.
 _FIRST_STEP_OF_SD = 0.05
+_FIRST_STEP_WHITENED = 0.1
+_FIRST_STEP_UNKNOWN = 0.4
 _ELBO_DRAWS = 2_048
 
 
@@ -330,7 +333,8 @@ def _run(
     if prepared:
         given["frame"] = frame = prepared.coordinates.frame(start)
         programs, compiling = prepared.programs(), 0.0
-        step_size = min(_FIRST_STEP_OF_SD, 0.4 / starts.space.size**0.5)
+        widest = _FIRST_STEP_UNKNOWN if start.precision is None else _FIRST_STEP_WHITENED
+        step_size = min(_FIRST_STEP_OF_SD, widest / starts.space.size**0.5)
     else:
         program, working = _without_frame(model.bound(guide.chart)), _without_frame(built)
         programs = lower_programs(program, working, Trace_ELBO(_PARTICLES), given, key)()

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from numpyro.handlers import replay, seed
+from numpyro.distributions import Delta
+from numpyro.handlers import replay, seed, substitute, trace
 from numpyro.infer.elbo import ELBO
 from numpyro.infer.util import log_density
 
@@ -60,12 +61,17 @@ def log_weight(
         hold_guide: Leave the guide's parameters out of log q's gradient.
     """
     guide_key, model_key = jax.random.split(key)
-    seeded = seed(guide, guide_key)
-    log_q, drawn = log_density(seeded, (), dict(kwargs), dict(params))
+    sites = trace(seed(substitute(guide, data=dict(params)), guide_key)).get_trace(**kwargs)
+    # Sites that follow from others (a transform of an auxiliary one) are left for the second run to work out.
+    latents = {
+        name: site["value"]
+        for name, site in sites.items()
+        if site["type"] == "sample" and not site["is_observed"] and not isinstance(site["fn"], Delta)
+    }
+    # Without the barrier the compiler works the draws out again wherever they are used: twice the program.
+    latents = jax.lax.optimization_barrier(latents)
+    log_q, drawn = log_density(seed(guide, guide_key), (), dict(kwargs), {**params, **latents})
     if hold_guide:
-        latents = {
-            name: site["value"] for name, site in drawn.items() if site["type"] == "sample" and not site["is_observed"]
-        }
         held = jax.lax.stop_gradient(dict(params))
         log_q, _ = log_density(seed(guide, guide_key), (), dict(kwargs), {**held, **latents})
     log_p, _ = log_density(seed(replay(model, drawn), model_key), (), dict(kwargs), dict(params))

@@ -22,11 +22,13 @@ from toolkit.compilation import QUICK
 
 _HESSIANS = 4_096  # Hessian columns that one step may cost, but for the least number of draws
 _COLUMNS = 64
+_FEW_GAIN = 0.02  # nats a dimension, below which a step on few draws fits those draws
+_FRESH = 6  # averages over fresh draws that follow where draws are few
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """N(loc, precision^-1) in unconstrained space, and its ELBO in nats on the draws that moved it."""
+    """N(loc, precision^-1) in unconstrained space, and its ELBO in nats on the draws that moved it or on fresh ones."""
 
     loc: np.ndarray
     precision: np.ndarray
@@ -34,7 +36,7 @@ class Gaussian:
 
 
 class Averages:
-    """Averages of a log density, its gradient and its Hessian over a Gaussian, on common antithetic draws.
+    """Averages of a log density, its gradient and its Hessian over a Gaussian, on antithetic draws.
 
     Args:
         log_density: Of one unconstrained vector and the model's arrays, in nats.
@@ -49,17 +51,16 @@ class Averages:
     """
 
     def __init__(self, log_density: Callable[[Any, Any], Any], arrays: Any, size: int, *, key: jax.Array) -> None:
-        pairs = int(np.clip(_HESSIANS // (2 * size), 2, 64))
-        noise = np.asarray(jax.random.normal(key, (pairs, size)))
-        self.size, self.draws, self.evaluations = size, 2 * pairs, 0
-        self._noise, self._arrays = np.concatenate([noise, -noise]), arrays
+        self.size, self.evaluations = size, 0
+        self.draws = 2 * int(np.clip(_HESSIANS // (2 * size), 2, 64))
+        self._key, self._arrays = key, arrays
 
         def one(point: Any, arrays: Any) -> tuple[Any, Any, Any]:
-            gradient = jax.grad(lambda z: log_density(z, arrays))
-            columns = jax.lax.map(
-                lambda tangent: jax.jvp(gradient, (point,), (tangent,))[1], jnp.eye(size), batch_size=_COLUMNS
-            )
-            return log_density(point, arrays), gradient(point), columns
+            # What the columns of the Hessian have in common is computed once, and compiled once.
+            both = jax.value_and_grad(lambda z: log_density(z, arrays))
+            (value, gradient), push = jax.linearize(both, jax.lax.optimization_barrier(point))
+            columns = jax.lax.map(lambda tangent: push(tangent)[1], jnp.eye(size), batch_size=_COLUMNS)
+            return value, gradient, columns
 
         def averages(loc: Any, factor: Any, noise: Any, draws: Any, arrays: Any) -> tuple[Any, Any, Any]:
             def add(number: Any, total: Any) -> Any:
@@ -69,26 +70,41 @@ class Averages:
             total = jax.lax.fori_loop(0, draws, add, zeros)
             return jax.tree.map(lambda value: value / draws, total)
 
-        shapes = (np.zeros(size), np.zeros((size, size)), self._noise, 1, arrays)
+        shapes = (np.zeros(size), np.zeros((size, size)), self._noise(0), 1, arrays)
         self._averages = jax.jit(averages).lower(*shapes).compile(QUICK)
 
-    def over(self, loc: np.ndarray, factor: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-        """Of log density, gradient and Hessian over N(loc, factor factor'), shapes (), (size,), (size, size)."""
-        return self._of(loc, factor, self.draws)
+    def over(self, loc: np.ndarray, factor: np.ndarray, fresh: int = 0) -> tuple[float, np.ndarray, np.ndarray]:
+        """Of log density, gradient and Hessian over N(loc, factor factor'), shapes (), (size,), (size, size).
+
+        Args:
+            loc: Shape (size,).
+            factor: Shape (size, size).
+            fresh: Which set of draws; 0 is the common one.
+        """
+        return self._of(loc, factor, self._noise(fresh), self.draws)
 
     def at(self, loc: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
         """The same three at one point, by the program that is compiled already."""
-        return self._of(loc, np.zeros((self.size, self.size)), 1)
+        return self._of(loc, np.zeros((self.size, self.size)), self._noise(0), 1)
 
-    def _of(self, loc: np.ndarray, factor: np.ndarray, draws: int) -> tuple[float, np.ndarray, np.ndarray]:
-        value, gradient, hessian = self._averages(loc, factor, self._noise, draws, self._arrays)
+    def _noise(self, fresh: int) -> np.ndarray:
+        half = np.asarray(jax.random.normal(jax.random.fold_in(self._key, fresh), (self.draws // 2, self.size)))
+        return np.concatenate([half, -half])
+
+    def _of(
+        self, loc: np.ndarray, factor: np.ndarray, noise: np.ndarray, draws: int
+    ) -> tuple[float, np.ndarray, np.ndarray]:
+        value, gradient, hessian = self._averages(loc, factor, noise, draws, self._arrays)
         self.evaluations += draws * self.size
         hessian = np.asarray(hessian)
         return float(value), np.asarray(gradient), (hessian + hessian.T) / 2
 
 
 def natural_steps(averages: Averages, loc: np.ndarray, precision: np.ndarray, *, steps: int = 8) -> Gaussian:
-    """The Gaussian after at most so many steps, each taken only if it raises the ELBO on common draws.
+    """The Gaussian after at most so many steps.
+
+    On common draws each step is taken only if it raises the ELBO there. With fewer draws than dimensions that optimum
+    fits the draws rather than the density: then the steps end early, and a running average over fresh draws follows.
 
     Args:
         averages: Of the log density to approximate.
@@ -96,17 +112,8 @@ def natural_steps(averages: Averages, loc: np.ndarray, precision: np.ndarray, *,
         precision: With which precision, shape (size, size), positive definite.
         steps: The most steps to take; they stop when the ELBO no longer rises by a hundredth of a nat.
     """
-    size = len(loc)
-
-    def measured(loc: np.ndarray, precision: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-        lower = scipy.linalg.cholesky(precision, lower=True)
-        factor = scipy.linalg.solve_triangular(lower, np.eye(size), lower=True).T  # factor @ factor.T = precision^-1
-        value, gradient, hessian = averages.over(loc, factor)
-        entropy = 0.5 * size * (1 + np.log(2 * np.pi)) - np.log(np.diag(lower)).sum()
-        elbo = float(value + entropy)
-        return (elbo if np.isfinite(gradient).all() and np.isfinite(hessian).all() else np.nan), gradient, hessian
-
-    elbo, gradient, hessian = measured(loc, precision)
+    few = averages.draws < averages.size
+    elbo, gradient, hessian = _measured(averages, loc, precision)
     rate = 1.0
     if not np.isfinite(elbo):
         return Gaussian(loc, precision, -np.inf)
@@ -114,17 +121,44 @@ def natural_steps(averages: Averages, loc: np.ndarray, precision: np.ndarray, *,
         proposed = _blend(precision, -hessian, rate)
         if proposed is not None:
             moved = loc + rate * scipy.linalg.solve(proposed, gradient, assume_a="pos")
-            new = measured(moved, proposed)
+            new = _measured(averages, moved, proposed)
         if proposed is None or not new[0] > elbo:
             rate /= 3
-            if rate < 0.01:
+            if rate < 0.01 or few:
                 break
             continue
         gain, rate = new[0] - elbo, min(1.0, 2 * rate)
         loc, precision, (elbo, gradient, hessian) = moved, proposed, new
-        if gain < 0.01:
+        if gain < (_FEW_GAIN * averages.size if few else 0.01):
             break
-    return Gaussian(loc, precision, elbo)
+    return _averaged(averages, loc, precision) if few else Gaussian(loc, precision, elbo)
+
+
+def _averaged(averages: Averages, loc: np.ndarray, precision: np.ndarray) -> Gaussian:
+    """Steps on fresh draws at the rates 1/2, 1/3, ..., by which the precision is a mean over all of them."""
+    elbos = []
+    for number in range(1, _FRESH + 1):
+        elbo, gradient, hessian = _measured(averages, loc, precision, fresh=number)
+        proposed = _blend(precision, -hessian, 1 / (number + 1))
+        if np.isfinite(elbo):
+            elbos.append(elbo)
+        if proposed is not None and np.isfinite(gradient).all():
+            precision = proposed
+            loc = loc + scipy.linalg.solve(precision, gradient, assume_a="pos") / (number + 1)
+    return Gaussian(loc, precision, float(np.mean(elbos)) if elbos else -np.inf)
+
+
+def _measured(
+    averages: Averages, loc: np.ndarray, precision: np.ndarray, fresh: int = 0
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """The Gaussian's ELBO in nats (NaN if anything is not finite), and the mean gradient and Hessian."""
+    size = len(loc)
+    lower = scipy.linalg.cholesky(precision, lower=True)
+    factor = scipy.linalg.solve_triangular(lower, np.eye(size), lower=True).T  # factor @ factor.T = precision^-1
+    value, gradient, hessian = averages.over(loc, factor, fresh)
+    entropy = 0.5 * size * (1 + np.log(2 * np.pi)) - np.log(np.diag(lower)).sum()
+    finite = np.isfinite(gradient).all() and np.isfinite(hessian).all()
+    return (float(value + entropy) if finite else np.nan), gradient, hessian
 
 
 def _blend(old: np.ndarray, new: np.ndarray, rate: float) -> np.ndarray | None:

@@ -109,7 +109,7 @@ def lower_programs(
     initial = jax.jit(lambda key, given: svi.init(key, **given))(key, given)
     params = svi.optim.get_params(initial.optim_state)
     long_steps = sum(value.size for value in jax.tree.leaves(params)) >= _LONG_STEPS
-    length = _BLOCK * 2 // 5 if long_steps else _BLOCK
+    length = _BLOCK // 5 if long_steps else _BLOCK
 
     def block(state: Any, given: Any) -> tuple[Any, Params, Any, Any]:
         def step(carry: Any, _: None) -> tuple[Any, Any]:
