@@ -24,7 +24,7 @@ from toolkit.comparison.verdicts import Thresholds
 from toolkit.reporting.differences import differences, worst_first
 from toolkit.reporting.figures.canvas import blank, drawn, file_png, file_svg, segments, styled
 from toolkit.reporting.figures.graph import Node, layered
-from toolkit.reporting.figures.pairs import binned_density, mass_levels, worst_pairs
+from toolkit.reporting.figures.pairs import binned_density, correlation_matrices, mass_levels, worst_pairs
 from toolkit.reporting.first_screen import health, next_commands
 from toolkit.reporting.palette import INK, PAGE, PLAIN, SOFT, TEXTS, looks
 from toolkit.reporting.reports import Report, render
@@ -476,3 +476,15 @@ def test_guides_keep_their_colours_and_share_none() -> None:
     assert panel["full_rank"] == looks(["full_rank"])["full_rank"]
     assert len({look.mark.light for look in panel.values()}) == 3
     assert len({colour.light for colour in PLAIN}) == len(PLAIN)
+
+
+def test_of_many_guides_the_matrices_of_the_most_wrong_are_drawn() -> None:
+    names = ["a", "b", "c", "d", "e", "f"]
+    matrices = {"reference": pd.DataFrame(np.eye(2), list("xy"), list("xy"))}
+    for i, name in enumerate(names):
+        matrices[name] = pd.DataFrame([[1.0, i / 10], [i / 10, 1.0]], list("xy"), list("xy"))
+    picture = correlation_matrices(matrices, looks(names), "NUTS")
+    titles = {axes.get_title("left") for axes in picture.figure.axes}
+    assert {"c", "d", "e", "f"} <= titles
+    assert not {"a", "b"} & titles
+    assert "the 4 guides of 6 with the largest errors" in picture.reading

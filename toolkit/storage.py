@@ -63,7 +63,10 @@ class Storage:
             raise _unusable(path, error) from error
         checksum, _, body = content.partition(b"\n")
         if checksum.decode("ascii", "replace") != hashlib.sha256(body).hexdigest():
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise _unusable(path, error) from error
             self.damaged.append(f"The stored {kind} '{key[:12]}' was damaged; it was removed and is made again.")
             return None
         description, _, payload = body.partition(b"\n")

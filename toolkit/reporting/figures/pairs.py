@@ -21,6 +21,7 @@ from toolkit.reporting.palette import DOTS, INK, SOFT, Look
 
 MOST_PAIRS = 6
 _DOTS_SHOWN, _CELLS = 250, 72
+_MATRICES = 4  # of guides, beside the reference's: more are too small to read
 # Sky blue and orange of the same palette, clear in the middle, so that white and dark pages both show through.
 _SIGNED = LinearSegmentedColormap.from_list(
     "signed", [(0.0, (0.20, 0.56, 0.80, 1.0)), (0.5, (0.5, 0.5, 0.5, 0.0)), (1.0, (0.90, 0.56, 0.0, 1.0))]
@@ -156,21 +157,22 @@ def correlation_matrices(correlations: Mapping[str, pd.DataFrame], looks: Mappin
     """Correlation matrices of the reference and each guide; below each guide its difference from the reference."""
     guides = [name for name in looks if name in correlations]
     reference = correlations["reference"]
-    shown = min(len(guides), 4)
+    worst = {name: (correlations[name] - reference).abs().max().max() for name in guides}
+    chosen = sorted(guides, key=lambda name: -worst[name])[:_MATRICES]
+    shown = len(chosen)
     with styled():
         figure, grid = blank(0.7 + 2.2 * (shown + 1), 4.9, 2, shown + 1)
         image = _matrix(grid[0, 0], reference, plain(against), None)
         _names(grid[1, 0], reference)
-        for column, name in enumerate(guides[:shown], start=1):
+        for column, name in enumerate((name for name in guides if name in chosen), start=1):
             _matrix(grid[0, column], correlations[name], plain(name), looks[name])
             difference = correlations[name] - reference
-            _matrix(grid[1, column], difference, f"largest {difference.abs().to_numpy().max():.2f}", None)
+            _matrix(grid[1, column], difference, f"largest {worst[name]:.2f}", None)
         grid[1, 1].set_ylabel("guide − reference", color=SOFT.light)
         bar = figure.colorbar(image, ax=grid, shrink=0.6, aspect=30, pad=0.02, ticks=[-1, -0.5, 0, 0.5, 1])
         bar.ax.set_yticklabels(["−1", "−0.5", "0", "0.5", "1"])
         bar.set_label("correlation, and difference of correlations")
         bar.outline.set_visible(False)
-    worst = {name: (correlations[name] - reference).abs().to_numpy().max() for name in guides}
     errors = "; ".join(f"{name} {value:.2f}" for name, value in worst.items())
     alt = f"Correlations of {len(reference)} quantities; the largest error: {errors}."
     reading = (
@@ -179,6 +181,8 @@ def correlation_matrices(correlations: Mapping[str, pd.DataFrame], looks: Mappin
         f"Rows and columns are the same {len(reference)} quantities everywhere, in the order of the "
         "table correlations_reference."
     )
+    if shown < len(guides):
+        reading += f" Drawn are the {shown} guides of {len(guides)} with the largest errors; all have their table."
     return Picture("correlations", figure, alt, reading)
 
 
