@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import optax
 import pytest
 from numpyro.distributions.transforms import AffineTransform
 from numpyro.infer import Trace_ELBO
@@ -21,6 +22,7 @@ from toolkit.variational.keeping import fit_key, keep_fit, kept_fit
 from toolkit.variational.nesting import check_nesting
 from toolkit.variational.objectives import StickTheLandingELBO
 from toolkit.variational.solvers.natural import Averages, natural_steps
+from toolkit.variational.solvers.svi import _careful_adam
 from toolkit.variational.starts import find_starts, latent_space
 
 KEY = jax.random.PRNGKey(0)
@@ -361,6 +363,15 @@ def test_one_set_of_programs_serves_every_start_and_changes_nothing():
         shared, own = (fit(model, guide, key=KEY, starts=only, prepared=p) for p in (prepared, None))
         for name, value in own.params.items():
             np.testing.assert_array_equal(shared.params[name], value)
+    # Each mode's own integral is the log evidence of a fit that lies on it alone: N(z; 0, 10) times a Gaussian bump.
+    exact = [
+        -drop + 0.5 * math.log(2 * math.pi * 0.25) + float(dist.Normal(0.0, math.sqrt(100.25)).log_prob(6.0))
+        for drop in (0.0, 1.0)
+    ]
+    for only, log_evidence, side in zip((before, after), exact, (1, -1), strict=True):
+        fitted = fit(model, guide, key=KEY, starts=only, prepared=prepared)
+        assert fitted.elbo.value == pytest.approx(log_evidence, abs=5 * fitted.elbo.se + 1e-3)
+        assert side * fitted.draw(KEY, 100)["z"].mean() > 5.0
     both = fit(model, guide, key=KEY, starts=starts, prepared=prepared)
     # The lower mode holds 1 / (1 + e) of the mass; a Gaussian on the upper one lacks the rest.
     assert both.draw(KEY, 100)["z"].mean() > 5.0
@@ -373,10 +384,59 @@ def test_starts_of_another_chart_are_refused():
         numpyro.sample("y", dist.Normal(z, 1.0), obs=1.0)
 
     model = Model(scaled, Dataset("none", {}), charts={"standard": {"z": TransformReparam()}})
-    with jax.enable_x64(True):
-        starts = find_starts(model, key=KEY, chart="standard", count=1)
-    with pytest.raises(ValueError, match=r"Expected starts in chart 'plain', with the sites z; got starts .* z_base"):
+    starts = find_starts(model, key=KEY, chart="standard", count=1)
+    with pytest.raises(
+        ValueError, match=r"Expected starts .* in chart 'plain'; got starts in chart 'standard', .* z_base"
+    ):
         fit(model, "mean_field", key=KEY, starts=starts)
+    other = prepare(two_modes(0.0), find_guide("mean_field"))
+    with pytest.raises(ValueError, match="Expected what `prepare` gave for model"):
+        fit(model, "mean_field", key=KEY, prepared=other)
+
+
+def test_a_user_who_has_not_set_float64_gets_it_all_the_same():
+    with jax.enable_x64(False):
+        model = two_modes(1.0)
+        starts = find_starts(model, key=KEY, count=2)
+        fitted = fit(model, "mean_field", key=KEY, starts=starts)
+    assert {point.loc.dtype for point in starts.points} == {np.dtype(np.float64)}
+    assert {np.asarray(value).dtype for value in fitted.params.values()} == {np.dtype(np.float64)}
+
+
+def test_a_saturated_simplex_does_not_raise_the_elbo_above_the_evidence():
+    def sparse(y=None):
+        p = numpyro.sample("p", dist.Dirichlet(jnp.full(20, 0.1)))
+        numpyro.sample("y", dist.Multinomial(20, p), obs=y)
+
+    y = np.eye(20)[0] * 20
+    # Of the Dirichlet-multinomial with all 20 counts in one cell.
+    ratio = np.array([math.lgamma(2.0), -math.lgamma(22.0), math.lgamma(20.1), -math.lgamma(0.1)])
+    model = Model(sparse, Dataset("sparse", {"y": y}))
+    for name in ("mean_field", "diagonal"):
+        fitted = fit(model, name, key=KEY, starts=1, max_steps=2_000)
+        assert fitted.elbo.value < ratio.sum() + 5 * fitted.elbo.se
+        assert fitted.elbo.se < 0.2
+
+
+def test_noise_that_hides_a_gain_is_told():
+    fitted = fit(pair(CORRELATION), "mean_field", key=KEY, tolerance=1e-7)
+    assert fitted.status is Status.NOISY
+    assert not fitted.status.ok
+
+
+@pytest.mark.parametrize(("gradient", "loss"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)])
+def test_a_bad_step_is_skipped_and_counted(gradient, loss):
+    optimiser = _careful_adam(0.1)
+    params = {"a": jnp.zeros(2), "b": jnp.zeros(())}
+    state = optimiser.init(params)
+    bad = {"a": jnp.array([1.0, gradient]), "b": jnp.array(1.0)}
+    updates, state = optimiser.update(bad, state, params, value=jnp.array(loss))
+    assert all((np.asarray(update) == 0).all() for update in jax.tree.leaves(updates))
+    good = jax.tree.map(jnp.ones_like, params)
+    updates, state = optimiser.update(good, state, params, value=jnp.array(1.0))
+    # Adam's first step has the step size's length, whatever the gradient's.
+    np.testing.assert_allclose(updates["a"], -0.1, rtol=1e-6)
+    assert optax.tree.get(state, "total_notfinite") == 1
 
 
 @pytest.mark.parametrize("name", ["mean_field", "full_rank"])

@@ -106,13 +106,9 @@ def study(
         from toolkit.studies import study as run
         from toolkit.targets import parse_options, resolve
 
-        # Tracing makes many small objects, and what JAX holds is large: at Python's defaults the collector would take a
-        # twentieth of a study's time to find nothing.
-        gc.freeze()
-        gc.set_threshold(50_000, 20, 100)
         storage = None if no_cache else default_storage()
         model = resolve(target, data, parse_options(option or []))
-        with _heard() as heard, _progress() as shown:
+        with _heard() as heard, _progress() as shown, _few_collections():
 
             def progress(stage: str, done: int, total: int, text: str) -> None:
                 if heard:
@@ -247,6 +243,23 @@ def _heard() -> Iterator[list[int]]:
 
 
 @contextmanager
+def _few_collections() -> Iterator[None]:
+    """Python's collector at work more seldom.
+
+    Tracing makes many small objects, and what JAX holds is large: at the defaults a twentieth of a study's time goes
+    to finding nothing.
+    """
+    before = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
+
+
+@contextmanager
 def _progress() -> Iterator[Callable[[str, int, int, str], None]]:
     """Bars with time left on a terminal, a line for each finished stage elsewhere."""
     from rich.console import Console
@@ -262,8 +275,12 @@ def _progress() -> Iterator[Callable[[str, int, int, str], None]]:
     )
     tasks: dict[str, Any] = {}
 
+    finished: set[str] = set()
+
     def tell(stage: str, done: int, total: int, text: str) -> None:
-        if done >= total:
+        # Starts are searched once in each chart.
+        if done >= total and stage not in finished:
+            finished.add(stage)
             typer.echo(f"{stage}: done", err=True)
 
     if not console.is_terminal:

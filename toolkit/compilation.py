@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -12,6 +13,14 @@ from toolkit.storage import cache_folder
 # At this level a program is ready in about two thirds of the time and runs as fast as at the highest, measured on the
 # curated models; only NUTS on the smallest of them ran at two thirds of its speed, so that it keeps the highest.
 QUICK = {"xla_backend_optimization_level": 1}
+
+
+def peak_bytes(compiled: Any) -> int:
+    """What a compiled program holds at once, or 0 where the backend does not say."""
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return 0
+    return int(memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes)
 
 
 def keep_compiled_programs() -> None:

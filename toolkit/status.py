@@ -14,6 +14,7 @@ class Status(Enum):
 
     ARRIVED = "the optimiser arrived: more steps no longer raise the ELBO"
     BUDGET = "the optimiser used up its steps while the ELBO was still rising"
+    NOISY = "the ELBO is too noisy to tell whether it still rises"
     BELOW_SMALLER_FAMILY = "a smaller family that this one contains has a higher ELBO: the optimiser is at fault"
     NO_VALID_START = "no start was found at which the model's density is finite"
     DIVERGED = "the ELBO became NaN or infinite and did not recover"

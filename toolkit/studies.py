@@ -158,9 +158,14 @@ def study(
     done = {guide.name: kept for guide in chosen if (kept := work.kept(guide))}
     missing = [guide for guide in chosen if guide.name not in done]
     with _beside() as pool:
-        prepared = {guide.name: work.prepared(guide, pool) for guide in missing}
+        prepared = {}
+        for number, guide in enumerate(missing):
+            progress("tracing", number, len(missing) + 1, guide.name)
+            prepared[guide.name] = work.prepared(guide, pool)
+        progress("tracing", len(missing), len(missing) + 1, "NUTS")
         with _timed(stages, "tracing"):
             sampler = None if against else prepare_reference(model, pool=pool, **nuts)
+        progress("tracing", 1, 1, "done")
         for guide in missing:
             done[guide.name] = work.fitted(guide, prepared[guide.name])
         fits = check_nesting([done[guide.name] for guide in chosen], tolerance)
@@ -203,7 +208,6 @@ class _Work:
 
     def prepared(self, guide: Guide, pool: Executor) -> Prepared | Exception | None:
         """The guide's programs, being compiled while the study goes on, or what is wrong with the guide."""
-        self.progress("starts", 0, 1, f"tracing {guide.name}")
         try:
             with _timed(self.stages, "tracing"):
                 return prepare(self.model, guide, pool=pool)
@@ -251,7 +255,7 @@ class _Work:
     def _starts(self, chart: str) -> Starts:
         """The searches for a mode, which all guides of a chart share."""
         if chart not in self.starts:
-            with _timed(self.stages, "starts"), jax.enable_x64(True):
+            with _timed(self.stages, "starts"):
                 self.progress("starts", 0, 1, "searching for modes")
                 key = named_key(self.key, f"starts {chart}")
                 self.starts[chart] = find_starts(self.model, key=key, chart=chart)

@@ -196,7 +196,8 @@ def _drawn(
         if not fit.usable:
             return _problem(fit)
         try:
-            return guide_draws(model, fit, jax.random.fold_in(key_for(key, fit.guide.name), 0), draws)
+            with jax.enable_x64(True):  # the caller's own setting does not reach this thread
+                return guide_draws(model, fit, jax.random.fold_in(key_for(key, fit.guide.name), 0), draws)
         except (ValueError, TypeError, KeyError, ArithmeticError, RuntimeError) as error:
             # A guide that cannot draw is a row in the report; the others' work is not lost.
             first = (str(error).strip() or type(error).__name__).split("\n")[0]

@@ -14,6 +14,7 @@ from toolkit.compilation import QUICK
 from toolkit.modelling.model import Model
 
 BATCH = 64  # draws that are computed side by side
+_KEPT = 8  # programs of a model
 
 _programs: weakref.WeakKeyDictionary[Model, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
@@ -41,16 +42,20 @@ def complete(
     draws = len(next(iter(latents.values())))
     # Whole batches only: a last, shorter one would be compiled as a program of its own.
     extra = -draws % BATCH
-    padded = {name: np.concatenate([value, value[-1:].repeat(extra, 0)]) for name, value in latents.items()}
+    padded = dict(latents)
+    if extra:
+        padded = {name: np.concatenate([value, value[-1:].repeat(extra, 0)]) for name, value in latents.items()}
     with jax.enable_x64(True):
         one = {name: value[0] for name, value in padded.items()}
         own = {name: value for name, value in params.items() if name in _parameters(model, one, chart)}
         given = (padded, own, model.arrays)
         shapes = tuple((name, value.shape, str(value.dtype)) for name, value in padded.items())
         programs = _programs.setdefault(model, {})
-        if (chart, sites, shapes) not in programs:
-            programs[chart, sites, shapes] = _compiled(model, chart, sites, given)
-        values = jax.device_get(programs[chart, sites, shapes](*given))
+        program = programs.pop((chart, sites, shapes), None) or _compiled(model, chart, sites, given)
+        programs[chart, sites, shapes] = program  # behind all others: the one used longest ago goes first
+        if len(programs) > _KEPT:
+            programs.pop(next(iter(programs)))
+        values = jax.device_get(program(*given))
     return {name: np.asarray(value[:draws]) for name, value in values.items()}
 
 

@@ -86,6 +86,8 @@ def run_chains(
     results: Results = dict(loaded)
     if len(loaded) < chains:
         ready = (sampler or lower_sampler(model, settings, key))()
+        if ready.settings != settings:
+            raise ValueError(f"Expected a sampler with {settings}; got one with {ready.settings}.")
         started = time.perf_counter()
         results |= _Crew(ready, key, chains, archive, progress).run(set(range(chains)) - set(loaded))
         cost = replace(ready.cost, run_seconds=cost.run_seconds + time.perf_counter() - started)

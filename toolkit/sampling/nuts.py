@@ -15,7 +15,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from numpyro.infer import NUTS
 
-from toolkit.compilation import QUICK
+from toolkit.compilation import QUICK, peak_bytes
 from toolkit.cost import Cost
 from toolkit.modelling.model import Model
 
@@ -137,7 +137,7 @@ def lower_sampler(model: Model, settings: Settings, key: jax.Array) -> Callable[
             # The start runs once a chain: not worth the compiler's best.
             starting, drawing = pool.map(lambda p, options: p.compile(options), (start, block), (QUICK, _OPTIONS))
         seconds = traced + time.perf_counter() - started
-        cost = Cost(seconds, peak_bytes=max(_bytes(starting), _bytes(drawing)))
+        cost = Cost(seconds, peak_bytes=max(peak_bytes(starting), peak_bytes(drawing)))
         return Sampler(starting, drawing, arrays, settings, cost)
 
     return compiled
@@ -231,11 +231,3 @@ def _kernel(model: Model, settings: Settings, arrays: Mapping[str, Any]) -> NUTS
         return -model.log_density(z, arrays)
 
     return NUTS(potential_fn=potential, target_accept_prob=settings.target_accept, max_tree_depth=MAX_TREE_DEPTH)
-
-
-def _bytes(compiled: Any) -> int:
-    """What a compiled program holds at once, or 0 where the backend does not say."""
-    memory = compiled.memory_analysis()
-    if memory is None:
-        return 0
-    return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import math
 import time
@@ -192,7 +191,10 @@ def prepare_reference(
         return None
     if storage and storage.load("reference", _entry(_name(charted, settings, key), model, chains)):
         return None
-    return pool.submit(functools.cache(lower_sampler(charted, settings, key))).result
+    try:
+        return pool.submit(lower_sampler(charted, settings, key)).result
+    except (jax.errors.JaxRuntimeError, MemoryError):
+        return None  # `reference` meets the same error and tells it
 
 
 def _charted(model: Model, chart: str | None) -> Model:

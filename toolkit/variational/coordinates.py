@@ -99,7 +99,8 @@ def _dense(guide: Any, size: int) -> Coordinates:
             return {"loc": start.loc, "factor": factor}
         upper = np.ascontiguousarray(np.triu(factor.T, 1))
         row_scale = np.linalg.norm(factor, axis=1)
-        return _whitening(start) | {"upper": upper, "row_scale": row_scale, "diagonal": np.diag(factor).copy()}
+        whitening = {"loc": start.loc, "factor": factor} if size <= DENSE_LIMIT else _whitening(start)
+        return whitening | {"upper": upper, "row_scale": row_scale, "diagonal": np.diag(factor).copy()}
 
     def to_params(given: dict[str, Any], frame: dict[str, Any]) -> dict[str, Any]:
         # Adam moves each of a row's entries by about a step: divided by sqrt(size), the row as a whole moves so far.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -49,6 +50,7 @@ _FIRST_STEP_OF_SD = 0.05
 _FIRST_STEP_WHITENED = 0.1
 _FIRST_STEP_UNKNOWN = 0.4
 _ELBO_DRAWS = 2_048
+_SCALARS_AT_ONCE = 32_000_000  # drawn at once, all sites counted: 256 MB
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +109,7 @@ class Fit:
         Args:
             key: Random key.
             draws: How many.
-            sites: Which sites; all if None. What is not asked for is not computed.
+            sites: Which sites; all if None. Deterministic ones that are not asked for are not computed.
 
         Raises:
             ValueError: The fit failed and has nothing to draw from, or a site is unknown.
@@ -118,8 +120,12 @@ class Fit:
             guide_key, _ = jax.random.split(key)  # as `log_weight` does, so that one key means one set of draws
             return self._latents(guide_key, params, arrays)
 
-        latents = self._map(one, key, draws)
-        return complete(self.model, latents, params=self.params, chart=self.chart, sites=sites)
+        scalars = sum(math.prod(site.shape) for site in self.model.sites.values())
+        pieces = [
+            complete(self.model, latents, params=self.params, chart=self.chart, sites=sites)
+            for latents in self._map(one, key, draws, at_once=max(BATCH, _SCALARS_AT_ONCE // max(scalars, 1)))
+        ]
+        return {name: np.concatenate([piece[name] for piece in pieces])[:draws] for name in pieces[0]}
 
     def log_weights(self, key: jax.Array, draws: int) -> np.ndarray:
         """Log p(x, z) - log q(z) at independent draws z of the guide, shape (draws,), in nats.
@@ -129,9 +135,8 @@ class Fit:
         """
         self._require_density()
         program = self.model.bound(self.chart)
-        return np.asarray(
-            self._map(lambda k, params, arrays: log_weight(k, params, program, self._program, arrays), key, draws)
-        )
+        pieces = self._map(lambda k, params, arrays: log_weight(k, params, program, self._program, arrays), key, draws)
+        return np.concatenate(list(pieces))[:draws]
 
     def log_density(self, latents: Mapping[str, Any]) -> np.ndarray:
         """Log q(z) of latent sites `(draws, ...)` in the guide's chart, shape (draws,), in nats.
@@ -186,19 +191,24 @@ class Fit:
         # AutoDiagonalNormal's posterior is a batch of independent normals: the sum is the joint density.
         return guide.get_posterior(self.params).log_prob(vector).sum() - jacobian
 
-    def _map(self, one: Callable[..., Any], key: jax.Array, draws: int) -> Any:
+    def _map(self, one: Callable[..., Any], key: jax.Array, draws: int, at_once: int = 2**20) -> Iterator[Any]:
+        """The results of `one`, at most about so many at once; the last piece has a few more than were asked for."""
         if draws < 1:
             raise ValueError(f"Expected at least 1 draw; got {draws}.")
-        # Whole batches only: a last, shorter one would be compiled as a program of its own.
-        padded = -(-draws // BATCH) * BATCH
+        # Pieces of one length in whole batches: any other length would be compiled as a program of its own.
+        count = -(-draws // at_once)
+        length = -(-draws // (count * BATCH)) * BATCH
+
+        def many(keys: Any, params: Any, arrays: Any) -> Any:
+            return jax.lax.map(lambda k: one(k, params, arrays), keys, batch_size=BATCH)
+
         with jax.enable_x64(True):
-
-            def many(keys: Any, params: Any, arrays: Any) -> Any:
-                return jax.lax.map(lambda k: one(k, params, arrays), keys, batch_size=BATCH)
-
-            given = (jax.random.split(key, padded), self.params, self.model.arrays)
-            program = jax.jit(many).lower(*given).compile(QUICK)
-            return jax.tree.map(lambda values: values[:draws], jax.device_get(program(*given)))
+            keys = jax.random.split(key, count * length).reshape(count, length, -1)
+            given = (self.params, self.model.arrays)
+            program = jax.jit(many).lower(keys[0], *given).compile(QUICK)
+        for piece in keys:
+            with jax.enable_x64(True):
+                yield jax.device_get(program(piece, *given))
 
     def _require_usable(self) -> None:
         if not self.usable:
@@ -214,6 +224,8 @@ class Fit:
 class Prepared:
     """A Gaussian guide's programs for a model: traced, and compiled by the time that `programs` returns them."""
 
+    model: Model
+    guide: Guide
     coordinates: Coordinates
     programs: Callable[[], Programs]
 
@@ -240,8 +252,8 @@ def prepare(model: Model, guide: Guide, *, pool: Executor | None = None) -> Prep
         program = _without_frame(model.bound(guide.chart))
         working = _working_guide(built, chosen)
         loss = StickTheLandingELBO(_PARTICLES)
-        compiled = functools.cache(lower_programs(program, working, loss, given, jax.random.PRNGKey(0)))
-    return Prepared(chosen, pool.submit(compiled).result if pool else compiled)
+        compiled = lower_programs(program, working, loss, given, jax.random.PRNGKey(0))
+    return Prepared(model, guide, chosen, pool.submit(compiled).result if pool else functools.cache(compiled))
 
 
 def fit(
@@ -282,10 +294,15 @@ def fit(
     with jax.enable_x64(True):
         if isinstance(starts, int):
             starts = find_starts(model, key=jax.random.fold_in(key, 0), chart=chart, count=starts)
-        if starts.space != (space := latent_space(model, chart)):
+        if starts.chart != chart or starts.space != latent_space(model, chart):
             raise ValueError(
-                f"Expected starts in chart '{chart}', with the sites {', '.join(space.names)}; got starts with the "
+                f"Expected starts of this model in chart '{chart}'; got starts in chart '{starts.chart}', with the "
                 f"sites {', '.join(starts.space.names)}: find them with chart='{chart}'."
+            )
+        if prepared and (prepared.model is not model or prepared.guide != guide):
+            raise ValueError(
+                f"Expected what `prepare` gave for model '{model.name}' and guide '{guide.name}'; got it for "
+                f"'{prepared.model.name}' and '{prepared.guide.name}'."
             )
         cost = Cost(0.0, starts.seconds, starts.gradient_evaluations, 0)
         if not starts.points:
@@ -425,7 +442,8 @@ def _outcome(solution: Solution, max_steps: int) -> tuple[Status, str]:
         lost = f"{(~np.isfinite(weights)).sum():,} of {weights.size:,} draws of the guide have no finite density"
         return Status.DIVERGED, f"{lost}; {message}" if message else lost
     if not solution.arrived:
-        return Status.BUDGET, message or f"{max_steps:,} steps"
+        spent = solution.trace.steps[-1] >= max_steps
+        return (Status.BUDGET, message or f"{max_steps:,} steps") if spent else (Status.NOISY, message)
     return Status.ARRIVED, message
 
 

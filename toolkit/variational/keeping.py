@@ -22,7 +22,7 @@ from toolkit.variational.guides import GUIDES, Guide
 from toolkit.variational.solvers.svi import Trace
 
 _KIND = "fit"
-_VERSION = 3
+_VERSION = 4
 """Part of every kept fit's name: raised when the same settings would no longer give the same fit."""
 
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import jax
 from numpyro.distributions import Delta
-from numpyro.handlers import replay, seed, substitute, trace
+from numpyro.handlers import replay, seed
 from numpyro.infer.elbo import ELBO
 from numpyro.infer.util import log_density
+from numpyro.primitives import Messenger
 
 Program = Callable[..., Any]
 
@@ -61,18 +62,42 @@ def log_weight(
         hold_guide: Leave the guide's parameters out of log q's gradient.
     """
     guide_key, model_key = jax.random.split(key)
-    sites = trace(seed(substitute(guide, data=dict(params)), guide_key)).get_trace(**kwargs)
-    # Sites that follow from others (a transform of an auxiliary one) are left for the second run to work out.
-    latents = {
-        name: site["value"]
-        for name, site in sites.items()
-        if site["type"] == "sample" and not site["is_observed"] and not isinstance(site["fn"], Delta)
-    }
-    # Without the barrier the compiler works the draws out again wherever they are used: twice the program.
-    latents = jax.lax.optimization_barrier(latents)
-    log_q, drawn = log_density(seed(guide, guide_key), (), dict(kwargs), {**params, **latents})
+    drawn_once = _DrawnOnce()
+    with drawn_once:
+        log_q, drawn = log_density(seed(guide, guide_key), (), dict(kwargs), dict(params))
     if hold_guide:
         held = jax.lax.stop_gradient(dict(params))
-        log_q, _ = log_density(seed(guide, guide_key), (), dict(kwargs), {**held, **latents})
+        again = _Redrawn(seed(guide, guide_key), drawn_once.sites)
+        log_q, _ = log_density(again, (), dict(kwargs), held)
     log_p, _ = log_density(seed(replay(model, drawn), model_key), (), dict(kwargs), dict(params))
     return log_p - log_q
+
+
+class _DrawnOnce(Messenger):
+    """Keeps what was drawn, and puts a barrier behind it: the compiler would draw again wherever a draw is used.
+
+    What NumPyro knows of a draw before its transforms is kept with it: inverting them loses digits, and at the edge of
+    a simplex all of them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sites: dict[str, tuple[Any, Any]] = {}
+
+    def postprocess_message(self, msg: Any) -> None:
+        # A point mass follows from other sites or from parameters; nothing is drawn there.
+        if msg["type"] == "sample" and not msg["is_observed"] and not isinstance(msg["fn"], Delta):
+            values = jax.lax.optimization_barrier((msg["value"], msg["intermediates"]))
+            msg["value"], msg["intermediates"] = self.sites[msg["name"]] = values
+
+
+class _Redrawn(Messenger):
+    """A program whose sites take the values that were drawn before."""
+
+    def __init__(self, fn: Program, sites: Mapping[str, tuple[Any, Any]]) -> None:
+        super().__init__(fn)
+        self.sites = sites
+
+    def process_message(self, msg: Any) -> None:
+        if msg["type"] == "sample" and msg["name"] in self.sites:
+            msg["value"], msg["intermediates"] = self.sites[msg["name"]]

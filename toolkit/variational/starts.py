@@ -59,7 +59,8 @@ class Start:
         loc: Shape (size,), unconstrained.
         precision: Shape (size, size): minus the Hessian of log p there, averaged over a Gaussian around `loc`; None
             where it is not finite or the dimension is beyond what a dense matrix is for.
-        elbo: Of the full-rank Gaussian with these two, on the draws that moved it, in nats; -inf without one.
+        elbo: Of the full-rank Gaussian with these two, in nats; on the draws that moved it, or, where these are fewer
+            than the dimensions, on fresh ones; -inf without one.
         log_density: log p(x, z) where the search ended, in nats.
         is_mode: Whether the search ended at a stationary point with negative curvature.
     """
@@ -75,6 +76,7 @@ class Start:
 class Starts:
     """Starting points of a model in a chart, the best first, and what they cost."""
 
+    chart: str
     space: Space
     points: tuple[Start, ...]
     seconds: float
@@ -95,12 +97,17 @@ def latent_space(model: Model, chart: str | None = None) -> Space:
 
 
 def find_starts(model: Model, *, key: jax.Array, chart: str | None = None, count: int = 2) -> Starts:
-    """Up to `count` starting points, from searches that set out at dispersed points.
+    """Up to `count` starting points, in float64, from searches that set out at dispersed points.
 
     Each search climbs the log density by L-BFGS; the curvature where it ends gives the scale, and a few
     natural-gradient steps move both towards the best full-rank Gaussian. No point at all means that no start had a
-    finite density and gradient. The caller sees to float64 (`jax.enable_x64`), as `fit` and `study` do.
+    finite density and gradient.
     """
+    with jax.enable_x64(True):
+        return _found(model, key, chart or model.chart, count)
+
+
+def _found(model: Model, key: jax.Array, chart: str, count: int) -> Starts:
     begun = time.perf_counter()
     space = latent_space(model, chart)
     arrays = model.arrays
@@ -138,7 +145,7 @@ def find_starts(model: Model, *, key: jax.Array, chart: str | None = None, count
             points.append(_start(averages, end, precision, is_mode=is_mode))
     evaluations += averages.evaluations if averages else 0
     points.sort(key=lambda start: -start.elbo)
-    return Starts(space, tuple(points), time.perf_counter() - begun, evaluations)
+    return Starts(chart, space, tuple(points), time.perf_counter() - begun, evaluations)
 
 
 @dataclass(frozen=True)

@@ -135,17 +135,22 @@ def natural_steps(averages: Averages, loc: np.ndarray, precision: np.ndarray, *,
 
 
 def _averaged(averages: Averages, loc: np.ndarray, precision: np.ndarray) -> Gaussian:
-    """Steps on fresh draws at the rates 1/2, 1/3, ..., by which the precision is a mean over all of them."""
-    elbos = []
+    """Steps on fresh draws at the rates 1/2, 1/3, ..., by which the precision is a mean over all of them.
+
+    The Gaussian that was given comes back if the ELBO on yet other draws is no longer finite, or far lower.
+    """
+    given, before = (loc, precision), -np.inf
     for number in range(1, _FRESH + 1):
         elbo, gradient, hessian = _measured(averages, loc, precision, fresh=number)
+        before = elbo if number == 1 else before
         proposed = _blend(precision, -hessian, 1 / (number + 1))
-        if np.isfinite(elbo):
-            elbos.append(elbo)
-        if proposed is not None and np.isfinite(gradient).all():
+        if np.isfinite(elbo) and proposed is not None:
             precision = proposed
             loc = loc + scipy.linalg.solve(precision, gradient, assume_a="pos") / (number + 1)
-    return Gaussian(loc, precision, float(np.mean(elbos)) if elbos else -np.inf)
+    after, _, _ = _measured(averages, loc, precision, fresh=_FRESH + 1)
+    if np.isfinite(after) and not after < before - _FEW_GAIN * averages.size:
+        return Gaussian(loc, precision, after)
+    return Gaussian(*given, before if np.isfinite(before) else -np.inf)
 
 
 def _measured(

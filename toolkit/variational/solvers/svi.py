@@ -22,7 +22,7 @@ import optax
 from numpyro.infer import SVI
 from numpyro.infer.elbo import ELBO
 
-from toolkit.compilation import QUICK
+from toolkit.compilation import QUICK, peak_bytes
 from toolkit.cost import Cost
 from toolkit.estimate import Estimate
 from toolkit.variational.objectives import log_weight
@@ -56,7 +56,8 @@ class Solution:
         elbo: On draws of its own, in nats.
         compared: The ELBO on the draws by which iterates were chosen, in nats: to choose between starts by.
         log_weights: Log p(x, z) - log q(z) at the draws behind `elbo`, (draws,), in nats.
-        arrived: Whether further or shorter steps no longer raised the ELBO by a fraction of the tolerance.
+        arrived: Whether further or shorter steps no longer raised the ELBO by a fraction of the tolerance, as far as
+            the draws that compare iterates can tell.
         trace: The course.
         invalid_steps: Steps skipped because loss or gradient were NaN or infinite.
         cost: Time, gradient evaluations, memory.
@@ -139,7 +140,6 @@ def lower_programs(
         begun = time.perf_counter()
         with ThreadPoolExecutor(len(lowered)) as pool:
             compiled_block, compiled_check = pool.map(lambda program: program.compile(QUICK), lowered)
-        memory = compiled_block.memory_analysis()
         return Programs(
             svi,
             loss.num_particles,
@@ -150,7 +150,7 @@ def lower_programs(
             initial,
             svi.constrain_fn,
             traced + time.perf_counter() - begun,
-            memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes,
+            peak_bytes(compiled_block),
         )
 
     return compiled
@@ -192,8 +192,8 @@ def optimise(
         given: Keyword arguments of model and guide.
         key: For the steps and for the checks, which use draws that no step has seen.
         step_size: Adam's first, in the units of the parameters.
-        tolerance: In nats; a step size is left when its blocks gain less than a fifth of it, or less than half of it
-            where steps are long.
+        tolerance: In nats; a step size is left when its blocks gain less than a fifth of it (half of it where steps
+            are long) or less than two standard errors. After the last step size that error must be within it too.
         max_steps: The budget.
         report: Called after each block with the steps taken, how many there will be if no further block pays, and the
             block's mean ELBO.
@@ -228,9 +228,11 @@ def optimise(
         if idle < patience:  # the budget ended this step size, not its idleness
             break
         # Neither better nor worse for shorter steps: no noise is left that still shorter ones could take away.
-        arrived = cut == _CUTS or (cut > 0 and _level(before, best_weights, weights, tolerance))
+        arrived = cut > 0 and _level(before, best_weights, weights, tolerance)
         if arrived:
             break
+    else:
+        arrived = gain.value + 2 * gain.se < tolerance
     checks = _FRESH_CHECKS // 4 if programs.long_steps else _FRESH_CHECKS
     fresh = np.concatenate(
         [np.asarray(programs.check(jax.random.fold_in(key, 2 + i), best, given)) for i in range(checks)]
@@ -239,7 +241,7 @@ def optimise(
     cost = Cost(0.0, time.perf_counter() - begun, steps * programs.particles, programs.peak_bytes)
     elbo = Estimate.of_mean(fresh) if finite else Estimate(-math.inf, math.nan)
     trace = Trace(*(np.array(column, dtype=float) for column in zip(*course, strict=True)))
-    compared = float(best_weights.mean()) if _sound(best_weights) else -math.inf
+    compared = float(best_weights.mean()) if finite and _sound(best_weights) else -math.inf
     return Solution(best, elbo, compared, fresh, arrived and finite, trace, invalid, cost)
 
 
