@@ -31,7 +31,8 @@ def complete(
 
     Args:
         model: The model.
-        latents: The chart's latents, `(draws, ...)` each, in constrained space.
+        latents: The chart's latents, `(draws, ...)` each, in constrained space; whole batches of `BATCH` draws compile
+            soonest.
         params: Values of the parameters that the model itself has in this chart; others are ignored.
         chart: Which chart.
         sites: Which sites; all if None. What is not asked for is not computed.
@@ -39,24 +40,18 @@ def complete(
     Raises:
         ValueError: A site is unknown.
     """
-    draws = len(next(iter(latents.values())))
-    # Whole batches only: a last, shorter one would be compiled as a program of its own.
-    extra = -draws % BATCH
-    padded = dict(latents)
-    if extra:
-        padded = {name: np.concatenate([value, value[-1:].repeat(extra, 0)]) for name, value in latents.items()}
     with jax.enable_x64(True):
-        one = {name: value[0] for name, value in padded.items()}
+        one = {name: value[0] for name, value in latents.items()}
         own = {name: value for name, value in params.items() if name in _parameters(model, one, chart)}
-        given = (padded, own, model.arrays)
-        shapes = tuple((name, value.shape, str(value.dtype)) for name, value in padded.items())
+        given = (dict(latents), own, model.arrays)
+        shapes = tuple((name, value.shape, str(value.dtype)) for name, value in latents.items())
         programs = _programs.setdefault(model, {})
         program = programs.pop((chart, sites, shapes), None) or _compiled(model, chart, sites, given)
         programs[chart, sites, shapes] = program  # behind all others: the one used longest ago goes first
         if len(programs) > _KEPT:
             programs.pop(next(iter(programs)))
         values = jax.device_get(program(*given))
-    return {name: np.asarray(value[:draws]) for name, value in values.items()}
+    return {name: np.asarray(value) for name, value in values.items()}
 
 
 def _compiled(model: Model, chart: str, sites: tuple[str, ...] | None, given: tuple[Any, ...]) -> Any:
