@@ -52,10 +52,10 @@ def metric_rows(
 def quantity_verdicts(rows: pd.DataFrame) -> dict[str, Verdict]:
     """Each judged quantity of one guide's rows with its verdict over the metrics that decide."""
     decisive = rows[rows["verdict"] != ""]
-    return {
-        str(name): combine([Verdict(verdict) for verdict in group])
-        for name, group in decisive.groupby("quantity", sort=False)["verdict"]
-    }
+    found: dict[str, list[Verdict]] = {}
+    for name, verdict in zip(decisive["quantity"], decisive["verdict"], strict=True):
+        found.setdefault(str(name), []).append(Verdict(verdict))
+    return {name: combine(verdicts) for name, verdicts in found.items()}
 
 
 def worst(rows: pd.DataFrame) -> dict[str, float | str]:

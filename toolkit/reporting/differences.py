@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from toolkit.comparison.tables import quantity_verdicts
 from toolkit.comparison.verdicts import Thresholds
 
 COLUMNS = ("shift", "shift_se", "ratio", "ratio_se", "error", "verdict")
@@ -34,7 +35,12 @@ def differences(table: pd.DataFrame, thresholds: Thresholds) -> pd.DataFrame:
     with np.errstate(divide="ignore", invalid="ignore"):
         width = np.log(frame["ratio"]) / np.log(np.where(frame["ratio"] < 1, low, high))
     frame["error"] = np.fmax(frame["shift"].abs() / thresholds.shift, width)
-    frame["verdict"] = _combined(table)
+    verdicts = {
+        (guide, quantity): verdict.value
+        for guide, rows in table.groupby("guide", sort=False)
+        for quantity, verdict in quantity_verdicts(rows).items()
+    }
+    frame["verdict"] = [verdicts.get(key, "") for key in frame.index]
     return frame
 
 
@@ -45,14 +51,6 @@ def _first(wide: pd.DataFrame, keys: list[tuple[str, str]]) -> pd.Series:
         if key in wide:
             found = found.fillna(wide[key])
     return found
-
-
-def _combined(table: pd.DataFrame) -> pd.Series:
-    """The gravest verdict on any metric, by (guide, quantity)."""
-    words = ("", "right", "cannot tell", "wrong")
-    gravity = table["verdict"].map({word: i for i, word in enumerate(words)})
-    gravest = gravity.groupby([table["guide"], table["quantity"]], sort=False).max()
-    return gravest.map(dict(enumerate(words)))
 
 
 def worst_first(frame: pd.DataFrame) -> list[str]:
