@@ -10,8 +10,8 @@ import jax
 
 from toolkit.storage import cache_folder
 
-# At this level a program is ready in about two thirds of the time and runs as fast as at the highest, measured on the
-# curated models; only NUTS on the smallest of them ran at two thirds of its speed, so that it keeps the highest.
+# At this level the programs of a fit are ready in about two thirds of the time and run as fast as at the highest,
+# measured on the curated models. NUTS, which runs longest and is not ready sooner, keeps the highest.
 QUICK = {"xla_backend_optimization_level": 1}
 
 

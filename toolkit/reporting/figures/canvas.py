@@ -60,9 +60,11 @@ def drawn(figure: Figure) -> str:
     with _drawing():
         # What is an image inside the SVG has the PNG's resolution.
         figure.set_dpi(_PIXELS)
-        # Figure.savefig would lay out with one renderer and draw with another, which measures every text again.
-        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
-        figure.set_dpi(own)
+        try:
+            # Figure.savefig would lay out with one renderer and draw with another, which measures every text again.
+            FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
+        finally:
+            figure.set_dpi(own)
         figure.set_layout_engine("none")
     # A hundredth of a point is finer than any screen; matplotlib writes millionths.
     return _GEOMETRY.sub(lambda found: _FINER.sub("", found.group()), buffer.getvalue())
