@@ -64,14 +64,17 @@ COLUMNS = (
     *("starts", "arrived", "optima_found", "at_best", "spread", "bad_draws", "steps", "seconds", "note", "command"),
 )
 
+SHORT_STEPS = 1_500
+MIDDLE_STEPS = 4_000
 BLOCK = 500  # steps in one compiled call
-CHUNK = 2_048  # draws in one evaluation of an expectation
+CHUNK = 512  # draws in one evaluation of gradients
 BATCHES = 8
 FINAL_DRAWS = 524_288
 CHECK_DRAWS = 131_072
-START_DRAWS = 16_384
-DRAWS = 64  # in each step of a long run
-SHORT_DRAWS = 16
+GAIN_DRAWS = 32_768
+START_DRAWS = 4_096
+DRAWS = 32  # in each step of a long run; the control variate leaves little noise
+SHORT_DRAWS = 8
 ARRIVED = 0.01  # nats
 FAR = 8.0  # reference sds
 LARGE = 300  # dimensions from which on there are fewer starts and shorter rounds
@@ -240,12 +243,11 @@ class Moments:
     values: np.ndarray
     locations: np.ndarray
     factors: np.ndarray
-    bad: int
 
     def halved(self) -> Moments:
         """The same with two batches."""
         two = lambda batches: batches.reshape(2, -1, *batches.shape[1:]).mean(axis=1)  # noqa: E731
-        return Moments(self.values, two(self.locations), two(self.factors), self.bad)
+        return Moments(self.values, two(self.locations), two(self.factors))
 
 
 class Climb:
@@ -257,12 +259,12 @@ class Climb:
         self.gradient = jax.value_and_grad(
             lambda y, frame, arrays: target.log_density(frame["centre"] + frame["root"] @ y, arrays)
         )
-        self.steps_taken = 0
         self.alone = jax.jit(partial(self._block, draws=DRAWS))
         self.together = jax.jit(
             jax.vmap(partial(self._block, draws=SHORT_DRAWS), in_axes=((0, 0, 0), None, None, None, None, None, None))
         )
         self.chunk = jax.jit(self._chunk)
+        self.value_chunk = jax.jit(self._values)
         self.hessians = jax.jit(self._hessians)
         self.curvature = jax.jit(jax.hessian(self._scale_loss))
         self.solve = jax.jit(self._solve, static_argnums=4)
@@ -316,7 +318,6 @@ class Climb:
             weight = jnp.asarray(float(number >= blocks - averaged) / (averaged * BLOCK))
             run = self.together if together else self.alone
             state = run(state, own, jnp.asarray(block), weight, frame, precision, self.arrays)
-        self.steps_taken += blocks * BLOCK
         return jax.tree.map(np.asarray, state[2])
 
     def _chunk(self, given: Parameters, key: Any, frame: Any, precision: Any, arrays: Any) -> tuple[Any, ...]:
@@ -325,7 +326,7 @@ class Climb:
         values, residuals, good = self._residuals(given, noise, frame, precision, arrays)
         pairs = values.reshape(2, -1).sum(axis=0) / jnp.maximum(good.reshape(2, -1).sum(axis=0), 1)
         pairs = jnp.where(good.reshape(2, -1).any(axis=0), pairs, jnp.nan)
-        return pairs, residuals.mean(axis=0), residuals.T @ noise / CHUNK, (~good).sum()
+        return pairs, residuals.mean(axis=0), residuals.T @ noise / CHUNK
 
     def _template(self) -> Callable[[Any], Parameters]:
         shapes: Parameters = {"log_scale": jnp.zeros(self.family.size)}
@@ -352,26 +353,43 @@ class Climb:
         given = jax.tree.map(jnp.asarray, given)
         chunks = max(draws // CHUNK, BATCHES)
         per_batch = chunks // BATCHES
-        values, bad = [], 0
+        values = []
         size, noises = self.family.size, self.family.noises
         locations, factors = np.zeros((BATCHES, size)), np.zeros((BATCHES, size, noises))
         for number, own in enumerate(jax.random.split(key, per_batch * BATCHES)):
-            pairs, location, factor, lost = self.chunk(given, own, frame, precision, self.arrays)
+            pairs, location, factor = self.chunk(given, own, frame, precision, self.arrays)
             values.append(np.asarray(pairs))
             locations[number // per_batch] += np.asarray(location) / per_batch
             factors[number // per_batch] += np.asarray(factor) / per_batch
-            bad += int(lost)
         factors -= np.asarray(precision @ self.family.factor(given, frame))
-        return Moments(np.concatenate(values), locations, factors, bad)
+        return Moments(np.concatenate(values), locations, factors)
+
+    def _values(self, given: Parameters, key: Any, frame: Any, precision: Any, arrays: Any) -> tuple[Any, Any]:
+        half = jax.random.normal(key, (CHUNK // 2, self.family.noises))
+        offset = jnp.concatenate([half, -half]) @ self.family.factor(given, frame).T
+        points = frame["centre"] + (given["a"] + offset) @ frame["root"].T
+        values = jax.vmap(self.target.log_density, in_axes=(0, None))(points, arrays)
+        good = jnp.isfinite(values)
+        values = jnp.where(good, values + (offset * (offset @ precision)).sum(axis=1) / 2, 0.0).reshape(2, -1)
+        count = good.reshape(2, -1).sum(axis=0)
+        return jnp.where(count, values.sum(axis=0) / jnp.maximum(count, 1), jnp.nan), (~good).sum()
+
+    def values(self, given: Parameters, frame: Parameters, precision: Any, key: Any, draws: int) -> tuple[Any, int]:
+        """Log density minus quadratic, one a pair of draws, and how many draws have no finite one."""
+        given = jax.tree.map(jnp.asarray, given)
+        parts = [
+            self.value_chunk(given, own, frame, precision, self.arrays) for own in jax.random.split(key, draws // CHUNK)
+        ]
+        return np.concatenate([np.asarray(pairs) for pairs, _ in parts]), sum(int(bad) for _, bad in parts)
 
     def constant(self, given: Parameters, frame: Parameters, precision: Any) -> float:
         """What the ELBO holds beside the mean of `Moments.values`: the entropy, and the quadratic's own mean."""
         entropy = self.family.size / 2 * math.log(2 * math.pi * math.e)
         return float(self.family.gaussian_elbo(given, frame, precision)) + entropy
 
-    def elbo(self, given: Parameters, frame: Parameters, precision: Any, moments: Moments) -> tuple[float, float]:
-        """The ELBO with its Monte Carlo error, in nats."""
-        values = moments.values[np.isfinite(moments.values)]
+    def elbo(self, given: Parameters, frame: Parameters, precision: Any, values: np.ndarray) -> tuple[float, float]:
+        """The ELBO with its Monte Carlo error, in nats, from `values` or `Moments.values`."""
+        values = values[np.isfinite(values)]
         if not len(values):
             return -math.inf, math.nan
         mean, se = float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
@@ -529,14 +547,14 @@ def search(climb: Climb, frame: Parameters, given: list[Parameters], precision: 
     large = climb.family.size >= LARGE
     rate = min(0.1, 1 / math.sqrt(climb.family.size))
     stacked = jax.tree.map(lambda *rows: np.stack(rows), *given)
-    ended = climb.climb(stacked, frame, precision, key, 2_000, (rate, rate / 100))
+    ended = climb.climb(stacked, frame, precision, key, SHORT_STEPS, (rate, rate / 100))
     rows = []
     for number in range(len(given)):
         one = jax.tree.map(lambda value, n=number: value[n], ended)
         if not all(np.isfinite(value).all() for value in one.values()):
             continue
         moments = climb.moments(one, frame, precision, jax.random.PRNGKey(7), START_DRAWS)
-        height = climb.elbo(one, frame, precision, moments)[0]
+        height = climb.elbo(one, frame, precision, moments.values)[0]
         gap = math.inf if large else newton_gap(climb, one, frame, precision, moments.halved(), 30)[0]
         if np.isfinite(height):
             rows.append((height, gap, number, one))
@@ -562,13 +580,12 @@ def long_run(
     rate = min(0.02, 0.3 / math.sqrt(size))
     steps = 10_000 if size >= LARGE else 20_000
     precision = np.eye(size)
-    ended = [climb.climb(one, frame, precision, key, 5_000, (rate, rate / 100)) for one in found.best]
-    heights = []
-    for one in ended:
-        moments = climb.moments(one, frame, precision, jax.random.PRNGKey(8), CHECK_DRAWS // 2)
-        heights.append(climb.elbo(one, frame, precision, moments)[0])
-    given = ended[int(np.nanargmax(heights))]
-    taken = 7_000
+    given, taken = found.best[0], SHORT_STEPS
+    if len(found.best) > 1:
+        ended = [climb.climb(one, frame, precision, key, MIDDLE_STEPS, (rate, rate / 100)) for one in found.best]
+        values = [climb.values(one, frame, precision, jax.random.PRNGKey(8), GAIN_DRAWS)[0] for one in ended]
+        heights = [climb.elbo(one, frame, precision, v)[0] for one, v in zip(ended, values, strict=True)]
+        given, taken = ended[int(np.argmax(heights))], taken + MIDDLE_STEPS
     columns: dict[str, Any] = {}
     for number in range(rounds):
         moved = whitened(climb, given, frame, key)
@@ -578,11 +595,11 @@ def long_run(
         taken += steps
         precision = climb.precision(given, frame, jax.random.PRNGKey(10))
         check = jax.random.fold_in(key, 100 + number)
-        old, new = (climb.moments(one, frame, precision, check, CHECK_DRAWS) for one in (before, given))
-        gain = new.values - old.values
-        gain = gain[np.isfinite(gain)]
+        old, new = (climb.values(one, frame, precision, check, GAIN_DRAWS)[0] for one in (before, given))
+        gain = (new - old)[np.isfinite(new - old)]
         constants = [climb.constant(one, frame, precision) for one in (before, given)]
-        gap, error = newton_gap(climb, given, frame, precision, new)
+        moments = climb.moments(given, frame, precision, jax.random.fold_in(key, 200 + number), CHECK_DRAWS)
+        gap, error = newton_gap(climb, given, frame, precision, moments)
         columns = {
             "newton_gap": gap,
             "newton_gap_se": error,
@@ -609,8 +626,8 @@ def measure(target: Target, guide: str, prepared: Any, rounds: int, kept: Path) 
     if not found.best:
         raise RuntimeError(f"no start of {target.name}, {guide}, ended at a finite ELBO")
     given, frame, precision, columns = long_run(climb, frame, found, key, rounds)
-    moments = climb.moments(given, frame, precision, jax.random.fold_in(key, 1_000), FINAL_DRAWS)
-    elbo, se = climb.elbo(given, frame, precision, moments)
+    values, bad = climb.values(given, frame, precision, jax.random.fold_in(key, 1_000), FINAL_DRAWS)
+    elbo, se = climb.elbo(given, frame, precision, values)
     keep(target, family, given, frame, kept)
     arrived = columns["newton_gap"] <= ARRIVED
     return {
@@ -622,7 +639,7 @@ def measure(target: Target, guide: str, prepared: Any, rounds: int, kept: Path) 
         "se": round(se, 5),
         **{name: round(value, 5) if isinstance(value, float) else value for name, value in columns.items()},
         **found.columns,
-        "bad_draws": moments.bad,
+        "bad_draws": bad,
         "seconds": round(time.perf_counter() - begun),
         "note": "" if arrived else "not arrived: newton_gap is above 0.01",
         "command": f"python benchmarks/yardsticks.py {target.name} --guides {guide} --rounds {rounds}",
