@@ -33,13 +33,14 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from numpyro.distributions import constraints
 
-from toolkit import Dataset, Model
+from toolkit import Dataset, Labels, Model
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -181,6 +182,156 @@ def eight_schools_noncentered(sigma: Any, y: Any = None) -> None:
         numpyro.sample("y", dist.Normal(theta, sigma), obs=y)
 
 
+def gp_regr(x: Any, y: Any = None) -> None:
+    """A Gaussian process through 11 points; sigma is the noise variance, and there is no jitter."""
+    rho = numpyro.sample("rho", dist.Gamma(25.0, 4.0))
+    alpha = numpyro.sample("alpha", dist.HalfNormal(2.0))
+    sigma = numpyro.sample("sigma", dist.HalfNormal(1.0))
+    distances = x[:, None] - x[None, :]
+    covariance = alpha**2 * jnp.exp(-(distances**2) / (2 * rho**2)) + sigma * jnp.eye(len(x))
+    numpyro.sample("y", dist.MultivariateNormal(jnp.zeros_like(x), covariance), obs=y)
+
+
+def low_dim_gauss_mix(y: Any) -> None:
+    """A mixture of two Gaussians with ordered means; theta is the weight of the first."""
+    mu = numpyro.sample("mu", dist.ImproperUniform(constraints.ordered_vector, (), (2,)))
+    numpyro.factor("mu_prior", dist.Normal(0.0, 2.0).log_prob(mu).sum())
+    with numpyro.plate("component", 2):
+        sigma = numpyro.sample("sigma", dist.HalfNormal(2.0))
+    theta = numpyro.sample("theta", dist.Beta(5.0, 5.0))
+    first = jnp.log(theta) + dist.Normal(mu[0], sigma[0]).log_prob(y)
+    second = jnp.log1p(-theta) + dist.Normal(mu[1], sigma[1]).log_prob(y)
+    numpyro.factor("y", jnp.logaddexp(first, second).sum())
+
+
+def hmm_drive_0(u: Any, v: Any, alpha: Any) -> None:
+    """A hidden Markov model of two states for speeds and distances in basketball drives, its states summed out.
+
+    The first state carries no initial probability: each has weight 1.
+    """
+    theta1 = numpyro.sample("theta1", dist.Dirichlet(alpha[0]))
+    theta2 = numpyro.sample("theta2", dist.Dirichlet(alpha[1]))
+    rates = dist.ImproperUniform(constraints.positive_ordered_vector, (), (2,))
+    phi = numpyro.sample("phi", rates)
+    lambda_ = numpyro.sample("lambda", rates)
+    numpyro.factor("phi_prior", dist.Normal(jnp.array([0.0, 3.0]), 1.0).log_prob(phi).sum())
+    numpyro.factor("lambda_prior", dist.Normal(jnp.array([0.0, 3.0]), 1.0).log_prob(lambda_).sum())
+    emitted = jnp.log(phi * lambda_)[None] - jnp.outer(u, phi) - jnp.outer(v, lambda_)  # two exponential densities
+    from_first, from_second = jnp.log(theta1), jnp.log(theta2)
+
+    def forward(before: Any, here: Any) -> tuple[Any, None]:
+        return jnp.logaddexp(before[0] + from_first, before[1] + from_second) + here, None
+
+    last, _ = jax.lax.scan(forward, emitted[0], emitted[1:])
+    numpyro.factor("drives", jnp.logaddexp(last[0], last[1]))
+
+
+def radon_noncentered(floor_measure: Any, county_idx: Any, log_radon: Any = None, *, J: int) -> None:
+    """Log radon in houses on their floor (0 basement, 1 first), a line for each of J counties."""
+    sigma_y, sigma_alpha, sigma_beta, mu_alpha, mu_beta = _radon_population()
+    with numpyro.plate("county", J):
+        alpha_raw = numpyro.sample("alpha_raw", dist.Normal(0.0, 1.0))
+        beta_raw = numpyro.sample("beta_raw", dist.Normal(0.0, 1.0))
+        alpha = numpyro.deterministic("alpha", mu_alpha + sigma_alpha * alpha_raw)
+        beta = numpyro.deterministic("beta", mu_beta + sigma_beta * beta_raw)
+    with numpyro.plate("house", len(floor_measure)):
+        line = alpha[county_idx] + beta[county_idx] * floor_measure
+        numpyro.sample("log_radon", dist.Normal(line, sigma_y), obs=log_radon)
+
+
+def radon_centered(floor_measure: Any, county_idx: Any, log_radon: Any = None, *, J: int) -> None:
+    """The same posterior of alpha and beta, in other coordinates."""
+    sigma_y, sigma_alpha, sigma_beta, mu_alpha, mu_beta = _radon_population()
+    with numpyro.plate("county", J):
+        alpha = numpyro.sample("alpha", dist.Normal(mu_alpha, sigma_alpha))
+        beta = numpyro.sample("beta", dist.Normal(mu_beta, sigma_beta))
+    with numpyro.plate("house", len(floor_measure)):
+        line = alpha[county_idx] + beta[county_idx] * floor_measure
+        numpyro.sample("log_radon", dist.Normal(line, sigma_y), obs=log_radon)
+
+
+def _radon_population() -> tuple[Any, ...]:
+    scales = [numpyro.sample(site, dist.HalfNormal(1.0)) for site in ("sigma_y", "sigma_alpha", "sigma_beta")]
+    return (*scales, *(numpyro.sample(site, dist.Normal(0.0, 10.0)) for site in ("mu_alpha", "mu_beta")))
+
+
+def glm_poisson(year: Any, C: Any = None) -> None:
+    """Counts of peregrines over 40 years, a cubic in the year."""
+    trend = _cubic(year)
+    with numpyro.plate("occasion", len(year)):
+        numpyro.sample("C", dist.Poisson(jnp.exp(trend)), obs=C)
+
+
+def glmm_poisson(year: Any, C: Any = None) -> None:
+    """The same with an effect of its own for each year."""
+    trend = _cubic(year)
+    sigma = numpyro.sample("sigma", dist.Uniform(0.0, 5.0))
+    with numpyro.plate("occasion", len(year)):
+        eps = numpyro.sample("eps", dist.Normal(0.0, sigma))
+        numpyro.sample("C", dist.Poisson(jnp.exp(trend + eps)), obs=C)
+
+
+def _cubic(year: Any) -> Any:
+    alpha = numpyro.sample("alpha", dist.Uniform(-20.0, 20.0))
+    beta1 = numpyro.sample("beta1", dist.Uniform(-10.0, 10.0))
+    beta2 = numpyro.sample("beta2", dist.Uniform(-10.0, 10.0))
+    beta3 = numpyro.sample("beta3", dist.Uniform(-10.0, 10.0))
+    return alpha + beta1 * year + beta2 * year**2 + beta3 * year**3
+
+
+def seeds(N: Any, x1: Any, x2: Any, n: Any = None) -> None:
+    """How many of N seeds germinated on each of 21 plates; tau is a precision."""
+    alpha0 = numpyro.sample("alpha0", dist.Normal(0.0, 1000.0))
+    alpha1 = numpyro.sample("alpha1", dist.Normal(0.0, 1000.0))
+    alpha2 = numpyro.sample("alpha2", dist.Normal(0.0, 1000.0))
+    alpha12 = numpyro.sample("alpha12", dist.Normal(0.0, 1000.0))
+    tau = numpyro.sample("tau", dist.Gamma(0.001, 0.001))
+    with numpyro.plate("dish", len(N)):
+        b = numpyro.sample("b", dist.Normal(0.0, 1 / jnp.sqrt(tau)))
+        logits = alpha0 + alpha1 * x1 + alpha2 * x2 + alpha12 * x1 * x2 + b
+        numpyro.sample("n", dist.Binomial(N, logits=logits), obs=n)
+
+
+def rats(x: Any, rat: Any, xbar: Any, y: Any = None, *, N: int) -> None:
+    """Weights of N rats on five days x, a line for each."""
+    mu_alpha = numpyro.sample("mu_alpha", dist.Normal(0.0, 100.0))
+    mu_beta = numpyro.sample("mu_beta", dist.Normal(0.0, 100.0))
+    sigma_y = numpyro.sample("sigma_y", _flat_positive())
+    sigma_alpha = numpyro.sample("sigma_alpha", _flat_positive())
+    sigma_beta = numpyro.sample("sigma_beta", _flat_positive())
+    with numpyro.plate("rat", N):
+        alpha = numpyro.sample("alpha", dist.Normal(mu_alpha, sigma_alpha))
+        beta = numpyro.sample("beta", dist.Normal(mu_beta, sigma_beta))
+    with numpyro.plate("weighing", len(x)):
+        numpyro.sample("y", dist.Normal(alpha[rat] + beta[rat] * (x - xbar), sigma_y), obs=y)
+
+
+def irt_2pl(y: Any) -> None:
+    """Answers of persons to items that differ in difficulty b and discrimination a, shapes (item, 1)."""
+    items, persons = y.shape
+    sigma_theta = numpyro.sample("sigma_theta", dist.HalfCauchy(2.0))
+    sigma_a = numpyro.sample("sigma_a", dist.HalfCauchy(2.0))
+    mu_b = numpyro.sample("mu_b", dist.Normal(0.0, 5.0))
+    sigma_b = numpyro.sample("sigma_b", dist.HalfCauchy(2.0))
+    item, person = numpyro.plate("item", items, dim=-2), numpyro.plate("person", persons, dim=-1)
+    with person:
+        theta = numpyro.sample("theta", dist.Normal(0.0, sigma_theta))
+    with item:
+        a = numpyro.sample("a", dist.LogNormal(0.0, sigma_a))
+        b = numpyro.sample("b", dist.Normal(mu_b, sigma_b))
+    with item, person:
+        numpyro.sample("y", dist.Bernoulli(logits=a * (theta[None] - b)), obs=y)
+
+
+def lda_k2(counts: Any) -> None:
+    """Two topics in three documents, by how often each holds each word, `(document, word)`; topics are summed out."""
+    with numpyro.plate("document", counts.shape[0]):
+        theta = numpyro.sample("theta", dist.Dirichlet(jnp.ones(2)))
+    with numpyro.plate("topic", 2):
+        phi = numpyro.sample("phi", dist.Dirichlet(jnp.ones(counts.shape[1])))
+    numpyro.factor("words", (counts * jnp.log(theta @ phi)).sum())
+
+
 # -- the table --------------------------------------------------------------------------------------------------------
 
 
@@ -196,6 +347,7 @@ class Posterior:
         latents: Latent site to a function of the reported draws, for latents that are not reported as they are.
         coefficients: Labels of plate `coefficient`, where the columns have names.
         log_concave: Whether the posterior density is known to be log-concave in unconstrained space.
+        labels: What may be relabelled without changing the density.
     """
 
     fn: Callable[..., None]
@@ -205,6 +357,7 @@ class Posterior:
     latents: Mapping[str, Callable[[Arrays], np.ndarray]] = field(default_factory=dict)
     coefficients: tuple[str, ...] = ()
     log_concave: bool = False
+    labels: Labels | None = None
 
 
 def _standardised_height(data: Arrays) -> np.ndarray:
@@ -216,8 +369,39 @@ def _centred_columns(data: Arrays) -> np.ndarray:
     return data["X"][:, 1:] - data["X"][:, 1:].mean(axis=0)
 
 
+def _from_zero(name: str) -> Callable[[Arrays], np.ndarray]:
+    """Indices that count from 0 where the data's count from 1."""
+    return lambda data: data[name] - 1
+
+
+def _whole(name: str) -> Callable[[Arrays], np.ndarray]:
+    return lambda data: data[name]
+
+
+def _word_counts(data: Arrays) -> np.ndarray:
+    counts = np.zeros((data["M"], data["V"]))
+    np.add.at(counts, (data["doc"] - 1, data["w"] - 1), 1)
+    return counts
+
+
+def _standard(site: str, mean: str, scale: str) -> Callable[[Arrays], np.ndarray]:
+    """Standardised effects of a non-centred form, from the effects that are reported."""
+    return lambda drawn: (drawn[site] - drawn[mean][..., None]) / drawn[scale][..., None]
+
+
+def _column(site: str) -> Callable[[Arrays], np.ndarray]:
+    """A vector along a plate of dimension -2."""
+    return lambda drawn: drawn[site][..., None]
+
+
+def _shares(site: str) -> Callable[[Arrays], np.ndarray]:
+    """Points of a simplex, which float32 left by some 1e-7: enough to spoil a share near 0 that is 1 minus the rest."""
+    return lambda drawn: drawn[site] / drawn[site].sum(axis=-1, keepdims=True)
+
+
 _MOTHER = ("intercept", "mom_hs", "mom_iq")
 _BUSH = ("intercept", "log volume", "log area", "log shape", "log total_height", "log density", "group")
+_COUNTY = {"county_idx": _from_zero("county_idx")}
 _AGES = ("age 2", "age 3", "age 4")
 
 POSTERIORS: Mapping[str, Posterior] = {
@@ -242,7 +426,35 @@ POSTERIORS: Mapping[str, Posterior] = {
     "eight_schools-eight_schools_noncentered": Posterior(
         eight_schools_noncentered,
         10,
-        latents={"z": lambda drawn: (drawn["theta"] - drawn["mu"][..., None]) / drawn["tau"][..., None]},
+        latents={"z": _standard("theta", "mu", "tau")},
+    ),
+    "gp_pois_regr-gp_regr": Posterior(gp_regr, 3),
+    "low_dim_gauss_mix-low_dim_gauss_mix": Posterior(low_dim_gauss_mix, 5),
+    "bball_drive_event_0-hmm_drive_0": Posterior(
+        hmm_drive_0, 6, latents={"theta1": _shares("theta1"), "theta2": _shares("theta2")}
+    ),
+    "radon_mn-radon_variable_intercept_slope_noncentered": Posterior(
+        radon_noncentered,
+        175,
+        arrays=_COUNTY,
+        static=("J",),
+        latents={
+            "alpha_raw": _standard("alpha", "mu_alpha", "sigma_alpha"),
+            "beta_raw": _standard("beta", "mu_beta", "sigma_beta"),
+        },
+    ),
+    "radon_mn-radon_variable_intercept_slope_centered": Posterior(radon_centered, 175, arrays=_COUNTY, static=("J",)),
+    "GLM_Poisson_Data-GLM_Poisson_model": Posterior(glm_poisson, 4, arrays={"C": _whole("C")}),
+    "GLMM_Poisson_data-GLMM_Poisson_model": Posterior(glmm_poisson, 45, arrays={"C": _whole("C")}),
+    "seeds_data-seeds_model": Posterior(seeds, 26, arrays={"N": _whole("N"), "n": _whole("n")}),
+    "rats_data-rats_model": Posterior(rats, 65, arrays={"rat": _from_zero("rat")}, static=("N",)),
+    "irt_2pl-irt_2pl": Posterior(irt_2pl, 144, latents={"a": _column("a"), "b": _column("b")}),
+    "three_docs1200-ldaK2": Posterior(
+        lda_k2,
+        7,
+        arrays={"counts": _word_counts},
+        latents={"theta": _shares("theta"), "phi": _shares("phi")},
+        labels=Labels(axes={"phi": -2, "theta": -1}, by="phi", count=2),
     ),
 }
 
@@ -299,7 +511,7 @@ def load(name: str) -> Model:
         source=f"posteriordb, commit {info['posteriordb_commit']}",
         licence=info["licence"],
     )
-    return Model(entry.fn, dataset, log_concave=entry.log_concave, name=name, title=info["title"])
+    return Model(entry.fn, dataset, log_concave=entry.log_concave, labels=entry.labels, name=name, title=info["title"])
 
 
 def reference_draws(name: str) -> dict[str, np.ndarray]:
