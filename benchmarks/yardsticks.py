@@ -15,9 +15,10 @@ estimate (a control variate); A is minus the mean Hessian of log p under q once 
 powers of ten in each round, and the iterates of the round's last quarter are averaged.
 
 1. 20 starts: one from the best Gaussian fit to the reference (or to the full-rank optimum), 19 dispersed (reference
-   draws, or random points up to 8 reference sds away; widths from 0.03 to 1 of the reference). All short, side by side.
+   draws, or random points up to 8 reference sds away; widths from 0.03 to 1 of the reference). All short, side by side. From d = 300 on only
+   4 starts, whose columns but `starts` are empty.
 2. The best three of them longer; only one of those that have arrived at the same height (within 0.05 nats).
-3. The best of the three in rounds of 20,000 steps until `newton_gap` is at most 0.01 nats, or `--rounds` are done.
+3. The best of the three in rounds of 10,000 steps until `newton_gap` is at most 0.01 nats, or `--rounds` are done.
 
 Columns: `elbo` and `se` on 524,288 fresh antithetic draws. `newton_gap`: how many nats a Newton step from there
 promises, 1/2 g' H^-1 g, with g the gradient on other 131,072 draws (in 8 batches, products only between different
@@ -66,6 +67,7 @@ COLUMNS = (
 
 SHORT_STEPS = 1_500
 MIDDLE_STEPS = 4_000
+LONG_STEPS = 10_000  # a round
 BLOCK = 500  # steps in one compiled call
 CHUNK = 512  # draws in one evaluation of gradients
 BATCHES = 8
@@ -77,7 +79,7 @@ DRAWS = 32  # in each step of a long run; the control variate leaves little nois
 SHORT_DRAWS = 8
 ARRIVED = 0.01  # nats
 FAR = 8.0  # reference sds
-LARGE = 300  # dimensions from which on there are fewer starts and shorter rounds
+LARGE = 300  # dimensions from which on there are fewer starts
 DENSE = 700  # parameters up to which the scales' curvature is written down
 
 Parameters = dict[str, Any]
@@ -560,7 +562,7 @@ def search(climb: Climb, frame: Parameters, given: list[Parameters], precision: 
             rows.append((height, gap, number, one))
     rows.sort(key=lambda row: -row[0])
     heights = np.array([height for height, gap, *_ in rows if abs(gap) < 0.3])
-    columns = {"starts": len(given), "arrived": len(heights)}
+    columns: dict[str, Any] = {"starts": len(given)} if large else {"starts": len(given), "arrived": len(heights)}
     if len(heights):
         columns["optima_found"] = 1 + int((np.diff(heights) < -0.5).sum())
         columns["at_best"] = int((heights > heights[0] - 0.5).sum())
@@ -578,7 +580,6 @@ def long_run(
     """The winner, its frame and quadratic, and the row's columns on how it got there."""
     size = climb.family.size
     rate = min(0.02, 0.3 / math.sqrt(size))
-    steps = 10_000 if size >= LARGE else 20_000
     precision = np.eye(size)
     given, taken = found.best[0], SHORT_STEPS
     if len(found.best) > 1:
@@ -591,8 +592,8 @@ def long_run(
         moved = whitened(climb, given, frame, key)
         given, frame = climb.family.moved(given, frame, moved), moved
         before, precision = given, climb.precision(given, frame, jax.random.PRNGKey(9))
-        given = climb.climb(given, frame, precision, jax.random.fold_in(key, number), steps, (rate, rate / 1_000))
-        taken += steps
+        given = climb.climb(given, frame, precision, jax.random.fold_in(key, number), LONG_STEPS, (rate, rate / 1_000))
+        taken += LONG_STEPS
         precision = climb.precision(given, frame, jax.random.PRNGKey(10))
         check = jax.random.fold_in(key, 100 + number)
         old, new = (climb.values(one, frame, precision, check, GAIN_DRAWS)[0] for one in (before, given))
@@ -636,8 +637,8 @@ def measure(target: Target, guide: str, prepared: Any, rounds: int, kept: Path) 
         "d": target.size,
         "rank": "" if guide == "mean_field" else family.rank,
         "elbo": round(elbo, 4),
-        "se": round(se, 5),
-        **{name: round(value, 5) if isinstance(value, float) else value for name, value in columns.items()},
+        "se": f"{se:.2g}",
+        **{name: f"{value:.2g}" if isinstance(value, float) else value for name, value in columns.items()},
         **found.columns,
         "bad_draws": bad,
         "seconds": round(time.perf_counter() - begun),
@@ -676,18 +677,17 @@ def all_names() -> list[str]:
 
 
 def main() -> None:
-    """Append the rows that are not there yet, small posteriors first."""
+    """Append the rows that are not there yet, one posterior after the other, in the order given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("posteriors", nargs="*")
     parser.add_argument("--guides", nargs="+", choices=GUIDES, default=GUIDES)
-    parser.add_argument("--rounds", type=int, default=4, help="of 20,000 steps at most (10,000 from d = 300 on)")
+    parser.add_argument("--rounds", type=int, default=8, help="how many rounds at most")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
     parser.add_argument("--kept", type=Path, default=Path(__file__).parents[1] / "build" / "yardsticks")
     given = parser.parse_args()
     failed = []
     with jax.enable_x64(True):
-        targets = sorted((load(name) for name in given.posteriors or all_names()), key=lambda target: target.size)
-        for target in targets:
+        for target in map(load, given.posteriors or all_names()):
             prepared = None
             for guide in given.guides:
                 if (target.name, guide) in _finished(given.out):
