@@ -533,7 +533,7 @@ def _reported(path: Path) -> dict[str, np.ndarray]:
         columns, values = file["parameters"].tolist(), file["draws"].astype(float)
     places: dict[str, list[tuple[tuple[int, ...], int]]] = {}
     for column, text in enumerate(columns):
-        site, index = re.fullmatch(r"(\w+)(?:\[([\d,]+)\])?", text).groups()  # type: ignore[union-attr]
+        site, index = re.fullmatch(r"(\w+)(?:\[([\d,]+)\])?", text).groups()
         place = tuple(int(i) - 1 for i in index.split(",")) if index else ()
         places.setdefault(site, []).append((place, column))
     stacked = {}
