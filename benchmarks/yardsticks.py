@@ -15,8 +15,8 @@ estimate (a control variate); A is minus the mean Hessian of log p under q once 
 powers of ten in each round, and the iterates of the round's last quarter are averaged.
 
 1. 20 starts: one from the best Gaussian fit to the reference (or to the full-rank optimum), 19 dispersed (reference
-   draws, or random points up to 8 reference sds away; widths from 0.03 to 1 of the reference). All short, side by side. From d = 300 on only
-   4 starts, whose columns but `starts` are empty.
+   draws, or random points up to 8 reference sds away; widths from 0.03 to 1 of the reference). All short, side by side.
+   From d = 300 on there are only 4, whose columns but `starts` are empty.
 2. The best three of them longer; only one of those that have arrived at the same height (within 0.05 nats).
 3. The best of the three in rounds of 10,000 steps until `newton_gap` is at most 0.01 nats, or `--rounds` are done.
 
