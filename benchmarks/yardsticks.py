@@ -65,7 +65,7 @@ COLUMNS = (
     *("starts", "arrived", "optima_found", "at_best", "spread", "bad_draws", "steps", "seconds", "note", "command"),
 )
 
-SHORT_STEPS = 1_500
+SHORT_STEPS = 3_000
 MIDDLE_STEPS = 4_000
 LONG_STEPS = 10_000  # a round
 BLOCK = 500  # steps in one compiled call
@@ -76,7 +76,7 @@ CHECK_DRAWS = 131_072
 GAIN_DRAWS = 32_768
 START_DRAWS = 4_096
 DRAWS = 32  # in each step of a long run; the control variate leaves little noise
-SHORT_DRAWS = 8
+SHORT_DRAWS = 16  # twice as many from d = 100 on; with 8, full rank at d = 45 does not arrive
 ARRIVED = 0.01  # nats
 FAR = 8.0  # reference sds
 LARGE = 300  # dimensions from which on there are fewer starts
@@ -263,7 +263,10 @@ class Climb:
         )
         self.alone = jax.jit(partial(self._block, draws=DRAWS))
         self.together = jax.jit(
-            jax.vmap(partial(self._block, draws=SHORT_DRAWS), in_axes=((0, 0, 0), None, None, None, None, None, None))
+            jax.vmap(
+                partial(self._block, draws=SHORT_DRAWS if target.size < 100 else 2 * SHORT_DRAWS),
+                in_axes=((0, 0, 0), None, None, None, None, None, None),
+            )
         )
         self.chunk = jax.jit(self._chunk)
         self.value_chunk = jax.jit(self._values)
