@@ -33,7 +33,7 @@ curated = models.load("collinear_logistic")
 if options.quick:
     data = curated.simulate(jax.random.PRNGKey(options.seed), rows=200, features=6, correlation=0.9)
     family = ["x1", "x2", "x3"]
-    settings = {"guides": ["mean_field", "full_rank"], "chains": 2, "warmup": 400, "draws": 1_000, "max_steps": 4_000}
+    settings = {"guides": ["mean_field", "full_rank"], "chains": 2, "warmup": 400, "draws": 1_000}
 else:
     data = curated.dataset()
     family = ["worst radius", "worst perimeter", "worst area"]

@@ -31,7 +31,7 @@ options = parser.parse_args([] if "ipykernel" in sys.modules else None)
 
 # %%
 curated = models.load("poisson_glm")
-quick = {"chains": 2, "warmup": 300, "draws": 600, "max_steps": 2_000}
+quick = {"chains": 2, "warmup": 300, "draws": 600}
 
 
 def recording(name: str) -> Dataset:

@@ -32,7 +32,7 @@ options = parser.parse_args([] if "ipykernel" in sys.modules else None)
 # %%
 curated = models.load("hierarchical_regression")
 CHARTS = ("centred", "noncentred") if options.quick else ("centred", "noncentred", "learned")
-quick = {"chains": 2, "warmup": 600, "draws": 1_500, "tolerance": 0.5, "max_steps": 6_000}
+quick = {"chains": 2, "warmup": 600, "draws": 1_500, "tolerance": 0.5}
 
 
 def data_sets() -> dict[str, Dataset]:

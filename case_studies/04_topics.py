@@ -33,7 +33,7 @@ curated = models.load("lda")
 WORDS = 8
 if options.quick:
     data = curated.dataset(documents=8, words=30)
-    settings = {"guides": ["mean_field"], "chains": 2, "warmup": 300, "draws": 600, "max_steps": 4_000}
+    settings = {"guides": ["mean_field"], "chains": 2, "warmup": 300, "draws": 600}
 else:
     data = curated.dataset()
     settings = {"guides": ["mean_field", "low_rank"]}

@@ -222,11 +222,11 @@ MISUSE = {
     "one chain": ([GROWTH, "--data", HEIGHTS, "--chains", "1"], "Expected chains to be at least 2; got 1."),
     "no tolerance": (
         [GROWTH, "--data", HEIGHTS, "--tolerance", "0"],
-        "Expected a positive tolerance and positive max_steps; got 0.0",
+        "Expected a positive tolerance and positive max_gradients; got 0.0",
     ),
     "no steps": (
-        [GROWTH, "--data", HEIGHTS, "--max-steps", "0"],
-        "Expected a positive tolerance and positive max_steps; got 0.1 and 0",
+        [GROWTH, "--data", HEIGHTS, "--max-gradients", "0"],
+        "Expected a positive tolerance and positive max_gradients; got 0.1 and 0",
     ),
     "no data": ([GROWTH], "Expected data for 'age', 'school' of 'growth'; got none: add --data"),
     "data not there": ([GROWTH, "--data", "nosuch.csv"], "Expected a data file at 'nosuch.csv'; found none"),

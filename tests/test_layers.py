@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # From the bottom up; a set holds layers that do not know each other.
 LAYERS: tuple[set[str], ...] = (
     {"status", "estimate", "cost", "progress", "storage"},
-    {"compilation"},
+    {"compilation", "threads"},
     {"modelling"},
     {"variational", "sampling"},
     {"comparison"},

@@ -7,7 +7,7 @@ from targets import line, pair
 from toolkit import Guide, Status, Storage, study
 from toolkit.studies import package_versions
 
-QUICK = {"chains": 2, "warmup": 400, "draws": 3_000, "max_steps": 4_000}
+QUICK = {"chains": 2, "warmup": 400, "draws": 3_000}
 
 
 def broken(fn):
@@ -85,8 +85,8 @@ def test_another_seed_gives_other_numbers(finished):
         ({"guides": ("mean_field@other",)}, "Expected chart to be one of"),
         ({"chart": "other"}, "Expected chart to be one of"),
         ({"chains": 0}, "Expected chains to be at least 2; got 0"),
-        ({"tolerance": 0.0}, "Expected a positive tolerance and positive max_steps; got 0.0 and 20000"),
-        ({"max_steps": 0}, "Expected a positive tolerance and positive max_steps; got 0.1 and 0"),
+        ({"tolerance": 0.0}, "Expected a positive tolerance and positive max_gradients; got 0.0 and 3000000"),
+        ({"max_gradients": 0}, "Expected a positive tolerance and positive max_gradients; got 0.1 and 0"),
         ({"draws": 0}, "Expected draws to be at least 8; got 0"),
         ({"focus": ("nosuch > 0",)}, "nosuch"),
         ({"seed": 2**40}, "Expected a seed from 0 to 4,294,967,295; got 1099511627776"),

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from toolkit.storage import default_storage as default_storage
     from toolkit.studies import Study as Study
     from toolkit.studies import study as study
-    from toolkit.variational.fitting import Fit as Fit
+    from toolkit.variational.fits import Fit as Fit
     from toolkit.variational.fitting import fit as fit
     from toolkit.variational.guides import GUIDES as GUIDES
     from toolkit.variational.guides import Guide as Guide

@@ -86,8 +86,11 @@ def study(
     warmup: Annotated[int, typer.Option(help="Warm-up transitions of each chain.")] = 1_000,
     draws: Annotated[int, typer.Option(help="Draws kept of each chain.")] = 1_000,
     against: Annotated[Path | None, typer.Option(help="Reference draws in ArviZ form, instead of NUTS.")] = None,
-    tolerance: Annotated[float, typer.Option(help="A gain in ELBO worth no further work, in nats.")] = 0.1,
-    max_steps: Annotated[int, typer.Option(help="The optimiser's budget for each start.")] = 20_000,
+    tolerance: Annotated[float, typer.Option(help="The optimisation gap that is good enough, in nats.")] = 0.1,
+    max_gradients: Annotated[
+        int, typer.Option(help="The budget of each guide, in gradients of the log density.")
+    ] = 3_000_000,
+    solver: Annotated[str, typer.Option(help="auto, fixed_draws, natural_gradient or svi.")] = "auto",
     no_cache: Annotated[
         bool, typer.Option("--no-cache", help="Neither use nor keep finished work; compiled programs are kept.")
     ] = False,
@@ -121,7 +124,8 @@ def study(
                 focus=focus or (),
                 seed=seed,
                 tolerance=tolerance,
-                max_steps=max_steps,
+                max_gradients=max_gradients,
+                solver=solver,
                 chains=chains,
                 warmup=warmup,
                 draws=draws,

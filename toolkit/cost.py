@@ -25,3 +25,12 @@ class Cost:
     def seconds(self) -> float:
         """Wall-clock seconds in all."""
         return self.compile_seconds + self.run_seconds
+
+    def __add__(self, other: Cost) -> Cost:
+        """The cost of both, one after the other: the larger peak counts."""
+        return Cost(
+            self.compile_seconds + other.compile_seconds,
+            self.run_seconds + other.run_seconds,
+            self.gradient_evaluations + other.gradient_evaluations,
+            max(self.peak_bytes, other.peak_bytes),
+        )

@@ -14,6 +14,8 @@ class Status(Enum):
 
     ARRIVED = "the optimiser arrived: more steps no longer raise the ELBO"
     BUDGET = "the optimiser used up its steps while the ELBO was still rising"
+    UNPROVEN = "no further gain was found, but how much the family's best may lie above is not known to the tolerance"
+    TOO_FEW_DRAWS = "draws are too few for the family's parameters: they can be fitted to any draws that are affordable"
     NOISY = "the ELBO is too noisy to tell whether it still rises"
     BELOW_SMALLER_FAMILY = "a smaller family that this one contains has a higher ELBO: the optimiser is at fault"
     NO_VALID_START = "no start was found at which the model's density is finite"
@@ -34,4 +36,4 @@ class Status(Enum):
         return self in _OK
 
 
-_OK = frozenset({Status.ARRIVED, Status.EXACT, Status.PASSED, Status.LOADED})
+_OK = frozenset({Status.ARRIVED, Status.UNPROVEN, Status.EXACT, Status.PASSED, Status.LOADED})

@@ -26,10 +26,11 @@ from toolkit.progress import Progress, silent
 from toolkit.sampling.references import Reference, prepare_reference, reference
 from toolkit.status import Status
 from toolkit.storage import Storage
-from toolkit.variational.fitting import Fit, Prepared, fit, prepare
+from toolkit.variational.fits import Fit
+from toolkit.variational.fitting import AUTO, MAX_GRADIENTS, SOLVERS, fit
 from toolkit.variational.guides import DEFAULT_GUIDES, GUIDES, Guide, find_guide
 from toolkit.variational.keeping import fit_key, keep_fit, kept_fit
-from toolkit.variational.nesting import check_nesting
+from toolkit.variational.nesting import check_nesting, smallest_first
 from toolkit.variational.starts import Starts, find_starts
 
 _PACKAGES = ("elbowroom", "numpyro", "jax", "jaxlib", "arviz", "arviz-stats", "optax", "numpy", "scipy", "pandas")
@@ -83,7 +84,8 @@ def study(
     focus: Sequence[str] = (),
     seed: int = 0,
     tolerance: float = 0.1,
-    max_steps: int = 20_000,
+    max_gradients: int = MAX_GRADIENTS,
+    solver: str = AUTO,
     chains: int = 4,
     warmup: int = 1_000,
     draws: int = 1_000,
@@ -105,8 +107,9 @@ def study(
         guides: Guides, or their names.
         focus: The few quantities that matter: names, indices, contrasts and events, such as `"beta[floor] > 0"`.
         seed: Makes every random number.
-        tolerance: A gain in ELBO that is worth no further work, in nats.
-        max_steps: The optimiser's budget for each start.
+        tolerance: The optimisation gap that is good enough, in nats.
+        max_gradients: The budget of each guide, in gradients of the log density at one point each.
+        solver: How guides are fitted, one of `SOLVERS`; chosen for each guide if `"auto"`.
         chains: NUTS chains.
         warmup: Transitions for adaptation, in each chain.
         draws: Draws kept, in each chain.
@@ -126,7 +129,8 @@ def study(
         focus=tuple(focus),
         seed=seed,
         tolerance=tolerance,
-        max_steps=max_steps,
+        max_gradients=max_gradients,
+        solver=solver,
         chains=chains,
         warmup=warmup,
         draws=draws,
@@ -137,8 +141,12 @@ def study(
     if not 0 <= seed < 2**32:
         raise ValueError(f"Expected a seed from 0 to {2**32 - 1:,}; got {seed}.")
     _check(model, chosen, chart, {"chains": (chains, 2), "warmup": (warmup, 1), "draws": (draws, 8)})
-    if not (tolerance > 0 and max_steps > 0):
-        raise ValueError(f"Expected a positive tolerance and positive max_steps; got {tolerance} and {max_steps}.")
+    if not (tolerance > 0 and max_gradients > 0):
+        raise ValueError(
+            f"Expected a positive tolerance and positive max_gradients; got {tolerance} and {max_gradients}."
+        )
+    if solver not in SOLVERS:
+        raise ValueError(f"Expected solver to be one of {', '.join(SOLVERS)}; got '{solver}'.")
     thresholds = thresholds or Thresholds()
     for text in focus:
         parse_focus(text, model)  # a misspelt name should be heard of before the work, not after it
@@ -153,21 +161,17 @@ def study(
         "chart": chart,
         "storage": storage,
     }
-    work = _Work(model, key, tolerance, max_steps, storage, progress)
+    work = _Work(model, key, tolerance, max_gradients, solver, storage, progress)
     stages, resumed = work.stages, work.resumed
     done = {guide.name: kept for guide in chosen if (kept := work.kept(guide))}
     missing = [guide for guide in chosen if guide.name not in done]
     with _beside() as pool:
-        prepared = {}
-        for number, guide in enumerate(missing):
-            progress("tracing", number, len(missing) + 1, guide.name)
-            prepared[guide.name] = work.prepared(guide, pool)
-        progress("tracing", len(missing), len(missing) + 1, "NUTS")
+        progress("tracing", 0, 1, "NUTS")
         with _timed(stages, "tracing"):
             sampler = None if against else prepare_reference(model, pool=pool, **nuts)
         progress("tracing", 1, 1, "done")
-        for guide in missing:
-            done[guide.name] = work.fitted(guide, prepared[guide.name])
+        for guide in smallest_first(missing):
+            done[guide.name] = work.fitted(guide, tuple(done.values()))
         fits = check_nesting([done[guide.name] for guide in chosen], tolerance)
         with _timed(stages, "reference"):
             drawn = against or reference(model, sampler=sampler, progress=progress, **nuts)
@@ -189,7 +193,8 @@ class _Work:
     model: Model
     key: jax.Array
     tolerance: float
-    max_steps: int
+    max_gradients: int
+    solver: str
     storage: Storage | None
     progress: Progress
     stages: dict[str, float] = field(default_factory=dict)
@@ -206,19 +211,9 @@ class _Work:
             self.stages[f"fit {guide.name}"] = fit.cost.seconds
         return fit
 
-    def prepared(self, guide: Guide, pool: Executor) -> Prepared | Exception | None:
-        """The guide's programs, being compiled while the study goes on, or what is wrong with the guide."""
-        try:
-            with _timed(self.stages, "tracing"):
-                return prepare(self.model, guide, pool=pool)
-        except Exception as error:
-            return error
-
-    def fitted(self, guide: Guide, prepared: Prepared | Exception | None) -> Fit:
+    def fitted(self, guide: Guide, smaller: tuple[Fit, ...]) -> Fit:
         """The fit, or a fit that says why there is none: another guide's work must not be lost to this one's error."""
         try:
-            if isinstance(prepared, Exception):
-                raise prepared
             starts = self._starts(guide.chart or self.model.chart)
             with _timed(self.stages, f"fit {guide.name}"):
                 fitted = fit(
@@ -226,9 +221,10 @@ class _Work:
                     guide,
                     key=self._key(guide),
                     tolerance=self.tolerance,
-                    max_steps=self.max_steps,
+                    max_gradients=self.max_gradients,
+                    solver=self.solver,
                     starts=starts,
-                    prepared=prepared,
+                    smaller=smaller,
                     progress=self.progress,
                 )
         except Exception as error:
@@ -249,7 +245,7 @@ class _Work:
         chart = guide.chart or self.model.chart
         if chart not in self.fingerprints:
             self.fingerprints[chart] = self.model.in_chart(chart).fingerprint()
-        settings = {"tolerance": self.tolerance, "max_steps": self.max_steps}
+        settings = {"tolerance": self.tolerance, "max_gradients": self.max_gradients, "solver": self.solver}
         return fit_key(self.fingerprints[chart], guide, self._key(guide), settings)
 
     def _starts(self, chart: str) -> Starts:

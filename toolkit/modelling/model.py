@@ -21,7 +21,7 @@ from numpyro.infer.util import potential_energy, transform_fn
 from toolkit.modelling.dataset import Dataset
 from toolkit.modelling.enumeration import SummedOut, sum_out_discrete
 from toolkit.modelling.labels import Labels
-from toolkit.modelling.sites import DETERMINISTIC, FACTOR, LATENT, OBSERVED, Site, trace_sites
+from toolkit.modelling.sites import DETERMINISTIC, FACTOR, LATENT, OBSERVED, Site, improper_start, trace_sites
 
 Sites = Mapping[str, Any]
 ExactDraws = Callable[[jax.Array, int], Mapping[str, Any]]
@@ -153,6 +153,18 @@ class Model:
     def flat_priors(self) -> tuple[str, ...]:
         """Names of the latent sites whose prior is improper and cannot be drawn from."""
         return tuple(site.name for site in self.sites.values() if site.kind == LATENT and not site.proper)
+
+    def parameters(self, chart: str | None = None) -> tuple[str, ...]:
+        """Names of the parameters that the callable itself has in a chart, such as a learned degree of centring."""
+        names: list[str] = []
+
+        def run(arrays: Sites) -> None:
+            with handlers.block(), handlers.trace() as trace:
+                handlers.substitute(handlers.seed(self.bound(chart), 0), substitute_fn=improper_start)(**arrays)
+            names.extend(name for name, message in trace.items() if message["type"] == "param")
+
+        jax.eval_shape(run, self.arrays)
+        return tuple(names)
 
     def local(self, site: str) -> bool:
         """Whether a latent site has one value for each unit of the data, such as one per document."""

@@ -14,10 +14,11 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
 from numpyro.infer import autoguide
 
-from toolkit.variational.starts import DENSE_LIMIT, Space, Start
+from toolkit.variational.gaussians import best_low_rank, inverse_factor
+from toolkit.variational.space import Space
+from toolkit.variational.starts import DENSE_LIMIT, Start
 
 _PRODUCT_LIMIT = 400  # above it, products of d x d matrices in every step cost more than they save
 _UNKNOWN_SCALE = 0.1  # of a posterior of which no curvature is known, in unconstrained units
@@ -66,8 +67,7 @@ def _factor(start: Start) -> np.ndarray:
     size = len(start.loc)
     if start.precision is None:
         return _UNKNOWN_SCALE * np.eye(size)
-    covariance = scipy.linalg.cho_solve(scipy.linalg.cho_factor(start.precision, lower=True), np.eye(size))
-    return np.linalg.cholesky((covariance + covariance.T) / 2)
+    return inverse_factor(start.precision)
 
 
 def _diagonal(guide: Any, space: Space) -> Coordinates:
@@ -136,36 +136,3 @@ def _low_rank(guide: Any, size: int) -> Coordinates:
 
     zeros = {"shift": np.zeros(size), "log_scale": np.zeros(size), "columns": noise}
     return Coordinates(zeros, frame, to_params)
-
-
-def best_low_rank(
-    precision: np.ndarray, rank: int, *, rounds: int = 50, tolerance: float = 0.01
-) -> tuple[np.ndarray, np.ndarray]:
-    """Scale (size,) and factor (size, rank) of the low-rank Gaussian nearest in KL(q || p) to N(0, precision^-1).
-
-    q has covariance S (I + W W') S with S = diag(scale). Given S, W lies along the eigenvectors of S precision S with
-    the smallest eigenvalues; given W, each scale solves a quadratic. Both are exact, so the KL falls in every round.
-
-    Args:
-        precision: Shape (size, size), positive definite.
-        rank: Columns of the factor.
-        rounds: The most rounds.
-        tolerance: A fall of the KL in one round, in nats, at which they stop.
-    """
-    size = len(precision)
-    scale = 1 / np.sqrt(np.diag(precision))
-    factor = np.zeros((size, rank))
-    last = np.inf
-    for _ in range(rounds):
-        values, vectors = scipy.linalg.eigh(precision * np.outer(scale, scale), subset_by_index=(0, rank - 1))
-        factor = vectors * np.sqrt(np.maximum(1 / values - 1, 0))
-        weights = precision * (np.eye(size) + factor @ factor.T)
-        for i in range(size):
-            others = weights[i] @ scale - weights[i, i] * scale[i]
-            scale[i] = (np.sqrt(others**2 + 4 * weights[i, i]) - others) / (2 * weights[i, i])
-        inner = np.eye(rank) + factor.T @ factor
-        loss = 0.5 * (scale @ weights @ scale - np.linalg.slogdet(inner)[1]) - np.log(scale).sum()
-        if last - loss < tolerance:
-            break
-        last = loss
-    return scale, factor

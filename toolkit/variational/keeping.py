@@ -17,12 +17,14 @@ from toolkit.estimate import Estimate
 from toolkit.modelling.model import Model
 from toolkit.status import Status
 from toolkit.storage import Storage
-from toolkit.variational.fitting import Fit, build_guide
+from toolkit.variational.building import build_guide
+from toolkit.variational.certificates import Certificate, Scope
+from toolkit.variational.fits import Fit
 from toolkit.variational.guides import GUIDES, Guide
 from toolkit.variational.solvers.svi import Trace
 
 _KIND = "fit"
-_VERSION = 4
+_VERSION = 5
 """Part of every kept fit's name: raised when the same settings would no longer give the same fit."""
 
 
@@ -53,7 +55,10 @@ def keep_fit(storage: Storage, name: str, fit: Fit) -> None:
         "status": fit.status.name,
         "message": fit.message,
         "elbo": fit.elbo,
-        "gap_bound": fit.gap_bound,
+        "certificate": _certificate_as_dict(fit.certificate),
+        "optima": fit.optima,
+        "solver": fit.solver,
+        "why": fit.why,
         "invalid_steps": fit.invalid_steps,
         "cost": asdict(fit.cost),
         "traces": len(fit.traces),
@@ -79,19 +84,36 @@ def kept_fit(storage: Storage, name: str, model: Model, guide: Guide) -> Fit | N
         model,
         Status[meta["status"]],
         meta["message"],
-        Estimate(*meta["elbo"]) if meta["elbo"] else None,
-        arrays.get("fresh_log_weights"),
-        Estimate(*meta["gap_bound"]) if meta["gap_bound"] else None,
-        tuple(
+        elbo=Estimate(*meta["elbo"]) if meta["elbo"] else None,
+        fresh_log_weights=arrays.get("fresh_log_weights"),
+        certificate=_certificate(meta["certificate"]),
+        optima=tuple(Estimate(*optimum) for optimum in meta["optima"]),
+        solver=meta["solver"],
+        why=meta["why"],
+        traces=tuple(
             Trace(*(arrays[f"trace{number}/{column}"] for column in ("steps", "elbo", "se")))
             for number in range(meta["traces"])
         ),
-        meta["invalid_steps"],
-        Cost(**meta["cost"]),
-        built,
-        params,
-        start,
+        invalid_steps=meta["invalid_steps"],
+        cost=Cost(**meta["cost"]),
+        autoguide=built,
+        params=params,
+        start=start,
     )
+
+
+def _certificate_as_dict(certificate: Certificate | None) -> dict[str, Any] | None:
+    if certificate is None:
+        return None
+    return {name: getattr(certificate, name) for name in ("gap", "limit", "draws", "sets")} | {
+        "scope": certificate.scope.name
+    }
+
+
+def _certificate(kept: dict[str, Any] | None) -> Certificate | None:
+    if kept is None:
+        return None
+    return Certificate(Estimate(*kept["gap"]), kept["limit"], Scope[kept["scope"]], kept["draws"], kept["sets"])
 
 
 def _nested(leaves: dict[str, list[np.ndarray]], built: Callable[..., Any], model: Model) -> dict[str, Any]:

@@ -6,8 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from toolkit.modelling.model import Model
 from toolkit.status import Status
-from toolkit.variational.fitting import Fit
+from toolkit.variational.fits import Fit
+from toolkit.variational.guides import Guide
 
 _SE_LIMIT = 3.0
 
@@ -17,13 +19,22 @@ def check_nesting(fits: Sequence[Fit], tolerance: float = 0.1) -> tuple[Fit, ...
 
     A difference counts where it exceeds both the tolerance in nats and three standard errors.
     """
-    return tuple(_checked(fit, [other for other in fits if _contains(fit, other)], tolerance) for fit in fits)
+    return tuple(
+        _checked(fit, [other for other in fits if contains(fit.guide, other.guide, fit.model)], tolerance)
+        for fit in fits
+    )
 
 
-def _contains(larger: Fit, smaller: Fit) -> bool:
+def smallest_first(guides: Sequence[Guide]) -> list[Guide]:
+    """The guides in an order in which every family comes after those that it contains."""
+    return sorted(guides, key=lambda guide: len(guide.contains))
+
+
+def contains(larger: Guide, smaller: Guide, model: Model) -> bool:
     """Whether one family contains the other in the same chart, by whatever name that chart was asked for."""
-    families = {name.partition("@")[0] for name in larger.guide.contains}
-    return smaller.guide.name.partition("@")[0] in families and smaller.chart == larger.chart
+    families = {name.partition("@")[0] for name in larger.contains}
+    charts = {guide.chart or model.chart for guide in (larger, smaller)}
+    return smaller.name.partition("@")[0] in families and len(charts) == 1
 
 
 def _checked(fit: Fit, contained: Sequence[Fit], tolerance: float) -> Fit:

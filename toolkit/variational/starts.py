@@ -1,54 +1,31 @@
-"""Where a fit starts: modes of the density and the curvature there, in the model's own scales."""
+"""Where a fit starts: modes of the density, the curvature there, and the Gaussians that grow from them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import minimize
 
-from toolkit.compilation import QUICK
 from toolkit.modelling.model import Model
-from toolkit.variational.solvers.natural import Averages, is_safely_positive, natural_steps
+from toolkit.threads import threads_for
+from toolkit.variational.density import LogDensity
+from toolkit.variational.draws import matched_draws
+from toolkit.variational.solvers.natural import is_safely_positive, natural_steps
+from toolkit.variational.space import Space
 
-DENSE_LIMIT = 1_500  # a d x d Hessian of 18 MB, and about a second for its decomposition
+DENSE_LIMIT = 1_500  # a d x d matrix of 18 MB, and about a second for its decomposition
 _TRIES = 50
-_STEPS = 8
+_STEPS = 12
+_GROWN = 3  # modes from which a Gaussian is grown: the best by the evidence that their curvature gives them
 _SAME_HEIGHT = 1e-3  # nats between two searches that ended at one mode
 _SAME_PLACE = 0.5  # posterior sds between them, or unconstrained units where no curvature is known
 _SAME_LABELS = 0.05  # of the norm: a transform's Jacobian moves the modes of two labellings apart by a little
 _BOX_PRECISION = 4.0  # a sd of a half, for unconstrained coordinates of which nothing is known
-
-
-@dataclass(frozen=True)
-class Space:
-    """The latent sites of a model in a chart, in program order, as one vector in unconstrained space."""
-
-    names: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-
-    @property
-    def size(self) -> int:
-        """How many unconstrained coordinates there are."""
-        return sum(int(np.prod(shape)) for shape in self.shapes)
-
-    def unravel(self, vector: Any) -> dict[str, Any]:
-        """Site name to value, from one vector of shape (size,)."""
-        values, begin = {}, 0
-        for name, shape in zip(self.names, self.shapes, strict=True):
-            end = begin + int(np.prod(shape))
-            values[name] = vector[begin:end].reshape(shape)
-            begin = end
-        return values
-
-    def ravel(self, values: Any) -> Any:
-        """One vector of shape (size,), from site name to value."""
-        return jnp.concatenate([jnp.ravel(values[name]) for name in self.names])
+_DRAWS_A_DIMENSION = 4  # common draws of the natural-gradient steps; fewer than one would fit the draws
+_LEAST_DRAWS = 256
 
 
 @dataclass(frozen=True)
@@ -57,10 +34,9 @@ class Start:
 
     Attributes:
         loc: Shape (size,), unconstrained.
-        precision: Shape (size, size): minus the Hessian of log p there, averaged over a Gaussian around `loc`; None
-            where it is not finite or the dimension is beyond what a dense matrix is for.
-        elbo: Of the full-rank Gaussian with these two, in nats; on the draws that moved it, or, where these are fewer
-            than the dimensions, on fresh ones; -inf without one.
+        precision: Of the Gaussian that grew from the end of a search, shape (size, size); None where none is finite or
+            the dimension is beyond what a dense matrix is for.
+        elbo: Of that Gaussian, in nats, on the draws that moved it; -inf without one.
         log_density: log p(x, z) where the search ended, in nats.
         is_mode: Whether the search ended at a stationary point with negative curvature.
     """
@@ -74,78 +50,73 @@ class Start:
 
 @dataclass(frozen=True)
 class Starts:
-    """Starting points of a model in a chart, the best first, and what they cost."""
+    """Starting points of a model in a chart, the best first.
+
+    Attributes:
+        chart: The chart.
+        space: The latent sites that a point holds.
+        points: The points.
+        searches: How many searches for a mode had a valid beginning.
+        ends: Log p(x, z) at the distinct ends of the searches, in nats, the highest first.
+        seconds: Spent on all of it, the programs' compilation not counted.
+        gradient_evaluations: Of the log density.
+        compile_seconds: Spent on the log density's programs.
+        peak_bytes: What these hold at once.
+    """
 
     chart: str
     space: Space
     points: tuple[Start, ...]
+    searches: int
+    ends: tuple[float, ...]
     seconds: float
     gradient_evaluations: int
+    compile_seconds: float
+    peak_bytes: int
 
 
-def latent_space(model: Model, chart: str | None = None) -> Space:
-    """The model's latent sites in a chart and their unconstrained shapes, in program order."""
-    names: list[str] = []
-
-    def point() -> dict[str, Any]:
-        values = model.start(jax.random.PRNGKey(0), model.arrays, chart=chart)
-        names.extend(values)
-        return values
-
-    shapes = jax.eval_shape(point)
-    return Space(tuple(names), tuple(tuple(shapes[name].shape) for name in names))
-
-
-def find_starts(model: Model, *, key: jax.Array, chart: str | None = None, count: int = 2) -> Starts:
-    """Up to `count` starting points, in float64, from searches that set out at dispersed points.
+def find_starts(model: Model, *, key: jax.Array, chart: str | None = None, count: int = 8) -> Starts:
+    """Starting points, in float64, from up to `count` searches that set out at dispersed points.
 
     Each search climbs the log density by L-BFGS; the curvature where it ends gives the scale, and a few
-    natural-gradient steps move both towards the best full-rank Gaussian. No point at all means that no start had a
-    finite density and gradient.
+    natural-gradient steps move both towards the best full-rank Gaussian. No point at all means that no search had a
+    beginning with a finite density and gradient.
     """
     with jax.enable_x64(True):
-        return _found(model, key, chart or model.chart, count)
+        return _found(model, key, model.chart if chart is None else chart, count)
 
 
 def _found(model: Model, key: jax.Array, chart: str, count: int) -> Starts:
+    density = LogDensity(model, chart)
+    with threads_for(density.size):
+        return _searched(model, density, key, chart, count)
+
+
+def _searched(model: Model, density: LogDensity, key: jax.Array, chart: str, count: int) -> Starts:
     begun = time.perf_counter()
-    space = latent_space(model, chart)
-    arrays = model.arrays
-
-    def log_density(vector: Any, arrays: Any) -> Any:
-        return model.log_density(space.unravel(vector), arrays, chart)
-
-    def loss_and_gradient(vector: Any, arrays: Any) -> tuple[Any, Any]:
-        return jax.value_and_grad(lambda v: -log_density(v, arrays))(vector)
-
-    climbing = jax.jit(loss_and_gradient).lower(np.zeros(space.size), arrays).compile(QUICK)
-    evaluations = 0
-
-    def evaluate(vector: np.ndarray) -> tuple[float, np.ndarray]:
-        nonlocal evaluations
-        evaluations += 1
-        loss, gradient = climbing(vector, arrays)
-        return float(loss), np.asarray(gradient, dtype=float)
-
-    draw = jax.jit(lambda k, radius: space.ravel(model.start(k, arrays, radius, chart)))
-    dispersed = _valid_points(evaluate, draw, key, count)
-    ends = sorted((_climb(evaluate, point) for point in dispersed), key=lambda end: end.loss)
-    points, kept = [], list[tuple[_End, np.ndarray | None]]()
-    averages = None
-    if space.size <= DENSE_LIMIT and ends:
-        averages = Averages(log_density, arrays, space.size, key=jax.random.fold_in(key, _TRIES))
-    for end in _relabelled_once(model, space, chart, ends):
-        if _at_another(end, kept):
+    dispersed = _valid_points(model, density, chart, key, count)
+    ends = sorted((_climb(density, point) for point in dispersed), key=lambda end: end.loss)
+    distinct = list[tuple[_End, np.ndarray | None, bool]]()
+    dense = density.size <= DENSE_LIMIT
+    for end in _relabelled_once(model, density.space, chart, ends):
+        if _at_another(end, distinct):
             continue
-        precision, is_mode = _curvature(averages, end.loc) if averages else (None, False)
-        kept.append((end, precision))
-        if averages is None or precision is None:
-            points.append(Start(end.begin, None, -np.inf, -end.loss, False))
-        else:
-            points.append(_start(averages, end, precision, is_mode=is_mode))
-    evaluations += averages.evaluations if averages else 0
+        precision, is_mode = _curvature(density, end.loc) if dense else (None, False)
+        distinct.append((end, precision, is_mode))
+    best = sorted(distinct, key=lambda found: -_laplace(*found[:2]))[:_GROWN]
+    points = [_start(density, *found, key=jax.random.fold_in(key, _TRIES)) for found in best]
     points.sort(key=lambda start: -start.elbo)
-    return Starts(chart, space, tuple(points), time.perf_counter() - begun, evaluations)
+    return Starts(
+        chart,
+        density.space,
+        tuple(points),
+        len(dispersed),
+        tuple(-end.loss for end, _, _ in distinct),
+        time.perf_counter() - begun,
+        density.evaluations,
+        density.compile_seconds,
+        density.peak_bytes,
+    )
 
 
 @dataclass(frozen=True)
@@ -157,13 +128,13 @@ class _End:
     begin: np.ndarray
 
 
-def _at_another(end: _End, kept: list[tuple[_End, np.ndarray | None]]) -> bool:
+def _at_another(end: _End, kept: list[tuple[_End, np.ndarray | None, bool]]) -> bool:
     """Whether a search ended at the mode of an earlier one, which is kept with the precision there.
 
     Equal heights alone do not make one mode of two (those of a symmetric density have them): the ends must also lie
     within half a posterior sd of each other.
     """
-    for other, precision in kept:
+    for other, precision, _ in kept:
         if abs(end.loss - other.loss) > _SAME_HEIGHT:
             continue
         apart = end.loc - other.loc
@@ -191,60 +162,82 @@ def _relabelled_once(model: Model, space: Space, chart: str | None, ends: list[_
     return [ends[number] for number in kept]
 
 
-def _curvature(averages: Averages, loc: np.ndarray) -> tuple[np.ndarray | None, bool]:
-    """Minus the Hessian at a point, its eigenvalues bounded away from zero, and whether it needed no bounding."""
-    _, _, hessian = averages.at(loc)
+def _laplace(end: _End, precision: np.ndarray | None) -> float:
+    """The log evidence in nats of a mode's Laplace approximation; its height where no curvature is known."""
+    if precision is None:
+        return -end.loss
+    return float(-end.loss - 0.5 * np.linalg.slogdet(precision / (2 * np.pi))[1])
+
+
+def _curvature(density: LogDensity, loc: np.ndarray) -> tuple[np.ndarray | None, bool]:
+    """Minus the Hessian at a point, its eigenvalues bounded away from zero, and whether it needed no bounding.
+
+    By central differences of the gradient, first with steps of a ten-thousandth of the coordinate, then of a hundredth
+    of the sd that these found: exact to about six digits, and without a program of its own.
+    """
+    hessian = _differences(density, loc, 1e-4 * np.maximum(np.abs(loc), 1.0))
+    diagonal = -np.diag(hessian)
+    known = np.isfinite(diagonal) & (diagonal > 0)
+    steps = np.where(known, 1e-2 / np.sqrt(np.where(known, diagonal, 1.0)), 1e-4 * np.maximum(np.abs(loc), 1.0))
+    hessian = _differences(density, loc, steps)
     return positive_definite(-hessian) if np.isfinite(hessian).all() else (None, False)
 
 
-def _start(averages: Averages, end: _End, precision: np.ndarray, *, is_mode: bool) -> Start:
+def _differences(density: LogDensity, loc: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """The Hessian (size, size) at a point, by central differences."""
+    apart = np.diag(steps)
+    _, gradients = density.over(np.concatenate([loc + apart, loc - apart]))
+    above, below = np.split(gradients, 2)
+    with np.errstate(over="ignore", invalid="ignore"):  # far from any mode a gradient may be infinite
+        hessian = (above - below) / (2 * steps[:, None])
+        return (hessian + hessian.T) / 2
+
+
+def _start(density: LogDensity, end: _End, precision: np.ndarray | None, is_mode: bool, *, key: jax.Array) -> Start:
     """The better of two Gaussians: grown from the end of a search, or, if that is no mode, from where it began.
 
     A density without an upper bound sends the search away for ever (the funnel of a centred hierarchy); the ELBO has
     a bound all the same, and natural-gradient steps from the beginning do not run off.
     """
-    seeds = [(end.loc, precision, _STEPS)]
+    nothing = Start(end.begin, None, -np.inf, -end.loss, is_mode=False)
+    if density.size > DENSE_LIMIT:
+        return nothing
+    seeds = [] if precision is None else [(end.loc, precision, _STEPS)]
     if not is_mode:
-        seeds.append((end.begin, _BOX_PRECISION * np.eye(averages.size), 3 * _STEPS))
-    grown = [natural_steps(averages, loc, precision, steps=steps) for loc, precision, steps in seeds]
+        seeds.append((end.begin, _BOX_PRECISION * np.eye(density.size), 3 * _STEPS))
+    draws = max(_LEAST_DRAWS, 1 << (_DRAWS_A_DIMENSION * density.size - 1).bit_length())
+    base = matched_draws(draws, density.size, key=key)
+    grown = [natural_steps(density, loc, p, base=base, steps=steps) for loc, p, steps in seeds]
     best = max(grown, key=lambda gaussian: gaussian.elbo)
-    if not np.isfinite(best.elbo):
-        return Start(end.begin, None, -np.inf, -end.loss, False)
-    return Start(best.loc, best.precision, best.elbo, -end.loss, is_mode)
+    return Start(best.loc, best.precision, best.elbo, -end.loss, is_mode) if np.isfinite(best.elbo) else nothing
 
 
-def _valid_points(
-    evaluate: Callable[[np.ndarray], tuple[float, np.ndarray]], draw: Callable[..., Any], key: jax.Array, count: int
-) -> list[np.ndarray]:
+def _valid_points(model: Model, density: LogDensity, chart: str, key: jax.Array, count: int) -> list[np.ndarray]:
     """Points with a finite density and gradient, from ever smaller boxes around the origin."""
+    draw = jax.jit(lambda k, radius: density.space.ravel(model.start(k, model.arrays, radius, chart)))
     points: list[np.ndarray] = []
     for number in range(_TRIES):
         radius = 2.0 * 0.8 ** max(0, number - count)
         point = np.asarray(draw(jax.random.fold_in(key, number), radius), dtype=float)
-        loss, gradient = evaluate(point)
-        if np.isfinite(loss) and np.isfinite(gradient).all():
+        value, gradient = density.at(point)
+        if np.isfinite(value) and np.isfinite(gradient).all():
             points.append(point)
         if len(points) == count:
             break
     return points
 
 
-def _climb(evaluate: Callable[[np.ndarray], tuple[float, np.ndarray]], point: np.ndarray) -> _End:
+def _climb(density: LogDensity, point: np.ndarray) -> _End:
     """Where L-BFGS ends; an invalid step is a wall that it turns away from."""
 
     def walled(vector: np.ndarray) -> tuple[float, np.ndarray]:
-        loss, gradient = evaluate(vector)
-        if not np.isfinite(loss) or not np.isfinite(gradient).all():
+        value, gradient = density.at(vector)
+        if not np.isfinite(value) or not np.isfinite(gradient).all():
             return 1e300, np.zeros_like(vector)
-        return loss, gradient
+        return -value, -gradient
 
-    result = minimize(
-        walled,
-        point,
-        jac=True,
-        method="L-BFGS-B",
-        options={"maxiter": 1_000, "maxcor": 20, "ftol": 1e-12, "gtol": 1e-6},
-    )
+    limits = {"maxiter": 1_000, "maxcor": 20, "ftol": 1e-12, "gtol": 1e-6}
+    result = minimize(walled, point, jac=True, method="L-BFGS-B", options=limits)
     return _End(np.asarray(result.x), float(result.fun), point)
 
 

@@ -1,175 +1,218 @@
 """Natural-gradient steps for a full-rank Gaussian, by the Bonnet and Price identities.
 
-For q = N(m, P^-1) the ELBO's natural gradient needs two averages over q: of the gradient of log p, which moves the
-location, and of its Hessian, whose negative is the precision that q should have. At a fixed point q is the family's
-optimum. A few steps on common draws bring a Laplace approximation most of the way there, in any units.
+For q = N(m, P^-1) the ELBO's natural gradient needs two averages over q: of log p's gradient, which moves the location,
+and of its Hessian, whose negative is the precision that q should have. Both come from gradients alone: with the draws
+whitened by q's own factor, z = m + L e, Stein's identity gives E[L' H L] = E[(L' g) e']. What the current q would
+explain, L' g = -e, is taken out before averaging, so that on a Gaussian target there is no noise at all.
 
-Reference: Khan & Rue (2023), The Bayesian learning rule, section 3.2; Opper & Archambeau (2009), equations 5 and 6.
+Reference: Khan & Rue (2023), The Bayesian learning rule, section 3.2; Opper & Archambeau (2009), equations 5 and 6;
+Lin, Schmidt & Khan (2020), Handling the positive-definite constraint in the Bayesian learning rule, section 3.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
-from toolkit.compilation import QUICK
+from toolkit.variational.density import LogDensity
+from toolkit.variational.draws import base_draws
+from toolkit.variational.gaussians import inverse_factor
 
-_HESSIANS = 4_096  # Hessian columns that one step may cost, but for the least number of draws
-_COLUMNS = 64
-_FEW_GAIN = 0.02  # nats a dimension, below which a step on few draws fits those draws
-_FRESH = 6  # averages over fresh draws that follow where draws are few
+_LEAST, _MOST = 0.05, 20.0  # by how much a step may change a variance, before it is weighed by its rate
+_SLOWEST = 0.01  # a rate at which steps are no longer worth their draws
+_WORTH = 0.01  # nats
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """N(loc, precision^-1) in unconstrained space, and its ELBO in nats on the draws that moved it or on fresh ones."""
-
-    loc: np.ndarray
-    precision: np.ndarray
-    elbo: float
-
-
-class Averages:
-    """Averages of a log density, its gradient and its Hessian over a Gaussian, on antithetic draws.
-
-    Args:
-        log_density: Of one unconstrained vector and the model's arrays, in nats.
-        arrays: The model's arrays.
-        size: Of the vector.
-        key: For the draws.
+    """N(loc, factor factor') in unconstrained space.
 
     Attributes:
-        size: Of the vector.
-        draws: How many.
-        evaluations: Gradient evaluations so far; a column of a Hessian counts as one.
+        loc: Shape (size,).
+        factor: Lower-triangular, shape (size, size).
+        elbo: In nats, on the draws that moved it: too high where these are few; -inf if it is not finite there.
     """
 
-    def __init__(self, log_density: Callable[[Any, Any], Any], arrays: Any, size: int, *, key: jax.Array) -> None:
-        self.size, self.evaluations = size, 0
-        self.draws = 2 * int(np.clip(_HESSIANS // (2 * size), 2, 64))
-        self._key, self._arrays = key, arrays
+    loc: np.ndarray
+    factor: np.ndarray
+    elbo: float
 
-        def one(point: Any, arrays: Any) -> tuple[Any, Any, Any]:
-            # What the columns of the Hessian have in common is computed once, and compiled once.
-            both = jax.value_and_grad(lambda z: log_density(z, arrays))
-            (value, gradient), push = jax.linearize(both, jax.lax.optimization_barrier(point))
-            columns = jax.lax.map(lambda tangent: push(tangent)[1], jnp.eye(size), batch_size=_COLUMNS)
-            return value, gradient, columns
-
-        def averages(loc: Any, factor: Any, noise: Any, draws: Any, arrays: Any) -> tuple[Any, Any, Any]:
-            def add(number: Any, total: Any) -> Any:
-                return jax.tree.map(jnp.add, total, one(loc + factor @ noise[number], arrays))
-
-            zeros = (jnp.zeros(()), jnp.zeros(size), jnp.zeros((size, size)))
-            total = jax.lax.fori_loop(0, draws, add, zeros)
-            return jax.tree.map(lambda value: value / draws, total)
-
-        shapes = (np.zeros(size), np.zeros((size, size)), self._noise(0), 1, arrays)
-        self._averages = jax.jit(averages).lower(*shapes).compile(QUICK)
-
-    def over(self, loc: np.ndarray, factor: np.ndarray, fresh: int = 0) -> tuple[float, np.ndarray, np.ndarray]:
-        """Of log density, gradient and Hessian over N(loc, factor factor'), shapes (), (size,), (size, size).
-
-        Args:
-            loc: Shape (size,).
-            factor: Shape (size, size).
-            fresh: Which set of draws; 0 is the common one.
-        """
-        return self._of(loc, factor, self._noise(fresh), self.draws)
-
-    def at(self, loc: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-        """The same three at one point, by the program that is compiled already."""
-        return self._of(loc, np.zeros((self.size, self.size)), self._noise(0), 1)
-
-    def _noise(self, fresh: int) -> np.ndarray:
-        half = np.asarray(jax.random.normal(jax.random.fold_in(self._key, fresh), (self.draws // 2, self.size)))
-        return np.concatenate([half, -half])
-
-    def _of(
-        self, loc: np.ndarray, factor: np.ndarray, noise: np.ndarray, draws: int
-    ) -> tuple[float, np.ndarray, np.ndarray]:
-        value, gradient, hessian = self._averages(loc, factor, noise, draws, self._arrays)
-        self.evaluations += draws * self.size
-        hessian = np.asarray(hessian)
-        return float(value), np.asarray(gradient), (hessian + hessian.T) / 2
+    @property
+    def precision(self) -> np.ndarray:
+        """Shape (size, size)."""
+        inverse = scipy.linalg.solve_triangular(self.factor, np.eye(len(self.loc)), lower=True)
+        return inverse.T @ inverse
 
 
-def natural_steps(averages: Averages, loc: np.ndarray, precision: np.ndarray, *, steps: int = 8) -> Gaussian:
-    """The Gaussian after at most so many steps.
+@dataclass(frozen=True)
+class _Slope:
+    """The ELBO of a Gaussian and its natural gradient, in units of the Gaussian's own factor.
 
-    On common draws each step is taken only if it raises the ELBO there. With fewer draws than dimensions that optimum
-    fits the draws rather than the density: then the steps end early, and a running average over fresh draws follows.
+    Attributes:
+        elbo: In nats.
+        shift: E[L' g], shape (size,).
+        bend: I + E[L' H L], shape (size, size): zero where the covariance is the best.
+    """
+
+    elbo: float
+    shift: np.ndarray
+    bend: np.ndarray
+
+
+def natural_steps(
+    density: LogDensity, loc: np.ndarray, precision: np.ndarray, *, base: np.ndarray, steps: int = 12
+) -> Gaussian:
+    """The Gaussian after at most so many steps on common draws, each taken only if it raises the ELBO there.
 
     Args:
-        averages: Of the log density to approximate.
+        density: What to approximate.
         loc: Where to begin, shape (size,).
         precision: With which precision, shape (size, size), positive definite.
-        steps: The most steps to take; they stop when the ELBO no longer rises by a hundredth of a nat.
+        base: Base draws, (draws, size).
+        steps: The most steps; they end when one gains less than a hundredth of a nat.
     """
-    few = averages.draws < averages.size
-    elbo, gradient, hessian = _measured(averages, loc, precision)
+    factor = inverse_factor(precision)
+    slope = _slope(density, loc, factor, base)
     rate = 1.0
-    if not np.isfinite(elbo):
-        return Gaussian(loc, precision, -np.inf)
+    if not np.isfinite(slope.elbo):
+        return Gaussian(loc, factor, -np.inf)
     for _ in range(steps):
-        proposed = _blend(precision, -hessian, rate)
-        if proposed is not None:
-            moved = loc + rate * scipy.linalg.solve(proposed, gradient, assume_a="pos")
-            new = _measured(averages, moved, proposed)
-        if proposed is None or not new[0] > elbo:
+        moved, turned = _step(loc, factor, slope, rate)
+        new = _slope(density, moved, turned, base)
+        if not new.elbo > slope.elbo:
             rate /= 3
-            if rate < 0.01 or few:
+            if rate < _SLOWEST:
                 break
             continue
-        gain, rate = new[0] - elbo, min(1.0, 2 * rate)
-        loc, precision, (elbo, gradient, hessian) = moved, proposed, new
-        if gain < (_FEW_GAIN * averages.size if few else 0.01):
+        gain, rate = new.elbo - slope.elbo, min(1.0, 2 * rate)
+        loc, factor, slope = moved, turned, new
+        if gain < _WORTH:
             break
-    return _averaged(averages, loc, precision) if few else Gaussian(loc, precision, elbo)
+    return Gaussian(loc, factor, slope.elbo)
 
 
-def _averaged(averages: Averages, loc: np.ndarray, precision: np.ndarray) -> Gaussian:
-    """Steps on fresh draws at the rates 1/2, 1/3, ..., by which the precision is a mean over all of them.
+@dataclass(frozen=True)
+class Averaged:
+    """Where averaged natural-gradient steps ended.
 
-    The Gaussian that was given comes back if the ELBO on yet other draws is no longer finite, or far lower.
+    Attributes:
+        gaussian: The last iterate, which is a mean over all steps; its ELBO is the last step's, on that step's draws.
+        gap: Newton's decrement there, in nats: an estimate of what the family's best still gains, its noise included.
+        course: The ELBO at each step, in nats, and the gradients computed by then, (steps, 2).
     """
-    given, before = (loc, precision), -np.inf
-    for number in range(1, _FRESH + 1):
-        elbo, gradient, hessian = _measured(averages, loc, precision, fresh=number)
-        before = elbo if number == 1 else before
-        proposed = _blend(precision, -hessian, 1 / (number + 1))
-        if np.isfinite(elbo) and proposed is not None:
-            precision = proposed
-            loc = loc + scipy.linalg.solve(precision, gradient, assume_a="pos") / (number + 1)
-    after, _, _ = _measured(averages, loc, precision, fresh=_FRESH + 1)
-    if np.isfinite(after) and not after < before - _FEW_GAIN * averages.size:
-        return Gaussian(loc, precision, after)
-    return Gaussian(*given, before if np.isfinite(before) else -np.inf)
+
+    gaussian: Gaussian
+    gap: float
+    course: np.ndarray
 
 
-def _measured(
-    averages: Averages, loc: np.ndarray, precision: np.ndarray, fresh: int = 0
-) -> tuple[float, np.ndarray, np.ndarray]:
-    """The Gaussian's ELBO in nats (NaN if anything is not finite), and the mean gradient and Hessian."""
+def averaged_steps(
+    density: LogDensity,
+    begin: Gaussian,
+    *,
+    key: jax.Array,
+    draws: int,
+    tolerance: float,
+    most: int = 100,
+    report: Callable[[int, float], None] | None = None,
+) -> Averaged:
+    """The Gaussian to which steps on ever new draws converge, at rates that fall as 1 / step.
+
+    At such rates precision and location are means over all steps, and their noise falls with the number of all draws,
+    not with those of one step: the way to a full-rank optimum in dimensions in which no affordable set of fixed draws
+    pins it.
+
+    Args:
+        density: What to approximate.
+        begin: Where to begin.
+        key: Random key.
+        draws: In each step, a power of two.
+        tolerance: In nats: steps end when the decrement, noise included, is below half of it.
+        most: The most steps.
+        report: Called at each step with its number and ELBO.
+    """
+    loc, factor = begin.loc, begin.factor
+    course: list[tuple[float, float]] = []
+    before: _Slope | None = None
+    gap, elbo = np.inf, begin.elbo
+    for number in range(1, most + 1):
+        base = base_draws(draws, len(loc), key=jax.random.fold_in(key, number))
+        slope = _slope(density, loc, factor, base)
+        course.append((slope.elbo, density.evaluations))
+        if report:
+            report(number, slope.elbo)
+        rate = 1 / (number + 2)
+        if not np.isfinite(slope.elbo):
+            break
+        if before is not None:
+            # The product of two steps' gradients is free of noise; what it leaves of the squares is noise, of which
+            # the average over the steps keeps about half the rate.
+            gap = _product(before, slope)
+            gap += rate / 2 * max(0.0, _product(slope, slope) - gap)
+        elbo = slope.elbo
+        if number > 4 and gap < tolerance / 2:
+            break
+        loc, factor = _step(loc, factor, slope, rate)
+        before = slope
+    return Averaged(Gaussian(loc, factor, elbo), float(gap), np.array(course))
+
+
+def decrement(density: LogDensity, loc: np.ndarray, factor: np.ndarray, bases: list[np.ndarray]) -> np.ndarray:
+    """Estimates, in nats, of the gap to the best full-rank Gaussian nearby, one for each pair of independent draws.
+
+    Half the squared natural gradient: |L' E g|^2 / 2 + |I + L' E[H] L|^2 / 4. A square of a noisy mean is too large, so
+    each is the product of the means over two sets of draws.
+
+    Args:
+        density: What is approximated.
+        loc: Shape (size,).
+        factor: Shape (size, size).
+        bases: Independent sets of base draws, an even number, (draws, size) each.
+    """
+    slopes = [_slope(density, loc, factor, base) for base in bases]
+    return np.array([_product(a, b) for a, b in zip(slopes[::2], slopes[1::2], strict=True)])
+
+
+def _product(first: _Slope, second: _Slope) -> float:
+    """Half the inner product of two gradients in the Fisher metric."""
+    return float(0.5 * first.shift @ second.shift + 0.25 * np.einsum("ij,ij->", first.bend, second.bend))
+
+
+def _slope(density: LogDensity, loc: np.ndarray, factor: np.ndarray, base: np.ndarray) -> _Slope:
     size = len(loc)
-    lower = scipy.linalg.cholesky(precision, lower=True)
-    factor = scipy.linalg.solve_triangular(lower, np.eye(size), lower=True).T  # factor @ factor.T = precision^-1
-    value, gradient, hessian = averages.over(loc, factor, fresh)
-    entropy = 0.5 * size * (1 + np.log(2 * np.pi)) - np.log(np.diag(lower)).sum()
-    finite = np.isfinite(gradient).all() and np.isfinite(hessian).all()
-    return (float(value + entropy) if finite else np.nan), gradient, hessian
+    values, gradients = density.over(loc + base @ factor.T)
+    diagonal = np.diag(factor)
+    with np.errstate(over="ignore", invalid="ignore"):
+        whitened = gradients @ factor + base  # what -|e|^2 / 2 does not explain
+        finite = np.isfinite(values).all() and np.isfinite(whitened).all() and (diagonal > 0).all()
+        if not finite:
+            return _Slope(-np.inf, np.zeros(size), np.zeros((size, size)))
+        elbo = (values + 0.5 * np.einsum("ni,ni->n", base, base)).mean() + np.log(diagonal).sum()
+        bend = whitened.T @ base / len(base)
+    return _Slope(float(elbo + 0.5 * size * np.log(2 * np.pi)), whitened.mean(0), (bend + bend.T) / 2)
 
 
-def _blend(old: np.ndarray, new: np.ndarray, rate: float) -> np.ndarray | None:
-    """The weighted mean of two precisions; None if it is not safely positive definite."""
-    mixed = (1 - rate) * old + rate * new
-    return mixed if is_safely_positive(mixed) else None
+def _step(loc: np.ndarray, factor: np.ndarray, slope: _Slope, rate: float) -> tuple[np.ndarray, np.ndarray]:
+    """Location and factor after a step whose precision is the weighted mean of the old and the new one."""
+    unit = np.eye(len(loc))
+    turned = inverse_factor((1 - rate) * unit + rate * _bounded(unit - slope.bend))
+    return loc + rate * factor @ (turned @ (turned.T @ slope.shift)), factor @ turned
+
+
+def _bounded(precision: np.ndarray) -> np.ndarray:
+    """The matrix with its eigenvalues brought within bounds; as it is where a factorisation shows that they are."""
+    unit = np.eye(len(precision))
+    try:
+        scipy.linalg.cholesky(precision - _LEAST * unit, lower=True, check_finite=False)
+        scipy.linalg.cholesky(_MOST * unit - precision, lower=True, check_finite=False)
+    except scipy.linalg.LinAlgError:
+        values, vectors = scipy.linalg.eigh(precision, check_finite=False)
+        return (vectors * np.clip(values, _LEAST, _MOST)) @ vectors.T
+    return precision
 
 
 def is_safely_positive(matrix: np.ndarray) -> bool:

@@ -1,0 +1,172 @@
+"""How far a fit is from its family's best: an upper bound in nats, or an estimate where none can be afforded.
+
+For fixed base draws that the fit has not seen, the ELBO on these draws is a function of the family's parameters, and
+
+    E[ max over the family of ELBO on the draws  -  ELBO of the fit on the draws ]  >=  ELBO(best) - ELBO(fit),
+
+since the best member is one of those over which the maximum is taken (Mak, Morton & Wood 1999, Monte Carlo bounding
+techniques for determining solution quality in stochastic programs, section 2). The difference is paired: both ELBOs are
+taken on the same draws. Several independent sets of draws give a mean, its standard error and an upper 95 % limit. The
+maximum over a finite set of draws is too high by what the set can be fitted to; so the bound closes only as the sets
+grow. The draws' own mean and covariance are matched to the normal's (`matched_draws`), which leaves less to be fitted
+to, none at all where log p is quadratic, and every single draw as it was.
+
+The maximum is found by a climb from the fit: the bound speaks of the optimum that this climb reaches, and is `LOCAL`.
+Where the model declares a log-concave posterior and the family is closed under mixing of locations and factors, the
+ELBO is concave in them (Challis & Barber 2013; Domke 2020, theorem 9), every optimum is the best one, and the bound is
+`GLOBAL`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+import jax
+import numpy as np
+from scipy import stats
+
+from toolkit.estimate import Estimate
+from toolkit.variational.density import LogDensity
+from toolkit.variational.draws import base_draws, matched_draws
+from toolkit.variational.gaussians import Family, Member, Quadratic
+from toolkit.variational.solvers.fixed_draws import Climbed, FixedDrawsELBO, climb
+from toolkit.variational.solvers.natural import decrement
+
+SETS = 4
+_LEVEL = 0.95
+
+
+class Scope(Enum):
+    """What a certificate speaks of; the value is the word that the report prints."""
+
+    GLOBAL = "global bound"
+    LOCAL = "local bound"
+    ESTIMATE = "estimate"
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """How much the family's best may lie above a fit.
+
+    Attributes:
+        gap: In nats, the mean over the sets of draws, with its standard error.
+        limit: The upper 95 % limit of the gap in nats, by Student's t.
+        scope: Whether it bounds the gap to the best of the family (`GLOBAL`), to the best that can be reached by
+            climbing (`LOCAL`), or estimates the latter (`ESTIMATE`).
+        draws: In each set.
+        sets: Independent sets of draws.
+    """
+
+    gap: Estimate
+    limit: float
+    scope: Scope
+    draws: int
+    sets: int
+
+    @property
+    def words(self) -> str:
+        """Such as `"local bound from 4 sets of 1,024 draws"`."""
+        return f"{self.scope.value} from {self.sets} sets of {self.draws:,} draws"
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """A bound, and the climbs behind it, one for each set of draws."""
+
+    certificate: Certificate
+    ends: tuple[Climbed, ...]
+
+
+def bound_gap(
+    density: LogDensity,
+    family: Family,
+    x: np.ndarray,
+    quadratic: Quadratic,
+    *,
+    key: jax.Array,
+    draws: int,
+    residual: float,
+    scope: Scope,
+    sets: int = SETS,
+    report: Callable[[int, float], None] | None = None,
+) -> Bounded:
+    """An upper bound on what the family's best gains over a member.
+
+    Args:
+        density: Log p(x, z).
+        family: The family.
+        x: The member's parameters, found without any of the draws that `key` gives.
+        quadratic: Near log p under the member: its curvature says how much a climb has left to gain.
+        key: Random key.
+        draws: In each set, a power of two.
+        residual: In nats: each climb goes on until no more than this is left to gain on its draws; what is left is
+            added to the bound.
+        scope: `GLOBAL` or `LOCAL`.
+        sets: Independent sets of draws, at least two.
+        report: Called at each evaluation with its number and the ELBO.
+    """
+    ends = []
+    for number in range(sets):
+        base = matched_draws(draws, family.base, key=jax.random.fold_in(key, number))
+        objective = FixedDrawsELBO(density, family, quadratic, base)
+        ends.append(climb(objective, x, residual=residual, report=report))
+    gains = np.array([end.elbo - end.begun + end.residual for end in ends])
+    return Bounded(_certificate(gains, scope, draws), tuple(ends))
+
+
+def estimate_gap(
+    density: LogDensity, loc: np.ndarray, factor: np.ndarray, *, key: jax.Array, draws: int, sets: int = SETS
+) -> Certificate:
+    """Newton's decrement of a full-rank Gaussian: an estimate of its gap, for dimensions in which no bound closes.
+
+    Args:
+        density: Log p(x, z).
+        loc: Shape (size,).
+        factor: Lower-triangular, shape (size, size).
+        key: Random key.
+        draws: In each set.
+        sets: Pairs of sets; each pair gives one estimate.
+    """
+    bases = [base_draws(draws, len(loc), key=jax.random.fold_in(key, number)) for number in range(2 * sets)]
+    return _certificate(decrement(density, loc, factor, bases), Scope.ESTIMATE, draws)
+
+
+def _certificate(gains: np.ndarray, scope: Scope, draws: int) -> Certificate:
+    gap = Estimate.of_mean(gains) if np.isfinite(gains).all() else Estimate(math.inf, math.nan)
+    reach = stats.t.ppf(_LEVEL, len(gains) - 1) * gap.se
+    limit = gap.value + reach if math.isfinite(gap.value) else math.inf
+    return Certificate(gap, float(limit), scope, draws, len(gains))
+
+
+def project(
+    density: LogDensity, family: Family, member: Member, around: Quadratic, *, key: jax.Array, draws: int
+) -> Quadratic:
+    """The quadratic nearest to log p under a member, from draws of it: the best control variate for it.
+
+    By Stein's identities its slope is E_q[grad log p], its curvature E_q[(grad log p) s'], s = covariance^-1 (z - loc);
+    both are taken of what a quadratic at hand does not explain, which leaves them less noise.
+
+    Args:
+        density: Log p(x, z).
+        family: The family.
+        member: Under which Gaussian.
+        around: The quadratic at hand.
+        key: Random key.
+        draws: How many, a power of two.
+    """
+    base = base_draws(draws, family.base, key=key)
+    points = family.points(member, base)
+    _, gradients = density.over(points)
+    _, known = around.at(points)
+    left = gradients - known
+    if not np.isfinite(left).all():
+        return around
+    _, at_loc = around.at_one(member.loc)
+    scores = family.scores(member, base)
+    if around.precision.ndim == 1:
+        return Quadratic(member.loc, at_loc + left.mean(0), around.precision - (left * scores).mean(0))
+    bend = left.T @ scores / len(base)
+    return Quadratic(member.loc, at_loc + left.mean(0), around.precision - (bend + bend.T) / 2)

@@ -1,0 +1,138 @@
+"""A model's log density with its gradient, at one point or at many: all that the Gaussian solvers ask of a model.
+
+Everything else (draws, factors, entropies) is algebra outside the compiled programs. One pair of programs therefore
+serves all Gaussian guides, starts, seeds and tolerances, and every dataset of the same shapes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Hashable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from toolkit.compilation import QUICK, peak_bytes
+from toolkit.modelling.model import Model
+from toolkit.variational.space import Space, latent_space
+
+_BATCH = 128  # points side by side: more no longer paid on the curated models
+_BATCH_SCALARS = 2_000_000  # all sites counted, in one batch; 16 MB each
+_KEPT = 16  # pairs of programs in a process
+
+
+@dataclass(frozen=True)
+class _Programs:
+    """The compiled pair, and what keeps the key's identities alive."""
+
+    one: Any
+    many: Any
+    batch: int
+    seconds: float
+    peak_bytes: int
+    holds: tuple[Any, ...]
+
+
+_programs: OrderedDict[Hashable, _Programs] = OrderedDict()
+
+
+class LogDensity:
+    """Log p(x, z) of a model in a chart, in nats, over unconstrained vectors, with its gradient.
+
+    Args:
+        model: The model.
+        chart: Which chart; the model's own choice if None.
+
+    Attributes:
+        space: The latent sites that a vector holds.
+        evaluations: Gradients computed so far.
+        compile_seconds: Spent on tracing and compiling; 0 where programs of these shapes were there already.
+        peak_bytes: What the larger program holds at once.
+    """
+
+    def __init__(self, model: Model, chart: str | None = None) -> None:
+        self.space: Space = latent_space(model, chart)
+        self.evaluations = 0
+        with jax.enable_x64(True):
+            self._arrays = jax.device_put(model.arrays)
+            begun = time.perf_counter()
+            self._programs, fresh = _found(model, model.chart if chart is None else chart, self.space, self._arrays)
+        self.compile_seconds = time.perf_counter() - begun if fresh else 0.0
+        self.peak_bytes = self._programs.peak_bytes
+
+    @property
+    def size(self) -> int:
+        """How many unconstrained coordinates there are."""
+        return self.space.size
+
+    def at(self, point: np.ndarray) -> tuple[float, np.ndarray]:
+        """Value and gradient (size,) at a point (size,)."""
+        self.evaluations += 1
+        with jax.enable_x64(True):
+            value, gradient = self._programs.one(point, self._arrays)
+        return float(value), np.asarray(gradient)
+
+    def over(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Values (n,) and gradients (n, size) at points (n, size)."""
+        count, batch = len(points), self._programs.batch
+        self.evaluations += count
+        missing = -count % batch
+        padded = np.concatenate([points, np.broadcast_to(points[:1], (missing, self.size))]) if missing else points
+        values, gradients = np.empty(len(padded)), np.empty(padded.shape)
+        with jax.enable_x64(True):
+            for begin in range(0, len(padded), batch):
+                rows = slice(begin, begin + batch)
+                values[rows], gradients[rows] = self._programs.many(padded[rows], self._arrays)
+        return values[:count], gradients[:count]
+
+
+def _found(model: Model, chart: str, space: Space, arrays: Any) -> tuple[_Programs, bool]:
+    """The programs for a model, made if no model of the same code, static values and shapes had them made before."""
+    key, holds = _key(model, chart, space)
+    fresh = key not in _programs
+    if fresh:
+        _programs[key] = _compiled(model, chart, space, arrays, holds)
+        if len(_programs) > _KEPT:
+            _programs.popitem(last=False)
+    _programs.move_to_end(key)
+    return _programs[key], fresh
+
+
+def _key(model: Model, chart: str, space: Space) -> tuple[Hashable, tuple[Any, ...]]:
+    """What decides the compiled programs, and the objects that are named in it by their identity."""
+    shapes = tuple((name, np.shape(value), str(np.asarray(value).dtype)) for name, value in model.arrays.items())
+    static = tuple(sorted(model.dataset.static.items()))
+    reparameterisers = tuple(sorted(model.charts[chart].items()))
+    holds = (model.fn, *(value for _, value in static), *(value for _, value in reparameterisers))
+    named = tuple(name for name, _ in (*static, *reparameterisers))
+    return (named, tuple(_identity(value) for value in holds), chart, space, shapes), holds
+
+
+def _identity(value: Any) -> Hashable:
+    """The value itself where two equal ones mean the same program, such as a number or a text; else the object."""
+    plain = isinstance(value, str | int | float | bool | type(None))
+    return (type(value).__name__, value) if plain else id(value)
+
+
+def _compiled(model: Model, chart: str, space: Space, arrays: Any, holds: tuple[Any, ...]) -> _Programs:
+    begun = time.perf_counter()
+
+    def log_density(vector: Any, arrays: Any) -> Any:
+        return model.log_density(space.unravel(vector), arrays, chart)
+
+    both = jax.value_and_grad(log_density)
+    scalars = sum(math.prod(site.shape) for site in model.sites.values())
+    batch = int(np.clip(_BATCH_SCALARS // scalars, 8, _BATCH))
+    batch = 1 << (batch.bit_length() - 1)
+    # Tracing shares NumPyro's one stack of handlers; compiling does not.
+    one = jax.jit(both).lower(np.zeros(space.size), arrays)
+    many = jax.jit(jax.vmap(both, in_axes=(0, None))).lower(np.zeros((batch, space.size)), arrays)
+    with ThreadPoolExecutor(2) as pool:
+        compiled_one, compiled_many = pool.map(lambda lowered: lowered.compile(QUICK), (one, many))
+    seconds = time.perf_counter() - begun
+    return _Programs(compiled_one, compiled_many, batch, seconds, peak_bytes(compiled_many), holds)

@@ -1,0 +1,64 @@
+"""Base draws: standard normal numbers, spread evenly, from which a Gaussian family makes its draws."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import scipy.linalg
+from scipy.special import betainc, gammaincinv, ndtri
+from scipy.stats import qmc
+
+
+def generator(key: jax.Array) -> np.random.Generator:
+    """NumPy's generator for a JAX key; the same key gives the same numbers."""
+    return np.random.default_rng(np.asarray(jax.random.key_data(key), dtype=np.uint32).ravel().tolist())
+
+
+def base_draws(count: int, size: int, *, key: jax.Array) -> np.ndarray:
+    """Standard normal numbers (count, size): scrambled Sobol points through the normal quantile.
+
+    Each row alone is a standard normal draw; together they fill the space more evenly than independent ones, so that
+    means over them err less. Another key gives an independent scramble.
+
+    Args:
+        count: A power of two, which is what Sobol points are even at.
+        size: Numbers in each draw; beyond the 21,201 dimensions of the Sobol sequence the draws are independent.
+        key: Random key.
+
+    Reference: Owen (1995), Randomly permuted (t,m,s)-nets and (t,s)-sequences.
+    """
+    rng = generator(key)
+    if size > qmc.Sobol.MAXDIM:
+        return rng.standard_normal((count, size))
+    points = qmc.Sobol(size, rng=rng).random(count)
+    # A point of exactly zero would be a draw at minus infinity; the sequence's own resolution is 2^-30.
+    return np.asarray(ndtri(points + 2.0**-31))
+
+
+def matched_draws(count: int, size: int, *, key: jax.Array) -> np.ndarray:
+    """Base draws (count, size) whose own mean is zero and whose own covariance is the identity, but for O(1 / count).
+
+    Means of quadratics over a Gaussian's draws are then exact, whatever its location and factor: a maximum over
+    Gaussians cannot be fitted to the first two moments of the draws, which is what a maximum over few draws would be
+    fitted to first. A set whitened by its own covariance has rows that are a little too short to be normal; each row's
+    length is therefore mapped from its own law, that of a Mahalanobis distance, to the normal's, so that each row alone
+    is a standard normal draw (exactly, if the draws to begin with are independent): means stay unbiased.
+
+    Args:
+        count: A power of two. Below four times `size` only each coordinate's own mean and variance are matched.
+        size: Numbers in each draw.
+        key: Random key.
+
+    Reference: Gnanadesikan & Kettenring (1972), Robust estimates, residuals, and outlier detection with multiresponse
+        data: the Mahalanobis distances from a normal sample's own mean and covariance are Beta distributed.
+    """
+    draws = base_draws(count, size, key=key)
+    draws -= draws.mean(0)
+    if count < 4 * size:
+        return draws / draws.std(0)
+    lower = scipy.linalg.cholesky(draws.T @ draws / count, lower=True)
+    white = scipy.linalg.solve_triangular(lower, draws.T, lower=True).T
+    squares = np.einsum("ni,ni->n", white, white)
+    level = betainc(size / 2, (count - size - 1) / 2, np.minimum(squares / (count - 1), 1.0))
+    lengths = np.sqrt(2 * gammaincinv(size / 2, np.minimum(level, 1 - 1e-15)) / squares)
+    return white * lengths[:, None]

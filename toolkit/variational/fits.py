@@ -1,0 +1,227 @@
+"""The noun `Fit`: a guide fitted to a model, and what can be asked of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpyro import handlers
+from numpyro.distributions import biject_to
+from numpyro.infer.autoguide import (
+    AutoContinuous,
+    AutoDAIS,
+    AutoDelta,
+    AutoLaplaceApproximation,
+    AutoMultivariateNormal,
+)
+from numpyro.infer.util import log_density
+
+from toolkit.compilation import QUICK
+from toolkit.cost import Cost
+from toolkit.estimate import Estimate
+from toolkit.modelling.completion import BATCH, complete
+from toolkit.modelling.model import Model
+from toolkit.status import Status
+from toolkit.variational.certificates import Certificate
+from toolkit.variational.guides import Guide
+from toolkit.variational.objectives import log_weight
+from toolkit.variational.solvers.svi import Trace
+
+_SCALARS_AT_ONCE = 32_000_000  # drawn at once, all sites counted: 256 MB
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """A guide fitted to a model: it can draw, and where its family has one, give its log density.
+
+    Attributes:
+        guide: The family.
+        model: The model.
+        status: How the optimisation ended.
+        message: A detail on the status, for the report; empty if there is none.
+        elbo: E_q[log p(x, z) - log q(z)] in nats on draws that the fit has not seen; None if it could not be had.
+        fresh_log_weights: Log p(x, z) - log q(z) in nats at the draws behind `elbo`, (draws,); None without a density.
+        certificate: How far the family's best may lie above this fit; None where there is none, see `message` or
+            `why`.
+        optima: The ELBO in nats of each distinct optimum that the starts led to, the best first.
+        solver: What fitted it.
+        why: Why that solver.
+        traces: The course of each start.
+        invalid_steps: Steps skipped because loss or gradient were NaN or infinite.
+        cost: Time, gradient evaluations, memory.
+        autoguide: NumPyro's guide; everything that NumPyro does with a guide works with it and `params`.
+        params: Its parameters, constrained, and the model's own parameters where its chart has any; empty if the fit
+            failed.
+        start: Where the search began, unconstrained, by site; the autoguide was set up there.
+    """
+
+    guide: Guide
+    model: Model
+    status: Status
+    message: str = ""
+    elbo: Estimate | None = None
+    fresh_log_weights: np.ndarray | None = None
+    certificate: Certificate | None = None
+    optima: tuple[Estimate, ...] = ()
+    solver: str = ""
+    why: str = ""
+    traces: tuple[Trace, ...] = ()
+    invalid_steps: int = 0
+    cost: Cost = field(default_factory=Cost)
+    autoguide: Any = None
+    params: dict[str, Any] = field(default_factory=dict)
+    start: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def chart(self) -> str:
+        """The model's chart that the guide looks at."""
+        return self.guide.chart or self.model.chart
+
+    @property
+    def gap_bound(self) -> Estimate | None:
+        """How much the family's best may lie above this fit, in nats, by its certificate; None without one."""
+        return self.certificate.gap if self.certificate else None
+
+    @property
+    def usable(self) -> bool:
+        """Whether there is an approximation to draw from."""
+        return bool(self.params)
+
+    @property
+    def has_density(self) -> bool:
+        """Whether the family has a density; a point mass has none."""
+        return self.usable and not isinstance(self.autoguide, AutoDelta)
+
+    def draw(self, key: jax.Array, draws: int, sites: tuple[str, ...] | None = None) -> dict[str, np.ndarray]:
+        """Independent draws of latent and deterministic sites, `(draws, ...)` each, in constrained space.
+
+        Args:
+            key: Random key.
+            draws: How many.
+            sites: Which sites; all if None. Deterministic ones that are not asked for are not computed.
+
+        Raises:
+            ValueError: The fit failed and has nothing to draw from, or a site is unknown.
+        """
+        self._require_usable()
+
+        def one(key: jax.Array, params: Any, arrays: Any) -> dict[str, Any]:
+            guide_key, _ = jax.random.split(key)  # as `log_weight` does, so that one key means one set of draws
+            return self._latents(guide_key, params, arrays)
+
+        scalars = sum(math.prod(site.shape) for site in self.model.sites.values())
+        pieces = [
+            complete(self.model, latents, params=self.params, chart=self.chart, sites=sites)
+            for latents in self._map(one, key, draws, at_once=max(BATCH, _SCALARS_AT_ONCE // max(scalars, 1)))
+        ]
+        return {name: np.concatenate([piece[name] for piece in pieces])[:draws] for name in pieces[0]}
+
+    def log_weights(self, key: jax.Array, draws: int) -> np.ndarray:
+        """Log p(x, z) - log q(z) at independent draws z of the guide, shape (draws,), in nats.
+
+        Raises:
+            ValueError: The fit failed, or its family has no density.
+        """
+        self._require_density()
+        program = self.model.bound(self.chart)
+        pieces = self._map(lambda k, params, arrays: log_weight(k, params, program, self._program, arrays), key, draws)
+        return np.concatenate(list(pieces))[:draws]
+
+    def log_density(self, latents: Mapping[str, Any]) -> np.ndarray:
+        """Log q(z) of latent sites `(draws, ...)` in the guide's chart, shape (draws,), in nats.
+
+        The density is with respect to the constrained sites' own volume, as NumPyro's `log_density` has it.
+
+        Raises:
+            ValueError: The fit failed, or its family has no density in closed form.
+        """
+        self._require_density()
+        if isinstance(self.autoguide, AutoDAIS):
+            text = f"Expected a density in closed form; '{self.guide.name}' gives weights only."
+            raise ValueError(text)  # noqa: TRY004 - the family's limit, not an argument's type
+        with jax.enable_x64(True):
+            return np.asarray(
+                jax.lax.map(
+                    lambda z: self._log_density(z), {k: np.asarray(v) for k, v in latents.items()}, batch_size=BATCH
+                )
+            )
+
+    @property
+    def _program(self) -> Callable[..., Any]:
+        """The guide as a NumPyro program; a Laplace approximation becomes the Gaussian that it stands for."""
+        if isinstance(self.autoguide, AutoLaplaceApproximation):
+            return _laplace_program(self.autoguide, self.params)
+        return self.autoguide
+
+    def _latents(self, key: jax.Array, params: Any, arrays: Any) -> dict[str, Any]:
+        guide = handlers.seed(handlers.substitute(self._program, data=params), key)
+        trace = handlers.trace(guide).get_trace(**arrays)
+        return {
+            name: site["value"]
+            for name, site in trace.items()
+            if site["type"] == "sample" and not site["is_observed"] and not site["infer"].get("is_auxiliary")
+        }
+
+    def _log_density(self, latents: Mapping[str, Any]) -> Any:
+        guide = self.autoguide
+        if not isinstance(guide, AutoContinuous):
+            value, _ = log_density(handlers.seed(guide, 0), (), self.model.arrays, {**self.params, **latents})
+            return value
+        trace = handlers.trace(
+            handlers.seed(handlers.substitute(self.model.bound(self.chart), data={**self.params, **latents}), 0)
+        ).get_trace(**self.model.arrays)
+        jacobian, unconstrained = 0.0, {}
+        for name in guide._init_locs:
+            transform = biject_to(trace[name]["fn"].support)
+            unconstrained[name] = transform.inv(latents[name])
+            jacobian += transform.log_abs_det_jacobian(unconstrained[name], latents[name]).sum()
+        # In the guide's own order; its `_unpack_latent.inv` needs an argument that nothing gives (NumPyro 0.22).
+        vector = jnp.concatenate([jnp.ravel(value) for value in unconstrained.values()])
+        # AutoDiagonalNormal's posterior is a batch of independent normals: the sum is the joint density.
+        return guide.get_posterior(self.params).log_prob(vector).sum() - jacobian
+
+    def _map(self, one: Callable[..., Any], key: jax.Array, draws: int, at_once: int = 2**20) -> Iterator[Any]:
+        """The results of `one`, at most about so many at once; the last piece has a few more than were asked for."""
+        if draws < 1:
+            raise ValueError(f"Expected at least 1 draw; got {draws}.")
+        # Pieces of one length in whole batches: any other length would be compiled as a program of its own.
+        count = -(-draws // at_once)
+        length = -(-draws // (count * BATCH)) * BATCH
+
+        def many(keys: Any, params: Any, arrays: Any) -> Any:
+            return jax.lax.map(lambda k: one(k, params, arrays), keys, batch_size=BATCH)
+
+        with jax.enable_x64(True):
+            keys = jax.random.split(key, count * length).reshape(count, length, -1)
+            given = (self.params, self.model.arrays)
+            program = jax.jit(many).lower(keys[0], *given).compile(QUICK)
+        for piece in keys:
+            with jax.enable_x64(True):
+                yield jax.device_get(program(piece, *given))
+
+    def _require_usable(self) -> None:
+        if not self.usable:
+            raise ValueError(f"Expected a fit that can draw; '{self.guide.name}' has none: {self.status.value}.")
+
+    def _require_density(self) -> None:
+        self._require_usable()
+        if not self.has_density:
+            raise ValueError(f"Expected a family with a density; '{self.guide.name}' is a point mass.")
+
+
+def _laplace_program(guide: AutoLaplaceApproximation, params: Mapping[str, Any]) -> Callable[..., Any]:
+    """The Gaussian that a Laplace approximation stands for, as a NumPyro guide."""
+    gaussian = AutoMultivariateNormal(guide.model, prefix=guide.prefix, init_loc_fn=guide.init_loc_fn)
+    posterior = guide.get_posterior(params)
+
+    def program(**kwargs: Any) -> Any:
+        fixed = {f"{guide.prefix}_loc": posterior.loc, f"{guide.prefix}_scale_tril": posterior.scale_tril}
+        with handlers.block(hide=list(fixed)), handlers.substitute(data=fixed):
+            return gaussian(**kwargs)
+
+    return program

@@ -1,0 +1,379 @@
+"""Fits of Gaussian guides: climbed from every start, the best one proved, all outside of compiled programs.
+
+    start -> a climb on fixed draws, or averaged natural-gradient steps -> the best of the starts -> its certificate
+
+The certificate's own climbs are solutions on draws that the fit has not seen. Where it is not below the tolerance their
+mean becomes the next fit, which has in effect been fitted to all of these draws, and the next certificate takes more.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import jax
+import numpy as np
+
+from toolkit.estimate import Estimate
+from toolkit.status import Status
+from toolkit.variational.autoguides import GaussianForm
+from toolkit.variational.certificates import SETS, Bounded, Certificate, Scope, bound_gap, estimate_gap, project
+from toolkit.variational.density import LogDensity
+from toolkit.variational.draws import generator, matched_draws
+from toolkit.variational.gaussians import Family, Frame, Member, Quadratic
+from toolkit.variational.solvers.fixed_draws import FixedDrawsELBO, climb
+from toolkit.variational.solvers.natural import Gaussian, averaged_steps
+from toolkit.variational.solvers.svi import Trace
+from toolkit.variational.starts import Start
+
+Report = Callable[[str, int, int, float], None]
+
+FIXED_DRAWS, NATURAL_GRADIENT = "fixed_draws", "natural_gradient"
+FIXED_LIMIT = 300  # dimensions from which fixed draws no longer pin a full-rank factor
+
+_LEAST_DRAWS, _FIRST_DRAWS, _MOST_DRAWS = 256, 1_024, 16_384
+_PROJECTION_DRAWS = 1_024
+_COMPARED_DRAWS = 1_024
+_ELBO_DRAWS = 4_096
+_NATURAL_DRAWS = 1_024
+_DECREMENT_DRAWS = 4_096
+_ROUNDS = 8
+_EVALUATIONS_EXPECTED = 6  # of a certificate's climb
+_UNKNOWN_SCALE = 0.1  # of a posterior of which no curvature is known, in unconstrained units
+_BUDGET = "the budget, do not suffice"
+_SAME_OPTIMUM = 0.5  # posterior sds between locations of one optimum
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """Where one start's climb ended.
+
+    Attributes:
+        family: The family, in the start's frame.
+        x: The parameters.
+        quadratic: The control variate found there.
+        elbo: On draws that no climb has seen, in nats.
+        trace: The course.
+        found: How many starts ended there.
+    """
+
+    family: Family
+    x: np.ndarray
+    quadratic: Quadratic
+    elbo: Estimate
+    trace: Trace
+    found: int = 1
+
+    @property
+    def member(self) -> Member:
+        """The Gaussian."""
+        return self.family.member(self.x)
+
+
+@dataclass(frozen=True)
+class GaussianFit:
+    """How the fit of a Gaussian guide ended.
+
+    Attributes:
+        status: How it ended.
+        message: A detail on the status.
+        member: The Gaussian.
+        elbo: On fresh draws, in nats.
+        log_weights: Log p(x, z) - log q(z) at fresh draws, (draws,), in nats.
+        certificate: How far the best of the family may lie above; None where no draws pin it.
+        optima: The distinct optima that starts led to, the best first.
+        seconds: Wall-clock, compilation not counted.
+    """
+
+    status: Status
+    message: str
+    member: Member
+    elbo: Estimate
+    log_weights: np.ndarray
+    certificate: Certificate | None
+    optima: tuple[Optimum, ...]
+    seconds: float
+
+
+def fit_gaussian(
+    density: LogDensity,
+    form: GaussianForm,
+    starts: Sequence[Start],
+    smaller: Sequence[Member],
+    *,
+    key: jax.Array,
+    solver: str,
+    log_concave: bool,
+    tolerance: float,
+    max_gradients: int,
+    report: Report,
+) -> GaussianFit:
+    """The best member of a Gaussian family, with its certificate.
+
+    Args:
+        density: Log p(x, z).
+        form: The family.
+        starts: Where to begin, at least one.
+        smaller: The best members of families that this one contains: none of them may end above.
+        key: Random key.
+        solver: `"fixed_draws"` or `"natural_gradient"`.
+        log_concave: Whether the posterior is log-concave.
+        tolerance: Of the certificate's upper limit, in nats.
+        max_gradients: The budget.
+        report: Called with what is done, of how many evaluations, and the ELBO.
+    """
+    begun, spent_before = time.perf_counter(), density.evaluations
+    climbed = [
+        _solved(density, form, start, solver, key=jax.random.fold_in(key, number), tolerance=tolerance, report=report)
+        for number, start in enumerate(starts)
+    ]
+    optima = _distinct([optimum for optimum in climbed if math.isfinite(optimum.elbo.value)])
+    if not optima:
+        return _failed(climbed, begun)
+    best = _not_below(density, optima[0], smaller, key=jax.random.fold_in(key, 1_000), report=report)
+    optima = (replace(best, found=optima[0].found), *optima[1:])
+    budget = max_gradients - (density.evaluations - spent_before)
+    scope = Scope.GLOBAL if log_concave and form.concave else Scope.LOCAL
+    if solver == NATURAL_GRADIENT:
+        best, certificate, message = _estimated(density, best, key=jax.random.fold_in(key, 1_001), tolerance=tolerance)
+    else:
+        best, certificate, message = _proved(
+            density, best, scope, key=jax.random.fold_in(key, 1_001), tolerance=tolerance, budget=budget, report=report
+        )
+    status = _status(certificate, message)
+    elbo, weights = _measured(density, best, key=jax.random.fold_in(key, 1_002))
+    optima = (replace(best, elbo=elbo), *optima[1:])
+    seconds = time.perf_counter() - begun
+    return GaussianFit(status, message, best.member, elbo, weights, certificate, optima, seconds)
+
+
+def _status(certificate: Certificate | None, message: str) -> Status:
+    if not message:
+        return Status.ARRIVED
+    if certificate:
+        return Status.UNPROVEN
+    return Status.BUDGET if _BUDGET in message else Status.TOO_FEW_DRAWS
+
+
+def _solved(
+    density: LogDensity,
+    form: GaussianForm,
+    start: Start,
+    solver: str,
+    *,
+    key: jax.Array,
+    tolerance: float,
+    report: Report,
+) -> Optimum:
+    """Where a start leads, by the solver asked for."""
+    if start.precision is None:
+        frame = Frame.of(start.loc, np.full(density.size, _UNKNOWN_SCALE**-2))
+        quadratic = Quadratic(frame.loc, np.zeros(density.size), np.zeros(density.size))
+    else:
+        frame = Frame.of(start.loc, start.precision)
+        quadratic = Quadratic(frame.loc, np.zeros(density.size), frame.precision)
+    if solver == NATURAL_GRADIENT:
+        begin = Gaussian(frame.loc, np.diag(frame.factor) if frame.factor.ndim == 1 else frame.factor, start.elbo)
+        averaged = averaged_steps(
+            density,
+            begin,
+            key=jax.random.fold_in(key, 0),
+            draws=_NATURAL_DRAWS,
+            tolerance=tolerance,
+            report=lambda steps, elbo: report("natural-gradient steps", steps, 100, elbo),
+        )
+        frame = Frame.of(averaged.gaussian.loc, averaged.gaussian.precision)
+        steps, course = np.arange(1, len(averaged.course) + 1), averaged.course[:, 0]
+        family = form.family(frame)
+        x = np.zeros(family.parameters)
+        quadratic = Quadratic(frame.loc, np.zeros(density.size), frame.precision)
+    else:
+        family = form.family(frame)
+        draws = _first_draws(family)
+        base = matched_draws(draws, family.base, key=jax.random.fold_in(key, 0))
+        climbed = climb(
+            FixedDrawsELBO(density, family, quadratic, base),
+            np.zeros(family.parameters),
+            residual=tolerance / 100,
+            report=lambda steps, elbo: report("climbing", steps, steps + 1, elbo),
+        )
+        x, steps, course = climbed.x, np.arange(1, climbed.evaluations + 1), climbed.course
+    trace = Trace(steps.astype(float), course, np.zeros(len(course)))
+    return _looked_at(density, family, x, quadratic, trace, key=jax.random.fold_in(key, 1))
+
+
+def _looked_at(
+    density: LogDensity, family: Family, x: np.ndarray, quadratic: Quadratic, trace: Trace, *, key: jax.Array
+) -> Optimum:
+    """A member with the control variate that suits it, and its ELBO on draws of their own."""
+    draws = (
+        max(_PROJECTION_DRAWS, _power_of_two(4 * density.size)) if quadratic.precision.ndim > 1 else _PROJECTION_DRAWS
+    )
+    member = family.member(x)
+    near = project(density, family, member, quadratic, key=jax.random.fold_in(key, 0), draws=draws)
+    base = matched_draws(_COMPARED_DRAWS, family.base, key=jax.random.fold_in(key, 1))
+    terms = FixedDrawsELBO(density, family, near, base).each(x)
+    elbo = Estimate.of_mean(terms) if np.isfinite(terms).all() else Estimate(-math.inf, math.nan)
+    return Optimum(family, x, near, elbo, trace)
+
+
+def _distinct(optima: Sequence[Optimum]) -> tuple[Optimum, ...]:
+    """The optima, the best first, each one once."""
+    kept: list[Optimum] = []
+    for optimum in sorted(optima, key=lambda optimum: -optimum.elbo.value):
+        for number, other in enumerate(kept):
+            if _is_same(optimum, other):
+                kept[number] = replace(other, found=other.found + 1)
+                break
+        else:
+            kept.append(optimum)
+    return tuple(kept)
+
+
+def _is_same(first: Optimum, second: Optimum) -> bool:
+    """Whether two climbs ended at one optimum: as high within their errors, and in the same place."""
+    apart = first.member.loc - second.member.loc
+    distance = apart @ second.quadratic.times(apart[None])[0]
+    high = abs(first.elbo.value - second.elbo.value)
+    return bool(distance < _SAME_OPTIMUM**2 and high < 0.5 + 3 * math.hypot(first.elbo.se, second.elbo.se))
+
+
+def _not_below(
+    density: LogDensity, best: Optimum, smaller: Sequence[Member], *, key: jax.Array, report: Report
+) -> Optimum:
+    """The optimum, or one climbed from the best of a smaller family where that lies above it on common draws."""
+    for number, member in enumerate(smaller):
+        own = jax.random.fold_in(key, number)
+        x = best.family.near(member)
+        base = matched_draws(_COMPARED_DRAWS, best.family.base, key=jax.random.fold_in(own, 0))
+        objective = FixedDrawsELBO(density, best.family, best.quadratic, base)
+        gain = objective.each(x) - objective.each(best.x)
+        if not np.isfinite(gain).all() or Estimate.of_mean(gain).value <= 0:
+            continue
+        base = matched_draws(_MOST_DRAWS // 4, best.family.base, key=jax.random.fold_in(own, 1))
+        objective = FixedDrawsELBO(density, best.family, best.quadratic, base)
+        climbed = climb(objective, x, residual=0.01, report=lambda n, elbo: report("climbing", n, n + 1, elbo))
+        trace = Trace(np.arange(1.0, climbed.evaluations + 1), climbed.course, np.zeros(climbed.evaluations))
+        other = _looked_at(density, best.family, climbed.x, best.quadratic, trace, key=jax.random.fold_in(own, 2))
+        if other.elbo.value > best.elbo.value:
+            best = other
+    return best
+
+
+def _proved(
+    density: LogDensity,
+    best: Optimum,
+    scope: Scope,
+    *,
+    key: jax.Array,
+    tolerance: float,
+    budget: int,
+    report: Report,
+) -> tuple[Optimum, Certificate | None, str]:
+    """The optimum, improved until its certificate is below the tolerance; if it is not, a sentence on why not."""
+    spent_before = density.evaluations
+    certificate: Certificate | None = None
+    draws = _first_draws(best.family)
+    why = f"more than {_ROUNDS} rounds of it"
+    for number in range(_ROUNDS):
+        own = jax.random.fold_in(key, number)
+        spent = density.evaluations - spent_before
+        if spent + SETS * _EVALUATIONS_EXPECTED * draws > budget:
+            why = f"{budget:,} gradients, {_BUDGET}"
+            break
+        bounded = bound_gap(
+            density,
+            best.family,
+            best.x,
+            best.quadratic,
+            key=jax.random.fold_in(own, 0),
+            draws=draws,
+            residual=tolerance / 100,
+            scope=scope,
+            report=lambda steps, elbo: report("certificate", steps, steps + 1, elbo),
+        )
+        if certificate is None or bounded.certificate.limit < certificate.limit:
+            certificate = bounded.certificate
+        if certificate.limit <= tolerance:
+            return best, certificate, ""
+        if draws == _MOST_DRAWS and number > 0 and not bounded.certificate.limit < 2 * certificate.limit:
+            why = f"{draws:,} draws are too few for {best.family.parameters:,} parameters"
+            break
+        moved, gain = _moved(density, best, bounded, draws, key=jax.random.fold_in(own, 1))
+        # What the bound is too high by shrinks as draws grow, what the fit lacks does not.
+        optimism = max(bounded.certificate.limit - max(gain, 0.0), 0.0)
+        wanted = draws * optimism / (tolerance / 2) if math.isfinite(optimism) else 4 * draws
+        if gain > 0:
+            best = moved
+        elif draws == _MOST_DRAWS:
+            why = f"{draws:,} draws are too few for {best.family.parameters:,} parameters"
+            break
+        draws = int(np.clip(_power_of_two(wanted), draws, min(16 * draws, _MOST_DRAWS)))
+    if certificate is None or not math.isfinite(certificate.limit):
+        return best, None, f"no bound: {why}"
+    return best, certificate, f"up to {certificate.limit:.2g} nats: {why}"
+
+
+def _moved(
+    density: LogDensity, best: Optimum, bounded: Bounded, draws: int, *, key: jax.Array
+) -> tuple[Optimum, float]:
+    """The mean of what the certificate's sets of draws were fitted by, and its gain on draws of their own, in nats."""
+    # Nearly as good as a member fitted to all sets of draws at once.
+    x = best.family.mean([end.x for end in bounded.ends])
+    base = matched_draws(draws, best.family.base, key=jax.random.fold_in(key, 0))
+    objective = FixedDrawsELBO(density, best.family, best.quadratic, base)
+    gain = objective.each(x) - objective.each(best.x)
+    if not np.isfinite(gain).all():
+        return best, -math.inf
+    moved = _looked_at(density, best.family, x, best.quadratic, best.trace, key=jax.random.fold_in(key, 1))
+    return moved, float(gain.mean())
+
+
+def _estimated(
+    density: LogDensity, best: Optimum, *, key: jax.Array, tolerance: float
+) -> tuple[Optimum, Certificate | None, str]:
+    """The optimum with Newton's decrement, and a sentence where that is above the tolerance."""
+    member = best.member
+    assert member.factor is not None
+    certificate = estimate_gap(density, member.loc, member.factor, key=key, draws=_DECREMENT_DRAWS)
+    if certificate.limit <= tolerance:
+        return best, certificate, ""
+    why = f"{len(best.trace.steps)} natural-gradient steps were taken"
+    return best, certificate, f"up to {certificate.limit:.2g} nats, an estimate: {why}"
+
+
+def _measured(density: LogDensity, best: Optimum, *, key: jax.Array) -> tuple[Estimate, np.ndarray]:
+    """The ELBO in nats on independent draws, the control variate used, and log p(x, z) - log q(z) at them."""
+    family, member = best.family, best.member
+    base = generator(key).standard_normal((_ELBO_DRAWS, family.base))
+    points = family.points(member, base)
+    values, _ = density.over(points)
+    known, _ = best.quadratic.at(points)
+    exact, _ = family.exact(best.x, member, best.quadratic)
+    terms = values - known + exact
+    apart = np.einsum("ni,ni->n", points - member.loc, family.scores(member, base))
+    log_q = -0.5 * apart - (family.entropy(member) - 0.5 * family.size)
+    elbo = Estimate.of_mean(terms) if np.isfinite(terms).all() else Estimate(-math.inf, math.nan)
+    return elbo, values - log_q
+
+
+def _failed(climbed: Sequence[Optimum], begun: float) -> GaussianFit:
+    """The first start's end, which has no finite ELBO."""
+    first = climbed[0]
+    message = "no start led to a Gaussian all of whose draws have a finite density"
+    nothing = Estimate(-math.inf, math.nan)
+    seconds = time.perf_counter() - begun
+    return GaussianFit(Status.DIVERGED, message, first.member, nothing, np.empty(0), None, tuple(climbed), seconds)
+
+
+def _first_draws(family: Family) -> int:
+    """About one for each parameter, within limits, and enough for their moments to be matched."""
+    wanted = np.clip(_power_of_two(family.parameters), _LEAST_DRAWS, _FIRST_DRAWS)
+    return int(max(wanted, min(_power_of_two(4 * family.base), _MOST_DRAWS)))
+
+
+def _power_of_two(least: float) -> int:
+    """The smallest power of two that is not below a number."""
+    return 1 << max(0, math.ceil(math.log2(max(least, 1.0))))

@@ -1,0 +1,504 @@
+"""Gaussian families as functions of standard normal base draws, in coordinates in which each is easy to climb.
+
+A member is a vector of dimensionless parameters, zero at the frame: the family's best approximation of a Gaussian with
+a given location and precision. There the ELBO's curvature is about one in every parameter, whatever the model's units
+and correlations (exactly so for a location and a Cholesky factor, where the posterior is Gaussian).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import scipy.linalg
+
+_LOG_2PI = float(np.log(2 * np.pi))
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """h(z) = gradient (z - centre) - (z - centre)' precision (z - centre) / 2, in nats.
+
+    Its mean over any Gaussian is known, which makes it a control variate: what is left of log p to be averaged over
+    draws is only what is not quadratic. With the means of log p's gradient and Hessian over q it is the projection of
+    log p on quadratics in L2(q), by Stein's identities, and no other quadratic leaves less variance.
+
+    Attributes:
+        centre: Shape (size,).
+        gradient: Shape (size,).
+        precision: Shape (size, size), or (size,) where only a diagonal is known; need not be positive definite.
+    """
+
+    centre: np.ndarray
+    gradient: np.ndarray
+    precision: np.ndarray
+
+    def at(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Values (n,) and gradients (n, size) at points (n, size)."""
+        apart = points - self.centre
+        pulled = self.times(apart)
+        return apart @ self.gradient - 0.5 * np.einsum("ni,ni->n", apart, pulled), self.gradient - pulled
+
+    def times(self, vectors: np.ndarray) -> np.ndarray:
+        """`vectors @ precision`, for vectors (..., size)."""
+        return vectors * self.precision if self.precision.ndim == 1 else vectors @ self.precision
+
+    def at_one(self, point: np.ndarray) -> tuple[float, np.ndarray]:
+        """Value and gradient (size,) at a point (size,)."""
+        values, gradients = self.at(point[None])
+        return float(values[0]), gradients[0]
+
+    @property
+    def diagonal(self) -> np.ndarray:
+        """The precision's diagonal (size,)."""
+        return self.precision if self.precision.ndim == 1 else np.diag(self.precision)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A Gaussian of a family: where it lies and what one of its draws is made of.
+
+    Attributes:
+        loc: Shape (size,).
+        scale: Shape (size,), for a diagonal or low-rank covariance: S in S (I + W W') S; None otherwise.
+        columns: W, shape (size, rank), for a low-rank covariance; None otherwise.
+        factor: A square root of the covariance, (size, size), lower-triangular once its rows are in the family's
+            order; None otherwise.
+    """
+
+    loc: np.ndarray
+    scale: np.ndarray | None = None
+    columns: np.ndarray | None = None
+    factor: np.ndarray | None = None
+
+    def covariance(self) -> np.ndarray:
+        """Shape (size, size)."""
+        if self.factor is not None:
+            return self.factor @ self.factor.T
+        covariance = np.diag(_scale(self) ** 2)
+        if self.columns is not None:
+            scaled = _scale(self)[:, None] * self.columns
+            covariance += scaled @ scaled.T
+        return covariance
+
+
+class Family(Protocol):
+    """A set of Gaussians, each named by a vector of parameters.
+
+    Attributes:
+        size: Coordinates of a draw.
+        base: Standard normal numbers that a draw takes.
+        parameters: How many parameters a member has.
+    """
+
+    size: int
+    base: int
+    parameters: int
+
+    def member(self, x: np.ndarray) -> Member:
+        """The Gaussian of these parameters (parameters,)."""
+        ...
+
+    def near(self, member: Member) -> np.ndarray:
+        """The parameters of a Gaussian that lies in the family."""
+        ...
+
+    def points(self, member: Member, base: np.ndarray) -> np.ndarray:
+        """Draws (n, size), one for each row of base (n, base)."""
+        ...
+
+    def scores(self, member: Member, base: np.ndarray) -> np.ndarray:
+        """Minus the gradient of log q at the draws, covariance^-1 (z - loc), (n, size)."""
+        ...
+
+    def pull(self, x: np.ndarray, member: Member, base: np.ndarray, gradients: np.ndarray) -> np.ndarray:
+        """The gradient (parameters,) of a mean over draws, from its gradients at the draws (n, size)."""
+        ...
+
+    def mean(self, members: Sequence[np.ndarray]) -> np.ndarray:
+        """Parameters in the middle of several near each other."""
+        ...
+
+    def entropy(self, member: Member) -> float:
+        """In nats."""
+        ...
+
+    def exact(self, x: np.ndarray, member: Member, quadratic: Quadratic) -> tuple[float, np.ndarray]:
+        """Entropy plus the mean of a quadratic over the member, in nats, and its gradient (parameters,)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where a family's parameters are zero, and what they are measured with.
+
+    Attributes:
+        loc: Shape (size,).
+        precision: Of the Gaussian that the frame follows, (size, size), or its diagonal (size,).
+        factor: The lower Cholesky factor of its covariance, (size, size), or the sds (size,).
+    """
+
+    loc: np.ndarray
+    precision: np.ndarray
+    factor: np.ndarray
+
+    @classmethod
+    def of(cls, loc: np.ndarray, precision: np.ndarray) -> Frame:
+        """The frame of N(loc, precision^-1)."""
+        if precision.ndim == 1:
+            return cls(loc, precision, precision**-0.5)
+        return cls(loc, precision, inverse_factor(precision))
+
+    def move(self, shift: np.ndarray) -> np.ndarray:
+        """A vector (size,), or columns (size, n), in the model's units from one in the frame's."""
+        return (self.factor * shift.T).T if self.factor.ndim == 1 else self.factor @ shift
+
+    def pull(self, gradient: np.ndarray) -> np.ndarray:
+        """The gradient in the frame's units from one in the model's."""
+        return (self.factor * gradient.T).T if self.factor.ndim == 1 else self.factor.T @ gradient
+
+    def measure(self, vector: np.ndarray) -> np.ndarray:
+        """A vector in the frame's units from one in the model's."""
+        if self.factor.ndim == 1:
+            return (vector.T / self.factor).T
+        return scipy.linalg.solve_triangular(self.factor, vector, lower=True)
+
+    @property
+    def diagonal(self) -> np.ndarray:
+        """The precision's diagonal (size,)."""
+        return self.precision if self.precision.ndim == 1 else np.diag(self.precision)
+
+
+def inverse_factor(precision: np.ndarray) -> np.ndarray:
+    """The lower Cholesky factor of the inverse of a positive definite matrix."""
+    # With the order of coordinates reversed, the inverse of an upper factor is a lower one of the inverse.
+    upper = scipy.linalg.cholesky(precision[::-1, ::-1], lower=True, check_finite=False)
+    inverse = scipy.linalg.solve_triangular(upper, np.eye(len(precision)), lower=True, check_finite=False)
+    return np.ascontiguousarray(inverse.T[::-1, ::-1])
+
+
+_FLOOR = 1e-4
+_ROOT_2 = float(np.sqrt(2.0))  # a log scale's curvature is 2: in these units it is 1
+
+
+class Diagonal:
+    """Independent coordinates: a location and log sds.
+
+    Args:
+        frame: What the parameters are measured with.
+    """
+
+    def __init__(self, frame: Frame) -> None:
+        self._frame = frame
+        self.size = self.base = len(frame.loc)
+        self.parameters = 2 * self.size
+        # The best factorised Gaussian has the precision's diagonal (Bishop 2006, section 10.1.2).
+        self._scale = frame.diagonal**-0.5
+
+    def member(self, x: np.ndarray) -> Member:
+        """The Gaussian of these parameters."""
+        shift, log_scale = np.split(x, 2)
+        return Member(self._frame.loc + self._frame.move(shift), self._scale * np.exp(log_scale / _ROOT_2))
+
+    def near(self, member: Member) -> np.ndarray:
+        """The parameters of a diagonal Gaussian."""
+        shift = self._frame.measure(member.loc - self._frame.loc)
+        return np.concatenate([shift, _ROOT_2 * np.log(_scale(member) / self._scale)])
+
+    def points(self, member: Member, base: np.ndarray) -> np.ndarray:
+        """Draws."""
+        return member.loc + _scale(member) * base
+
+    def scores(self, member: Member, base: np.ndarray) -> np.ndarray:
+        """Minus the gradient of log q at the draws."""
+        return base / _scale(member)
+
+    def pull(self, x: np.ndarray, member: Member, base: np.ndarray, gradients: np.ndarray) -> np.ndarray:
+        """The gradient of a mean over draws."""
+        by_scale = _scale(member) * np.einsum("ni,ni->i", gradients, base) / len(base)
+        return np.concatenate([self._frame.pull(gradients.mean(0)), by_scale / _ROOT_2])
+
+    def mean(self, members: Sequence[np.ndarray]) -> np.ndarray:
+        """Parameters in the middle."""
+        return np.mean(members, axis=0)
+
+    def entropy(self, member: Member) -> float:
+        """In nats."""
+        return float(np.log(_scale(member)).sum()) + 0.5 * self.size * (1 + _LOG_2PI)
+
+    def exact(self, x: np.ndarray, member: Member, quadratic: Quadratic) -> tuple[float, np.ndarray]:
+        """Entropy plus the mean of a quadratic."""
+        value, by_loc = quadratic.at_one(member.loc)
+        spread = quadratic.diagonal * _scale(member) ** 2
+        gradient = np.concatenate([self._frame.pull(by_loc), (1 - spread) / _ROOT_2])
+        return value + self.entropy(member) - 0.5 * float(spread.sum()), gradient
+
+
+class Triangular:
+    """A location and a Cholesky factor, full or zero outside a pattern, in an order of the coordinates.
+
+    The factor is the frame's own times a triangular matrix with the same pattern; patterns must be such that the
+    product has it too (everything; blocks; blocks each of which is coupled to the shared coordinates before them).
+
+    Args:
+        frame: What the parameters are measured with.
+        order: `order[k]` is the coordinate in place k; the draws' own order if None.
+        pattern: Which entries of the factor, in that order, may differ from zero, (size, size); all if None.
+    """
+
+    def __init__(self, frame: Frame, order: np.ndarray | None = None, pattern: np.ndarray | None = None) -> None:
+        self._frame = frame
+        self.size = self.base = len(frame.loc)
+        self._order = np.arange(self.size) if order is None else order
+        precision = np.diag(frame.precision) if frame.precision.ndim == 1 else frame.precision
+        precision = precision[np.ix_(self._order, self._order)]
+        allowed = np.tril(np.ones_like(precision, dtype=bool) if pattern is None else pattern)
+        self._root = inverse_factor(precision) if pattern is None else best_factor(precision, allowed)
+        self._below = np.flatnonzero(np.tril(allowed, -1))
+        self.parameters = 2 * self.size + len(self._below)
+
+    def member(self, x: np.ndarray) -> Member:
+        """The Gaussian of these parameters."""
+        shift, log_diagonal, below = self._split(x)
+        triangle = np.zeros_like(self._root)
+        triangle.flat[self._below] = below
+        np.fill_diagonal(triangle, np.exp(log_diagonal / _ROOT_2))
+        factor = np.empty_like(triangle)
+        factor[self._order] = self._root @ triangle
+        return Member(self._frame.loc + self._frame.move(shift), factor=factor)
+
+    def near(self, member: Member) -> np.ndarray:
+        """The parameters of a Gaussian whose factor has the pattern, or of any Gaussian if there is no pattern."""
+        shift = self._frame.measure(member.loc - self._frame.loc)
+        if member.factor is None:
+            ordered = np.linalg.cholesky(member.covariance()[np.ix_(self._order, self._order)])
+        else:
+            ordered = self._ordered(member)
+        triangle = scipy.linalg.solve_triangular(self._root, ordered, lower=True)
+        return np.concatenate([shift, _ROOT_2 * np.log(np.diag(triangle)), triangle.flat[self._below]])
+
+    def points(self, member: Member, base: np.ndarray) -> np.ndarray:
+        """Draws."""
+        return member.loc + base @ _factor(member).T
+
+    def scores(self, member: Member, base: np.ndarray) -> np.ndarray:
+        """Minus the gradient of log q at the draws."""
+        scores = np.empty_like(base)
+        scores[:, self._order] = scipy.linalg.solve_triangular(self._ordered(member), base.T, lower=True, trans="T").T
+        return scores
+
+    def pull(self, x: np.ndarray, member: Member, base: np.ndarray, gradients: np.ndarray) -> np.ndarray:
+        """The gradient of a mean over draws."""
+        product = self._root.T @ (gradients[:, self._order].T @ base / len(base))
+        return self._packed(x, self._frame.pull(gradients.mean(0)), product)
+
+    def mean(self, members: Sequence[np.ndarray]) -> np.ndarray:
+        """Parameters in the middle."""
+        return np.mean(members, axis=0)
+
+    def entropy(self, member: Member) -> float:
+        """In nats."""
+        return float(np.log(np.diag(self._ordered(member))).sum()) + 0.5 * self.size * (1 + _LOG_2PI)
+
+    def exact(self, x: np.ndarray, member: Member, quadratic: Quadratic) -> tuple[float, np.ndarray]:
+        """Entropy plus the mean of a quadratic."""
+        value, by_loc = quadratic.at_one(member.loc)
+        pulled = quadratic.times(_factor(member).T).T
+        value += self.entropy(member) - 0.5 * float(np.einsum("ij,ij->", _factor(member), pulled))
+        gradient = self._packed(x, self._frame.pull(by_loc), -self._root.T @ pulled[self._order])
+        gradient[self.size : 2 * self.size] += 1 / _ROOT_2
+        return value, gradient
+
+    def _split(self, x: np.ndarray) -> list[np.ndarray]:
+        return np.split(x, [self.size, 2 * self.size])
+
+    def _packed(self, x: np.ndarray, shift: np.ndarray, product: np.ndarray) -> np.ndarray:
+        """The gradient, from those with respect to the shift and to the triangular matrix."""
+        _, log_diagonal, _ = self._split(x)
+        by_diagonal = np.diag(product) * np.exp(log_diagonal / _ROOT_2) / _ROOT_2
+        return np.concatenate([shift, by_diagonal, product.flat[self._below]])
+
+    def _ordered(self, member: Member) -> np.ndarray:
+        """The member's factor with its rows in the family's order: lower-triangular."""
+        return _factor(member)[self._order]
+
+
+class LowRank:
+    """A diagonal plus a few columns: covariance S (I + W W') S, S = diag(scale), as NumPyro has it.
+
+    The parameters are those of B = S W and of S: in these a coordinate whose own scale goes to zero (a Heywood case, as
+    in factor analysis) drags no other parameter along. The scale stops at a ten-thousandth of the frame's, where what
+    is left to gain is a hundred-millionth of a nat or so and W is still a number.
+
+    Args:
+        frame: What the parameters are measured with.
+        rank: Columns of W.
+    """
+
+    def __init__(self, frame: Frame, rank: int) -> None:
+        self._frame, self.rank = frame, rank
+        self.size = len(frame.loc)
+        self.base = self.size + rank
+        self.parameters = self.size * (2 + rank)
+        if frame.precision.ndim == 1:
+            self._scale, columns = frame.precision**-0.5, np.zeros((self.size, rank))
+        else:
+            self._scale, columns = best_low_rank(frame.precision, rank)
+        # A column of zeros is a saddle of the ELBO, from which no gradient leads away.
+        columns = columns + 1e-3 * np.random.default_rng(0).standard_normal(columns.shape)
+        self._columns = self._scale[:, None] * columns
+
+    def member(self, x: np.ndarray) -> Member:
+        """The Gaussian of these parameters."""
+        shift, log_scale, columns = np.split(x, [self.size, 2 * self.size])
+        scale = self._scale * (_FLOOR + np.exp(log_scale / _ROOT_2))
+        moved = self._columns + self._frame.move(columns.reshape(self.size, self.rank))
+        return Member(self._frame.loc + self._frame.move(shift), scale, moved / scale[:, None])
+
+    def near(self, member: Member) -> np.ndarray:
+        """The parameters of a low-rank Gaussian of at most this rank, or of a diagonal one."""
+        columns = -self._columns
+        if member.columns is not None:
+            columns[:, : member.columns.shape[1]] += _scale(member)[:, None] * member.columns
+        shift = self._frame.measure(member.loc - self._frame.loc)
+        above_floor = np.maximum(_scale(member) / self._scale - _FLOOR, _FLOOR / 10)
+        return np.concatenate([shift, _ROOT_2 * np.log(above_floor), self._frame.measure(columns).ravel()])
+
+    def points(self, member: Member, base: np.ndarray) -> np.ndarray:
+        """Draws."""
+        return member.loc + _scale(member) * self._mixed(member, base)
+
+    def scores(self, member: Member, base: np.ndarray) -> np.ndarray:
+        """Minus the gradient of log q at the draws."""
+        mixed, columns = self._mixed(member, base), _columns(member)
+        # (I + W W')^-1 v = v - W (I + W' W)^-1 W' v
+        solved = mixed - np.linalg.solve(self._inner(member), columns.T @ mixed.T).T @ columns.T
+        return solved / _scale(member)
+
+    def pull(self, x: np.ndarray, member: Member, base: np.ndarray, gradients: np.ndarray) -> np.ndarray:
+        """The gradient of a mean over draws."""
+        by_scale = _scale(member) * np.einsum("ni,ni->i", gradients, base[:, : self.size]) / len(base)
+        by_columns = gradients.T @ base[:, self.size :] / len(base)
+        return self._packed(x, gradients.mean(0), by_scale, by_columns)
+
+    def mean(self, members: Sequence[np.ndarray]) -> np.ndarray:
+        """Parameters in the middle, once every member's columns are turned to lie as the first one's do.
+
+        A rotation of the columns changes no Gaussian; the mean of differently turned ones would be another.
+        """
+        first = self._whitened(members[0])
+        turned = []
+        for x in members:
+            columns = self._whitened(x)
+            rotation, _ = scipy.linalg.orthogonal_procrustes(columns, first)
+            begin = self._frame.measure(self._columns)
+            turned.append(np.concatenate([x[: 2 * self.size], (columns @ rotation - begin).ravel()]))
+        return np.mean(turned, axis=0)
+
+    def _whitened(self, x: np.ndarray) -> np.ndarray:
+        """The columns S W in the frame's units, (size, rank)."""
+        return self._frame.measure(self._columns) + x[2 * self.size :].reshape(self.size, self.rank)
+
+    def entropy(self, member: Member) -> float:
+        """In nats."""
+        spread = np.log(_scale(member)).sum() + 0.5 * np.linalg.slogdet(self._inner(member))[1]
+        return float(spread) + 0.5 * self.size * (1 + _LOG_2PI)
+
+    def exact(self, x: np.ndarray, member: Member, quadratic: Quadratic) -> tuple[float, np.ndarray]:
+        """Entropy plus the mean of a quadratic."""
+        value, by_loc = quadratic.at_one(member.loc)
+        scale, columns = _scale(member), _columns(member)
+        moved = scale[:, None] * columns
+        pulled = quadratic.times(moved.T).T
+        spread = quadratic.diagonal * scale**2
+        solved = np.linalg.solve(self._inner(member), columns.T).T
+        value += self.entropy(member) - 0.5 * float(spread.sum() + np.einsum("ir,ir->", moved, pulled))
+        by_scale = 1 - spread - np.einsum("ir,ir->i", columns, solved)
+        return value, self._packed(x, by_loc, by_scale, solved / scale[:, None] - pulled)
+
+    def _mixed(self, member: Member, base: np.ndarray) -> np.ndarray:
+        """Draws in units of the scale, (n, size)."""
+        return base[:, : self.size] + base[:, self.size :] @ _columns(member).T
+
+    def _inner(self, member: Member) -> np.ndarray:
+        """I + W' W, (rank, rank)."""
+        return np.eye(self.rank) + _columns(member).T @ _columns(member)
+
+    def _packed(self, x: np.ndarray, loc: np.ndarray, log_scale: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """The gradient, from those with respect to location, log scale and columns in the model's units."""
+        above_floor = np.exp(x[self.size : 2 * self.size] / _ROOT_2)
+        by_scale = log_scale * above_floor / (_FLOOR + above_floor) / _ROOT_2
+        return np.concatenate([self._frame.pull(loc), by_scale, self._frame.pull(columns).ravel()])
+
+
+def _scale(member: Member) -> np.ndarray:
+    if member.scale is None:
+        raise ValueError("Expected a Gaussian with a scale of its own for each coordinate; got a Cholesky factor.")
+    return member.scale
+
+
+def _columns(member: Member) -> np.ndarray:
+    if member.columns is None:
+        raise ValueError("Expected a low-rank Gaussian; got one without columns.")
+    return member.columns
+
+
+def _factor(member: Member) -> np.ndarray:
+    if member.factor is None:
+        raise ValueError("Expected a Gaussian with a Cholesky factor; got one without.")
+    return member.factor
+
+
+def best_factor(precision: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+    """The lower-triangular factor L, zero where not allowed, of the Gaussian nearest in KL(q || p) to N(0, P^-1).
+
+    KL(q || p) is a sum over L's columns, l' P l / 2 - log l_k, each with a closed optimum on its own support: the first
+    column of the inverse of P there, scaled.
+
+    Args:
+        precision: P, shape (size, size), positive definite.
+        allowed: Shape (size, size), lower-triangular, with the diagonal.
+    """
+    factor = np.zeros_like(precision)
+    for k in range(len(precision)):
+        support = np.flatnonzero(allowed[:, k])  # in ascending order: k comes first
+        unit = np.zeros(len(support))
+        unit[0] = 1.0
+        column = scipy.linalg.solve(precision[np.ix_(support, support)], unit, assume_a="pos")
+        factor[support, k] = column / np.sqrt(column[0])
+    return factor
+
+
+def best_low_rank(
+    precision: np.ndarray, rank: int, *, rounds: int = 50, tolerance: float = 0.01
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scale (size,) and factor (size, rank) of the low-rank Gaussian nearest in KL(q || p) to N(0, precision^-1).
+
+    q has covariance S (I + W W') S with S = diag(scale). Given S, W lies along the eigenvectors of S precision S with
+    the smallest eigenvalues; given W, each scale solves a quadratic. Both are exact, so the KL falls in every round.
+
+    Args:
+        precision: Shape (size, size), positive definite.
+        rank: Columns of the factor.
+        rounds: The most rounds.
+        tolerance: A fall of the KL in one round, in nats, at which they stop.
+    """
+    size = len(precision)
+    scale = 1 / np.sqrt(np.diag(precision))
+    factor = np.zeros((size, rank))
+    last = np.inf
+    for _ in range(rounds):
+        values, vectors = scipy.linalg.eigh(precision * np.outer(scale, scale), subset_by_index=(0, rank - 1))
+        factor = vectors * np.sqrt(np.maximum(1 / values - 1, 0))
+        weights = precision * (np.eye(size) + factor @ factor.T)
+        for i in range(size):
+            others = weights[i] @ scale - weights[i, i] * scale[i]
+            scale[i] = (np.sqrt(others**2 + 4 * weights[i, i]) - others) / (2 * weights[i, i])
+        inner = np.eye(rank) + factor.T @ factor
+        loss = 0.5 * (scale @ weights @ scale - np.linalg.slogdet(inner)[1]) - np.log(scale).sum()
+        if last - loss < tolerance:
+            break
+        last = loss
+    return scale, factor

@@ -1,0 +1,152 @@
+"""Fixed draws and a quasi-Newton method: the ELBO on common base draws is a smooth function with a maximum to find.
+
+Reference: Giordano, Ingram & Broderick (2024), Black box variational inference with a deterministic objective (DADVI);
+Burroni, Domke & Sheldon (2024), Sample average approximation for black-box VI. Here the draws' first two moments are
+matched to the normal's (`matched_draws`), so that fewer draws do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import OptimizeResult, minimize
+from scipy.sparse.linalg import LinearOperator, cg
+
+from toolkit.variational.density import LogDensity
+from toolkit.variational.gaussians import Family, Quadratic
+
+_MEMORY = 20  # pairs of steps that L-BFGS remembers
+_EVALUATIONS = 200
+_DIFFERENCE = 1e-5  # of a curvature's difference quotient, in working parameters
+_FLATTEST = 0.01
+_CG_STEPS = 100
+
+
+class FixedDrawsELBO:
+    """The ELBO in nats as a function of a family's parameters, on base draws that do not change.
+
+    Args:
+        density: Log p(x, z).
+        family: Whose members are compared.
+        quadratic: Near log p: a control variate for single ELBOs, and the curvature by which a climb's end is judged.
+        base: Base draws, (draws, family.base).
+    """
+
+    def __init__(self, density: LogDensity, family: Family, quadratic: Quadratic, base: np.ndarray) -> None:
+        self.density, self.family, self.quadratic, self.base = density, family, quadratic, base
+        self._nothing = Quadratic(quadratic.centre, np.zeros(family.size), np.zeros(family.size))
+
+    def __call__(self, x: np.ndarray) -> tuple[float, np.ndarray]:
+        """ELBO and its gradient (parameters,); -inf where any draw's log density or gradient is not finite."""
+        member = self.family.member(x)
+        values, gradients = self.density.over(self.family.points(member, self.base))
+        entropy, by_entropy = self.family.exact(x, member, self._nothing)
+        elbo = float(values.mean()) + entropy
+        if not (np.isfinite(elbo) and np.isfinite(gradients).all()):
+            return -np.inf, np.zeros_like(x)
+        return elbo, self.family.pull(x, member, self.base, gradients) + by_entropy
+
+    def each(self, x: np.ndarray) -> np.ndarray:
+        """Terms (draws,) whose mean is the ELBO, each with the quadratic's deviation from its mean taken out."""
+        member = self.family.member(x)
+        points = self.family.points(member, self.base)
+        values, _ = self.density.over(points)
+        known, _ = self.quadratic.at(points)
+        return values - known + self.family.exact(x, member, self.quadratic)[0]
+
+
+@dataclass(frozen=True)
+class Climbed:
+    """Where a climb ended.
+
+    Attributes:
+        x: The parameters, (parameters,).
+        begun: The ELBO on these draws where it began, in nats.
+        elbo: The same where it ended; an optimum on these draws, and so too high as an estimate of the ELBO.
+        residual: What a further climb could still gain on these draws, in nats; see `remaining`.
+        evaluations: Of the ELBO and its gradient.
+        course: The ELBO at each evaluation, (evaluations,).
+    """
+
+    x: np.ndarray
+    begun: float
+    elbo: float
+    residual: float
+    evaluations: int
+    course: np.ndarray
+
+
+def climb(
+    objective: FixedDrawsELBO,
+    x: np.ndarray,
+    *,
+    residual: float,
+    max_evaluations: int = _EVALUATIONS,
+    report: Callable[[int, float], None] | None = None,
+) -> Climbed:
+    """The best member on fixed draws, by L-BFGS, up to a residual in nats.
+
+    Args:
+        objective: ELBO and gradient.
+        x: Where to begin.
+        residual: The climb ends when no more than this is left to gain.
+        max_evaluations: The most evaluations.
+        report: Called at each evaluation with its number and the ELBO.
+    """
+    best, course = (-np.inf, x, np.zeros_like(x)), list[float]()
+    left = np.inf
+
+    def loss(at: np.ndarray) -> tuple[float, np.ndarray]:
+        nonlocal best
+        elbo, gradient = objective(at)
+        course.append(elbo)
+        if report:
+            report(len(course), elbo)
+        if not np.isfinite(elbo):
+            return 1e300, np.zeros_like(at)  # a wall, which the line search turns away from
+        if elbo > best[0]:
+            best = elbo, at.copy(), gradient
+        return -elbo, -gradient
+
+    def enough(intermediate_result: OptimizeResult) -> None:
+        nonlocal left
+        _, at, gradient = best
+        left = remaining(objective, at, gradient) if gradient @ gradient < residual else np.inf
+        if left < residual:
+            raise StopIteration
+
+    limits = {"maxcor": _MEMORY, "maxfun": max_evaluations, "maxiter": max_evaluations, "ftol": 0.0, "gtol": 0.0}
+    with np.errstate(over="ignore", invalid="ignore"):
+        minimize(loss, x, jac=True, method="L-BFGS-B", callback=enough, options=limits)
+    elbo, found, gradient = best
+    left = remaining(objective, found, gradient) if np.isinf(left) and np.isfinite(elbo) else left
+    return Climbed(found, course[0], elbo, left, len(course), np.array(course))
+
+
+def remaining(objective: FixedDrawsELBO, x: np.ndarray, gradient: np.ndarray) -> float:
+    """What a climb could still gain, in nats: g' H^-1 g, twice what Newton's step would gain.
+
+    H is the curvature of the part of the ELBO that is known exactly, and costs no draws: in most directions it is about
+    one, but a family may have flat ones, in which a small gradient leads far. Directions flatter than a hundredth count
+    as a hundredth. By conjugate gradients, at most a hundred steps of them.
+
+    Args:
+        objective: The ELBO.
+        x: The parameters.
+        gradient: Of the ELBO there.
+    """
+
+    def slope(at: np.ndarray) -> np.ndarray:
+        return objective.family.exact(at, objective.family.member(at), objective.quadratic)[1]
+
+    def curved(vector: np.ndarray) -> np.ndarray:
+        length = np.linalg.norm(vector)
+        step = _DIFFERENCE / length if length > 0 else 0.0
+        bent = (slope(x - step * vector) - slope(x + step * vector)) / (2 * _DIFFERENCE) * length
+        return bent + _FLATTEST * vector
+
+    operator = LinearOperator((len(x), len(x)), matvec=curved, dtype=float)
+    solved, _ = cg(operator, gradient, rtol=0.1, maxiter=_CG_STEPS)
+    return float(max(gradient @ solved, gradient @ gradient))

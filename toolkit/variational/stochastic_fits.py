@@ -1,0 +1,199 @@
+"""Fits by NumPyro's SVI: any guide, any chart, one start at a time."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+import numpyro
+from numpyro import handlers
+from numpyro.infer import Trace_ELBO
+from numpyro.infer.autoguide import AutoLaplaceApproximation
+
+from toolkit.cost import Cost
+from toolkit.estimate import Estimate
+from toolkit.modelling.model import Model
+from toolkit.progress import Progress
+from toolkit.status import Status
+from toolkit.variational.building import build_guide
+from toolkit.variational.coordinates import Coordinates, coordinates
+from toolkit.variational.fits import Fit
+from toolkit.variational.guides import Guide
+from toolkit.variational.objectives import StickTheLandingELBO
+from toolkit.variational.solvers.svi import Programs, Solution, lower_programs, optimise
+from toolkit.variational.space import latent_space
+from toolkit.variational.starts import Start, Starts
+
+_PARTICLES = 8
+_FIRST_STEP = 0.01  # of Adam, where nothing is known of the parameters' scales
+# In the working coordinates: at most a twentieth of a posterior sd, and in d dimensions so much over sqrt(d), since the
+# noise of steps costs about d step^2 / 2 nats. Where the curvature is known, most of the way lies behind.
+_FIRST_STEP_OF_SD = 0.05
+_FIRST_STEP_WHITENED = 0.1
+_FIRST_STEP_UNKNOWN = 0.4
+_ELBO_DRAWS = 2_048
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A Gaussian guide's programs for a model: traced, and compiled by the time that `programs` returns them."""
+
+    model: Model
+    guide: Guide
+    coordinates: Coordinates
+    programs: Callable[[], Programs]
+
+
+def prepare(model: Model, guide: Guide, *, pool: Executor | None = None) -> Prepared | None:
+    """The programs that fit a guide from any start; None where they depend on the start, as a flow's do.
+
+    Args:
+        model: The model.
+        guide: The guide.
+        pool: Where to compile, beside whatever the caller goes on with; when first asked for if None.
+
+    Raises:
+        ValueError: The guide's chart is unknown, or the guide cannot be built for this model.
+    """
+    with jax.enable_x64(True):
+        space = latent_space(model, guide.chart)
+        built = build_guide(model, guide, space.unravel(np.zeros(space.size)))
+        chosen = coordinates(built, space)
+        if chosen is None:
+            return None
+        anywhere = Start(np.zeros(space.size), None, 0.0, 0.0, is_mode=False)
+        given = {"arrays": model.arrays, "frame": chosen.frame(anywhere)}
+        program = _without_frame(model.bound(guide.chart))
+        working = _working_guide(built, chosen)
+        loss = StickTheLandingELBO(_PARTICLES)
+        compiled = lower_programs(program, working, loss, given, jax.random.PRNGKey(0))
+    return Prepared(model, guide, chosen, pool.submit(compiled).result if pool else functools.cache(compiled))
+
+
+def fit_by_svi(
+    model: Model,
+    guide: Guide,
+    starts: Starts,
+    prepared: Prepared | None,
+    key: jax.Array,
+    tolerance: float,
+    max_gradients: int,
+    progress: Progress,
+) -> Fit:
+    """The best of the fits from each start, which share one budget and, for a Gaussian guide, one set of programs."""
+    progress(f"fit {guide.name}", 0, 1, "compiling")
+    prepared = prepared or prepare(model, guide)
+    cost = Cost()
+    if prepared:
+        programs = prepared.programs()
+        cost = Cost(programs.compile_seconds, peak_bytes=programs.peak_bytes)
+    max_steps = max(1, max_gradients // (_PARTICLES * len(starts.points)))
+    outcomes = [
+        _run(model, guide, prepared, starts, start, jax.random.fold_in(key, 1 + i), tolerance, max_steps, progress)
+        for i, start in enumerate(starts.points)
+    ]
+    # By draws other than those behind the reported ELBO, which would be too high for having won.
+    outcomes.sort(key=lambda outcome: -outcome[1])
+    best = outcomes[0][0]
+    runs = [run for run, _ in outcomes]
+    return replace(
+        best,
+        optima=tuple(run.elbo for run in runs if run.elbo is not None),
+        traces=tuple(trace for run in runs for trace in run.traces),
+        invalid_steps=sum(run.invalid_steps for run in runs),
+        cost=functools.reduce(operator.add, (run.cost for run in runs), cost),
+    )
+
+
+def _run(
+    model: Model,
+    guide: Guide,
+    prepared: Prepared | None,
+    starts: Starts,
+    start: Start,
+    key: jax.Array,
+    tolerance: float,
+    max_steps: int,
+    progress: Progress,
+) -> tuple[Fit, float]:
+    """One start's fit, and the ELBO to choose between starts by."""
+
+    def report(steps: int, expected: int, elbo: float) -> None:
+        # Never complete: a block that pays, or another start, may follow.
+        progress(f"fit {guide.name}", steps, max(expected, steps + 1), f"ELBO {elbo:.2f}")
+
+    built = build_guide(model, guide, starts.space.unravel(start.loc))
+    given: dict[str, Any] = {"arrays": model.arrays, "frame": {}}
+    if prepared:
+        given["frame"] = frame = prepared.coordinates.frame(start)
+        programs, compiling = prepared.programs(), 0.0
+        widest = _FIRST_STEP_UNKNOWN if start.precision is None else _FIRST_STEP_WHITENED
+        step_size = min(_FIRST_STEP_OF_SD, widest / starts.space.size**0.5)
+    else:
+        program, working = _without_frame(model.bound(guide.chart)), _without_frame(built)
+        programs = lower_programs(program, working, Trace_ELBO(_PARTICLES), given, key)()
+        compiling, step_size = programs.compile_seconds, _FIRST_STEP
+    solution = optimise(
+        programs, given, key=key, step_size=step_size, tolerance=tolerance, max_steps=max_steps, report=report
+    )
+    params = jax.device_get(programs.constrain(solution.params))
+    if prepared:
+        names = set(prepared.coordinates.initial)
+        own = {name: value for name, value in params.items() if name not in names}
+        moved = prepared.coordinates.to_params({name: params[name] for name in names}, frame)
+        params = own | jax.device_get(moved)
+    status, message = _outcome(solution, max_steps)
+    fitted = Fit(
+        guide,
+        model,
+        status,
+        message,
+        traces=(solution.trace,),
+        invalid_steps=solution.invalid_steps,
+        cost=replace(solution.cost, compile_seconds=compiling, peak_bytes=programs.peak_bytes),
+        autoguide=built,
+        params=params if status is not Status.DIVERGED else {},
+        start={name: np.asarray(value) for name, value in starts.space.unravel(start.loc).items()},
+    )
+    if not fitted.has_density:
+        return fitted, solution.compared
+    elbo, weights = solution.elbo, solution.log_weights
+    if isinstance(built, AutoLaplaceApproximation):  # what was climbed is the log density, not the Gaussian's ELBO
+        weights = fitted.log_weights(jax.random.fold_in(key, 1), _ELBO_DRAWS)
+        elbo = Estimate.of_mean(weights)
+    return replace(fitted, elbo=elbo, fresh_log_weights=weights), solution.compared
+
+
+def _working_guide(built: Any, chosen: Coordinates) -> Callable[..., Any]:
+    """The autoguide as a function of the dimensionless parameters, given the model's arrays and a start's frame."""
+
+    def working(*, arrays: Any, frame: Any) -> Any:
+        given = {name: numpyro.param(name, value) for name, value in chosen.initial.items()}
+        params = chosen.to_params(given, frame)
+        with handlers.block(hide=list(params)), handlers.substitute(data=params):
+            return built(**arrays)
+
+    return working
+
+
+def _without_frame(program: Callable[..., Any]) -> Callable[..., Any]:
+    """The model, or a guide in its own parameters, beside a working guide: it has no use for the frame."""
+    return lambda *, arrays, frame: program(**arrays)
+
+
+def _outcome(solution: Solution, max_steps: int) -> tuple[Status, str]:
+    message = f"{solution.invalid_steps} invalid steps were skipped" if solution.invalid_steps else ""
+    if not np.isfinite(solution.elbo.value):
+        weights = solution.log_weights
+        lost = f"{(~np.isfinite(weights)).sum():,} of {weights.size:,} draws of the guide have no finite density"
+        return Status.DIVERGED, f"{lost}; {message}" if message else lost
+    if not solution.arrived:
+        spent = solution.trace.steps[-1] >= max_steps
+        return (Status.BUDGET, message or f"{max_steps:,} steps") if spent else (Status.NOISY, message)
+    return Status.ARRIVED, message
