@@ -243,7 +243,7 @@ def test_khat_is_small_for_the_posterior_itself_and_larger_for_less(comparison: 
 def test_advice_names_the_guide_that_is_right(comparison: Comparison) -> None:
     assert comparison.advice[0].startswith("Report full_rank's intervals: all 4 of its quantities are right")
     assert any(text.startswith("mean_field may be used for means") for text in comparison.advice)
-    assert any(text.startswith("Give laplace more steps") for text in comparison.advice)
+    assert any(text.startswith("Give laplace a larger budget (`--max-gradients`)") for text in comparison.advice)
 
 
 def test_advice_compares_seconds_with_nuts_alone(model: Model, truth: Reference) -> None:
@@ -258,6 +258,14 @@ def test_advice_goes_up_the_ladder(model: Model, truth: Reference) -> None:
     advice = compare(model, truth, [_mean_field()], key=KEY).advice
     assert advice[0].startswith("Report the reference's intervals")
     assert "`--guides low_rank`" in advice[1]
+
+
+def test_advice_blames_no_family_whose_fit_is_unproven(model: Model, truth: Reference) -> None:
+    unproven = _mean_field(status=Status.UNPROVEN, message="up to 0.3 nats: the budget is used up")
+    few = _full_rank(status=Status.TOO_FEW_DRAWS)
+    advice = compare(model, truth, [unproven, few], key=KEY).advice
+    assert any(text.startswith("Before the family of mean_field is blamed, a larger budget") for text in advice)
+    assert any(text.startswith("Fit full_rank with `--solver svi`, or a smaller family") for text in advice)
 
 
 def test_advice_says_how_many_more_draws_would_decide(model: Model) -> None:

@@ -21,14 +21,19 @@ import reporting_fixture as studies
 import xarray as xr
 
 from toolkit.comparison.verdicts import Thresholds
+from toolkit.estimate import Estimate
+from toolkit.reporting.arrival import gap_cell, optima_cell, optima_sentences, solver_sentences
 from toolkit.reporting.differences import differences, worst_first
 from toolkit.reporting.figures.canvas import blank, drawn, file_png, file_svg, segments, styled
 from toolkit.reporting.figures.graph import Node, layered
 from toolkit.reporting.figures.pairs import binned_density, correlation_matrices, mass_levels, worst_pairs
+from toolkit.reporting.figures.traces import elbo_traces
 from toolkit.reporting.first_screen import health, next_commands
 from toolkit.reporting.palette import INK, PAGE, PLAIN, SOFT, TEXTS, looks
 from toolkit.reporting.reports import Report, render
 from toolkit.reporting.tables import minus, number, significant
+from toolkit.status import Status
+from toolkit.variational.certificates import Certificate, Scope
 
 GOLDEN = Path(__file__).parent / "golden"
 VOID = {"meta", "link", "br", "img", "input", "hr", "wbr"}
@@ -307,10 +312,114 @@ def test_unwritable_folder_is_one_sentence(report: Report, tmp_path: Path) -> No
 def test_worst_of_each_column_is_marked_once(report: Report) -> None:
     table = report.markdown.split("## By how much?")[1].split("Bold:")[0]
     rows = [line.split("|")[2:-1] for line in table.strip().splitlines()[2:]]
-    assert all(sum("**" in row[column] for row in rows) == 1 for column in range(6))
+    # The gap is not marked: the worst is a guide without a limit.
+    assert [sum("**" in row[column] for row in rows) for column in range(7)] == [1, 0, 1, 1, 1, 1, 1]
     # The mean field has the lowest ELBO, the low rank one did not arrive and is shifted most.
     assert "**−77.31 ± 0.02**" in rows[0][0]
-    assert "**" in rows[1][1]
+    assert "**" in rows[1][2]
+
+
+def _fit(**given: object) -> SimpleNamespace:
+    """The mean field of the synthetic study, with other ends."""
+    return SimpleNamespace(**{**vars(studies.make_study(3, focus=False).fits[0]), **given})
+
+
+@pytest.mark.parametrize(
+    ("given", "text", "note"),
+    [
+        ({}, "0.062", "global bound"),
+        ({"certificate": Certificate(Estimate(0.3, 0.1), 0.5349, Scope.ESTIMATE, 4_096, 4)}, "0.54", "estimate"),
+        ({"certificate": None, "status": Status.TOO_FEW_DRAWS}, "–", "too few draws"),
+        ({"certificate": None, "status": Status.BUDGET}, "–", "budget used up"),
+        ({"certificate": None, "status": Status.BUDGET, "solver": "svi"}, "–", "SVI gives none"),
+        ({"certificate": None, "status": Status.DIVERGED, "usable": False}, "–", "no fit"),
+        ({"certificate": Certificate(Estimate(0.3, 0.1), np.inf, Scope.LOCAL, 8, 4)}, "–", "no finite limit"),
+    ],
+)
+def test_beside_the_elbo_stands_the_gap_or_why_there_is_none(given: dict[str, object], text: str, note: str) -> None:
+    cell = gap_cell(_fit(**given))
+    assert (cell.text, cell.note) == (text, note)
+
+
+def test_optima_are_counted_and_the_best_is_named() -> None:
+    assert optima_sentences([_fit()]) == []
+    optima = (Estimate(-50.0, 0.03), Estimate(-57.0, 0.04), Estimate(-54.0, 0.02))
+    cell = optima_cell(_fit(optima=optima))
+    assert (cell.text, cell.note) == ("3", "7.00 ± 0.05 nats apart")
+    local = Certificate(Estimate(0.05, 0.01), 0.07, Scope.LOCAL, 256, 4)
+    (text,) = optima_sentences([_fit(optima=optima, certificate=local)])
+    assert text.startswith(
+        "mean_field: its starts led to 3 distinct optima, 7.00 ± 0.05 nats apart (ELBO −50.00 ± 0.03, −54.00 ± 0.02 "
+        "and −57.00 ± 0.04). The best one is reported and the lower ones are local optima; nothing is averaged."
+    )
+    # Where the ELBO is concave there are no local optima, and SVI does not tell optima apart.
+    assert "local optima" not in optima_sentences([_fit(optima=optima)])[0]
+    assert "3 starts ended 7.00 ± 0.05 nats apart" in optima_sentences([_fit(optima=optima, solver="svi")])[0]
+    assert optima_cell(_fit(optima=optima, solver="svi")).text == "3 starts"
+
+
+def test_many_optima_are_told_by_their_ends() -> None:
+    optima = tuple(Estimate(-50.0 - i, 0.03) for i in range(6))
+    assert "(ELBO from −50.00 ± 0.03 down to −55.00 ± 0.03)" in optima_sentences([_fit(optima=optima)])[0]
+
+
+def test_the_solver_is_named_with_its_reason() -> None:
+    fits = [
+        _fit(solver="natural_gradient", why="no draws pin it"),
+        _fit(solver="svi", why="asked for"),
+        _fit(solver=""),
+    ]
+    assert solver_sentences(fits) == [
+        "Solver of mean_field: natural gradient, because no draws pin it.",
+        "Solver of mean_field: SVI, as asked for.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("solvers", "label", "words"),
+    [
+        (("fixed_draws", "fixed_draws"), "evaluations of the ELBO", "On fixed draws a line ends a little off"),
+        (("natural_gradient", "svi"), "optimisation steps", "Lines of steps that end flat"),
+        (("fixed_draws", "svi"), "step or evaluation", "over evaluations of the ELBO (mean_field) or over"),
+    ],
+)
+def test_the_traces_say_what_they_count(solvers: tuple[str, str], label: str, words: str) -> None:
+    fits = [_fit(solver=solver) for solver in solvers]
+    fits[1].guide = SimpleNamespace(name="other")
+    picture = elbo_traces(fits, looks(["mean_field", "other"]))
+    assert picture.figure.get_supxlabel() == label
+    assert words in picture.reading
+
+
+def test_exact_courses_have_marks_and_no_band() -> None:
+    exact, noisy = studies.make_study(3, focus=False).fits[:2]
+    picture = elbo_traces([exact, noisy], looks(["mean_field", "low_rank"]))
+    first, second = picture.figure.axes
+    # The one patch is how far the family's best may lie above; the SVI fit has bands of errors and no certificate.
+    assert (len(first.collections), len(first.patches)) == (0, 1)
+    assert (len(second.collections), len(second.patches)) == (2, 0)
+    assert first.lines[0].get_marker() == "o"
+
+
+@pytest.mark.parametrize("status", [Status.UNPROVEN, Status.TOO_FEW_DRAWS])
+def test_a_fit_without_proof_says_why(status: Status) -> None:
+    study = studies.make_study(3, focus=False)
+    why = "up to 0.31 nats: 16,384 draws are too few for 9 parameters"
+    certificate = Certificate(Estimate(0.2, 0.05), 0.31, Scope.LOCAL, 16_384, 4) if status.ok else None
+    fit = SimpleNamespace(**{**vars(study.fits[2]), "status": status, "message": why, "certificate": certificate})
+    study.fits = (*study.fits[:2], fit)
+    report = render(study)
+    assert f"{status.value} ({why})" in report.markdown
+    row = report.summary["guides"][2]
+    assert (row["gap_limit"], row["gap_scope"]) == ((0.31, "local bound") if status.ok else (None, ""))
+    assert (row["optima"], row["solver"]) == (2, "fixed_draws")
+    assert row["optima_spread"] == pytest.approx(1.41)
+
+
+def test_whose_fault_stands_on_the_first_screen(report: Report) -> None:
+    first = report.markdown.split("## By how much?")[0]
+    assert "the optimiser left at most 0.062 nats (global bound)" in first
+    assert "whether the family's or the optimiser's is not known: there is no certificate" in first
 
 
 def test_differences_take_quantiles_where_moments_have_no_error() -> None:

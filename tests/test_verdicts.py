@@ -7,20 +7,23 @@ import pandas as pd
 import pytest
 
 from toolkit.comparison.metrics import METRICS, QUANTILE_METRICS, Metrics
-from toolkit.comparison.sentences import directions, guide_sentence, probability
+from toolkit.comparison.sentences import at_most, directions, guide_sentence, probability, whose
 from toolkit.comparison.tables import TABLE_COLUMNS, metric_rows, quantity_verdicts, worst
 from toolkit.comparison.verdicts import (
     Thresholds,
     Verdict,
     beyond,
+    beyond_reach,
     combine,
     holm,
     interval,
     judge,
     judge_rows,
+    reach,
     simultaneous_z,
 )
 from toolkit.estimate import Estimate
+from toolkit.variational.certificates import Certificate, Scope
 
 RIGHT, WRONG, CANNOT_TELL = Verdict.RIGHT, Verdict.WRONG, Verdict.CANNOT_TELL
 NAN = float("nan")
@@ -206,3 +209,91 @@ def test_probabilities_are_rounded_by_their_error() -> None:
 def test_impossible_thresholds_are_refused(options: dict[str, object], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         Thresholds(**options)
+
+
+@pytest.mark.parametrize("nats", [1e-6, 0.001, 0.07, 0.5, 3.0, 400.0])
+def test_a_gap_reaches_as_far_as_gaussians_do(nats: float) -> None:
+    # KL between Gaussians of one dimension: of a shift of s sds s^2 / 2, of a ratio t of sds (t^2 - 1) / 2 - log t.
+    shift, (low, high) = reach(nats)
+    assert shift**2 / 2 == pytest.approx(nats)
+    assert low < 1 < high
+    for ratio in (low, high):
+        assert (ratio**2 - 1) / 2 - math.log(ratio) == pytest.approx(nats, rel=1e-6)
+
+
+def test_no_gap_reaches_nowhere_and_an_unknown_one_everywhere() -> None:
+    assert reach(0.0) == reach(-0.1) == (0.0, (1.0, 1.0))
+    assert reach(math.inf) == reach(NAN) == (math.inf, (0.0, math.inf))
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "beyond_it"),
+    # 0.08 nats reach 0.4 sd, and sds from 0.73 to 1.30 times: the edges are 0.5 sd, 0.66 and 1.44.
+    [("shift", -0.55, True), ("shift", 0.45, False), ("sd_ratio", 0.62, True), ("sd_ratio", 0.7, False)]
+    + [("sd_ratio", 1.5, True), ("sd_ratio", 1.4, False), ("spread_ratio", 0.62, True), ("median_shift", 0.55, True)],
+)
+def test_what_lies_beyond_a_gaps_reach_stays_wrong(metric: str, value: float, beyond_it: bool) -> None:
+    assert beyond_reach(value, 0.01, metric, 0.08, Thresholds()) is beyond_it
+
+
+def test_of_coverage_nothing_is_claimed() -> None:
+    with pytest.raises(ValueError, match="Expected a shift or a ratio that has a threshold; got 'coverage_90'"):
+        beyond_reach(0.1, 0.01, "coverage_90", 0.08, Thresholds())
+
+
+@pytest.mark.parametrize(
+    ("nats", "text"),
+    [(0.0, "0.001"), (-0.2, "0.001"), (0.0042, "0.005"), (0.07, "0.070"), (0.0634, "0.064"), (0.1, "0.10")]
+    + [(0.991, "1.00"), (1.23, "1.3"), (12.01, "13"), (1_233.4, "1,234"), (math.inf, "no finite limit")],
+)
+def test_a_limit_is_rounded_up(nats: float, text: str) -> None:
+    assert at_most(nats) == text
+
+
+def _wrong(*rows: tuple[str, str, float]) -> pd.DataFrame:
+    return pd.DataFrame([("g", name, metric, v, 0.01, "wrong") for name, metric, v in rows], columns=TABLE_COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("scope", "limit", "rows", "text"),
+    [
+        (
+            Scope.GLOBAL,
+            0.08,
+            [("a", "sd_ratio", 0.4), ("b", "shift", 0.9)],
+            "the optimiser left at most 0.080 nats (global bound): what is wrong is the family's, for a posterior near "
+            "a Gaussian",
+        ),
+        (
+            Scope.LOCAL,
+            0.08,
+            [("a", "sd_ratio", 0.4), ("b", "sd_ratio", 0.4), ("b", "shift", 0.2), ("c", "coverage_90", 0.1)],
+            "the optimiser left at most 0.080 nats (local bound): 1 of the 3 that are wrong are the family's, for a "
+            "posterior near a Gaussian, as far as climbing can tell; that much may explain the others, in whole or in "
+            "part",
+        ),
+        (
+            Scope.ESTIMATE,
+            3.0,
+            [("a", "sd_ratio", 0.4)],
+            "the optimiser is estimated to have left at most 3.0 nats, which may explain what is wrong, in whole or in "
+            "part: whether it is the family's is not known",
+        ),
+        (
+            Scope.LOCAL,
+            math.inf,
+            [("a", "sd_ratio", 0.4)],
+            "whether the family's or the optimiser's is not known: there is no certificate",
+        ),
+        (Scope.GLOBAL, 0.08, [], ""),
+    ],
+)
+def test_the_certificate_says_whose_the_error_is(
+    scope: Scope, limit: float, rows: list[tuple[str, str, float]], text: str
+) -> None:
+    certificate = Certificate(Estimate(0.06, 0.01), limit, scope, 1_024, 4)
+    assert whose(_wrong(*rows), certificate, Thresholds()) == text
+
+
+def test_without_a_certificate_nobody_is_blamed() -> None:
+    assert "is not known" in whose(_wrong(("a", "sd_ratio", 0.1)), None, Thresholds())

@@ -43,13 +43,33 @@ def advise(
     elif len(unknown):
         sentences.append(_draw_more(unknown.sort_values("seconds").iloc[0], table, thresholds))
     elif len(wrong):
-        sentences.append("Report the reference's intervals: no guide that arrived is right in every quantity.")
+        sentences.append("Report the reference's intervals: no guide that was judged is right in every quantity.")
         sentences.append(_try(model, guides))
     sentences += [_means_only(str(name), table) for name in wrong.index if _means_right(str(name), table)]
-    late = [str(name) for name in guides.index[guides["status"] == "BUDGET"]]
+    return (*sentences, *_fit_better(guides))
+
+
+def _fit_better(guides: pd.DataFrame) -> list[str]:
+    """What to do for fits that used up their budget, or of which it is not known how far from the best they are."""
+    status, wrong = guides["status"], guides["verdict"] == Verdict.WRONG.value
+    late = _names(guides[status == "BUDGET"])
+    few = _names(guides[status == "TOO_FEW_DRAWS"])
+    unproven = _names(guides[(status == "UNPROVEN") & wrong])
+    sentences = []
     if late:
-        sentences.append(f"Give {', '.join(late)} more steps: the ELBO was still rising when they ran out.")
-    return tuple(sentences)
+        sentences.append(f"Give {late} a larger budget (`--max-gradients`): it was used up before the fit had arrived.")
+    if few:
+        sentences.append(f"Fit {few} with `--solver svi`, or a smaller family: fixed draws cannot pin its parameters.")
+    if unproven:
+        sentences.append(
+            f"Before the family of {unproven} is blamed, a larger budget (`--max-gradients`): how much the optimiser "
+            "left is not known to the tolerance."
+        )
+    return sentences
+
+
+def _names(guides: pd.DataFrame) -> str:
+    return ", ".join(str(name) for name in guides.index)
 
 
 def _report(right: pd.DataFrame, reference_seconds: float) -> str:

@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pandas as pd
 
-from toolkit.comparison.verdicts import Verdict, interval, simultaneous_z
+from toolkit.comparison.verdicts import Thresholds, Verdict, beyond_reach, interval, simultaneous_z
 from toolkit.estimate import Estimate, decimals, rounded
+from toolkit.variational.certificates import Certificate, Scope
 
 LOCATIONS, WIDTHS = ("shift", "median_shift"), ("sd_ratio", "spread_ratio")
 NARROW, WIDE, UP, DOWN = "too narrow", "too wide", "shifted up", "shifted down"
@@ -137,3 +138,49 @@ def probability(value: float, se: float) -> str:
         return f"{value:.3g}"
     places = min(decimals(se), 4)
     return f"{value:.{places}f} ± {se:.{places}f}"
+
+
+def at_most(nats: float) -> str:
+    """An upper limit as text: two digits, three decimals at the most, rounded up so that it stays a limit."""
+    if not math.isfinite(nats):
+        return "no finite limit"
+    nats = max(nats, 0.001)
+    places = min(max(1 - math.floor(math.log10(nats)), 0), 3)
+    # Less a millionth, so that 0.07, which no float is, stays 0.07.
+    return f"{math.ceil(nats * 10**places * (1 - 1e-6)) / 10**places:,.{places}f}"
+
+
+def whose(rows: pd.DataFrame, certificate: Certificate | None, thresholds: Thresholds) -> str:
+    """Whether what is wrong with a guide is the family's or may be the optimiser's; empty if nothing is wrong.
+
+    Args:
+        rows: The guide's rows of the table.
+        certificate: How far the family's best may lie above the fit; None if that is not known.
+        thresholds: What counted as right.
+    """
+    wrong = rows[rows["verdict"] == Verdict.WRONG.value]
+    names = set(wrong["quantity"])
+    if not names:
+        return ""
+    if certificate is None or not math.isfinite(certificate.limit):
+        return "whether the family's or the optimiser's is not known: there is no certificate"
+    limit = certificate.limit
+    # Coverage is moved by mean and sd, and nothing is claimed of it alone.
+    numbers = wrong[wrong["metric"] != "coverage_90"]
+    parts = zip(numbers["quantity"], numbers["value"], numbers["se"], numbers["metric"], strict=True)
+    unclear = {name for name, value, se, metric in parts if not beyond_reach(value, se, metric, limit, thresholds)}
+    certain = set(numbers["quantity"]) - unclear
+    told = "is estimated to have left" if certificate.scope is Scope.ESTIMATE else "left"
+    left = f"the optimiser {told} at most {at_most(limit)} nats"
+    left += "" if certificate.scope is Scope.ESTIMATE else f" ({certificate.scope.value})"
+    # Of what lies elsewhere, a bound that was found by climbing says nothing.
+    reservation = "" if certificate.scope is Scope.GLOBAL else ", as far as climbing can tell"
+    family = "the family's, for a posterior near a Gaussian" + reservation
+    if certain == names:
+        return f"{left}: what is wrong is {family}"
+    if not certain:
+        return f"{left}, which may explain what is wrong, in whole or in part: whether it is the family's is not known"
+    return (
+        f"{left}: {len(certain)} of the {len(names)} that are wrong are {family}; that much may explain the others, in "
+        "whole or in part"
+    )

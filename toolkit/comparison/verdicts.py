@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 import numpy as np
+from scipy.optimize import brentq
 from scipy.stats import norm
 
 from toolkit.estimate import Estimate
@@ -149,3 +150,45 @@ def simultaneous_z(count: int) -> float:
     0.07 on average. Sidak's bound, right for normal errors of any correlation (Sidak 1967).
     """
     return float(norm.ppf(0.5 + 0.5 * CONFIDENCE ** (1.0 / max(count, 1))))
+
+
+def reach(nats: float) -> tuple[float, tuple[float, float]]:
+    """How far a fit that lies so many nats below its family's best may be from it: its means, and its sds.
+
+    Under a Gaussian posterior, for a family that can be moved and scaled: a location that is s posterior sds from the
+    best costs at least s^2 / 2 nats, an sd that is t times the best's at least (t^2 - 1) / 2 - log t. Elsewhere an
+    orientation.
+
+    Returns:
+        The largest distance of a mean, in posterior sds; the smallest and the largest ratio t.
+    """
+    if not nats < math.inf:
+        return math.inf, (0.0, math.inf)
+    if nats <= 0.0:
+        return 0.0, (1.0, 1.0)
+
+    def above(log_ratio: float) -> float:
+        return 0.5 * math.expm1(2.0 * log_ratio) - log_ratio - nats
+
+    shift = math.sqrt(2.0 * nats)
+    # Where `above` has its signs: from (t^2 - 1) / 2 >= -1/2, and from exp(2 x) >= 1 + 2 x + 2 x^2.
+    low = brentq(above, -nats - 0.5, 0.0)
+    high = brentq(above, 0.0, 0.5 * math.log1p(2.0 * nats + 2.0 * math.sqrt(nats)) * (1 + 1e-9))
+    return shift, (math.exp(low), math.exp(high))
+
+
+def beyond_reach(value: float, se: float, metric: str, nats: float, thresholds: Thresholds) -> bool:
+    """Whether a number would be wrong at the family's best too, which lies at most so many nats above the fit.
+
+    By `reach`, and by the number's 95 % interval.
+
+    Raises:
+        ValueError: The metric is neither a shift nor a ratio with a threshold.
+    """
+    limits = thresholds.limits(metric)
+    if limits is None or metric == "coverage_90":
+        raise ValueError(f"Expected a shift or a ratio that has a threshold; got '{metric}'.")
+    shift, (low, high) = reach(nats)
+    if is_ratio(metric):
+        return judge(value, se, limits[0] * low, limits[1] * high, log=True) is Verdict.WRONG
+    return judge(value, se, limits[0] - shift, limits[1] + shift) is Verdict.WRONG

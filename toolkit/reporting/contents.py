@@ -99,6 +99,7 @@ class Answer:
         verdict: `"right"`, `"wrong"`, `"cannot tell"`, or empty where none is given.
         sentence: The verdict in words.
         time: The seconds, and how they compare with the reference's.
+        whose: Whether what is wrong is the family's or may be the optimiser's; empty if nothing is wrong.
     """
 
     name: str
@@ -106,6 +107,7 @@ class Answer:
     verdict: str
     sentence: str
     time: str
+    whose: str = ""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from toolkit.comparison.sentences import whose
 from toolkit.reporting.contents import Answer
 from toolkit.reporting.palette import Look
 from toolkit.reporting.tables import seconds
@@ -38,6 +39,11 @@ def answers(study: Any, looks: Mapping[str, Look]) -> tuple[Answer, ...]:
     """Each guide's verdict in words, with its seconds and the time saved against NUTS."""
     guides: pd.DataFrame = study.comparison.guides
     cost = study.reference.cost.seconds if study.reference.origin.startswith("NUTS") else math.nan
+    table, thresholds = study.comparison.table, study.comparison.thresholds
+    clauses = {
+        fit.guide.name: whose(table[table["guide"] == fit.guide.name], fit.certificate, thresholds)
+        for fit in study.fits
+    }
     return tuple(
         Answer(
             str(name),
@@ -45,6 +51,7 @@ def answers(study: Any, looks: Mapping[str, Look]) -> tuple[Answer, ...]:
             str(row["verdict"]) if study.comparison.reference_ok else "",
             str(row["sentence"]),
             _time(float(row["seconds"]), cost if row["verdict"] else math.nan),
+            clauses[str(name)],
         )
         for name, row in guides.iterrows()
     )

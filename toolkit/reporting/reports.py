@@ -14,6 +14,7 @@ import pandas as pd
 
 from toolkit.comparison.verdicts import Thresholds
 from toolkit.reporting import first_screen, sections
+from toolkit.reporting.arrival import spread
 from toolkit.reporting.contents import Contents, Section
 from toolkit.reporting.differences import differences
 from toolkit.reporting.figures.canvas import drawn, file_png, file_svg
@@ -32,7 +33,7 @@ _TABLES = {
     "focus": "your quantities",
     "agreement": "smallest and largest mean and sd over the guides",
     "diagnostics": "R-hat and ESS of every quantity of the reference",
-    "fits": "status, cost and ELBO of each fit",
+    "fits": "status, ELBO, gap to the family's best, optima, solver and cost of each fit",
 }
 
 
@@ -118,7 +119,7 @@ def _contents(study: Any) -> Contents:
         answers=first_screen.answers(study, looks),
         health=first_screen.health(study.reference),
         focus=focus_table(comparison.focus, looks, against),
-        guides=guides_table(comparison.guides, looks, against, comparison.reference_ok),
+        guides=guides_table(comparison.guides, study.fits, looks, against, comparison.reference_ok),
         overview=overview(frame, compared, limits, against, comparison.reference_ok) if compared else None,
         next_steps=tuple(comparison.advice),
         commands=first_screen.next_commands(study.command, study.seed),
@@ -135,7 +136,7 @@ def _sections(
         sections.which_quantities(study, frame, looks, limits, against),
         sections.how_wrong(frame, compared, limits, against),
         sections.which_relations(study.comparison, looks, against),
-        sections.did_it_arrive(study.fits, looks),
+        sections.did_it_arrive(study.fits, study.comparison.table, looks, limits),
         sections.reference_trusted(study),
         what_is_the_model(study.model),
         sections.made_how(study, _files(study)),
@@ -179,8 +180,8 @@ def _fits_frame(fits: Any) -> pd.DataFrame:
             "message": fit.message,
             "elbo": fit.elbo.value if fit.elbo else math.nan,
             "elbo_se": fit.elbo.se if fit.elbo else math.nan,
-            "gap_bound": fit.gap_bound.value if fit.gap_bound else math.nan,
-            "gap_bound_se": fit.gap_bound.se if fit.gap_bound else math.nan,
+            **_nearness(fit),
+            "why": fit.why,
             "compile_seconds": fit.cost.compile_seconds,
             "run_seconds": fit.cost.run_seconds,
             "gradient_evaluations": fit.cost.gradient_evaluations,
@@ -192,8 +193,24 @@ def _fits_frame(fits: Any) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index("guide")
 
 
+def _nearness(fit: Any) -> dict[str, Any]:
+    """How near a fit is to its family's best, in nats, for programs; what is not known is NaN or empty."""
+    certificate = fit.certificate
+    return {
+        "gap_bound": certificate.gap.value if certificate else math.nan,
+        "gap_bound_se": certificate.gap.se if certificate else math.nan,
+        "gap_limit": certificate.limit if certificate else math.nan,
+        "gap_scope": certificate.scope.value if certificate else "",
+        "optima": len(fit.optima),
+        "optima_spread": spread(fit.optima).value,
+        "solver": fit.solver,
+    }
+
+
 def _summary(study: Any) -> dict[str, Any]:
     reference, comparison = study.reference, study.comparison
+    guides = comparison.guides.rename_axis("guide").reset_index()
+    nearness = pd.DataFrame([{"guide": fit.guide.name, **_nearness(fit)} for fit in study.fits])
     return {
         "model": study.model.name,
         "title": study.model.title,
@@ -211,7 +228,7 @@ def _summary(study: Any) -> dict[str, Any]:
             "verdicts_given": bool(comparison.reference_ok),
             "seconds": float(reference.cost.seconds),
         },
-        "guides": _records(comparison.guides.rename_axis("guide").reset_index()),
+        "guides": _records(guides.merge(nearness, on="guide")),
         "focus": _records(comparison.focus),
         "advice": list(comparison.advice),
     }

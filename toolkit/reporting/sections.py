@@ -11,6 +11,7 @@ import pandas as pd
 from toolkit.comparison.verdicts import Thresholds
 from toolkit.modelling.model import Quantity
 from toolkit.modelling.scalars import scalars
+from toolkit.reporting.arrival import optima_sentences, solver_sentences, whose_sentences
 from toolkit.reporting.contents import Block, Column, Section, Text
 from toolkit.reporting.differences import worst_first
 from toolkit.reporting.figures.forest import MOST_ROWS, forest, strip
@@ -90,11 +91,19 @@ def which_relations(comparison: Any, looks: Mapping[str, Look], against: str) ->
     return Section("relations", "Which relations are lost?", tuple(blocks))
 
 
-def did_it_arrive(fits: Any, looks: Mapping[str, Look]) -> Section:
-    """The traces, and how each fit ended."""
+def did_it_arrive(fits: Any, table: pd.DataFrame, looks: Mapping[str, Look], limits: Thresholds) -> Section:
+    """The traces, how each fit ended, to which optima, and whose fault what is wrong is.
+
+    Args:
+        fits: The fits.
+        table: The comparison's long table.
+        looks: How the guides are shown.
+        limits: What counted as right.
+    """
     traced = [fit for fit in fits if fit.traces]
     blocks: list[Block] = [elbo_traces(traced, looks)] if traced else ["Left out: no fit kept a trace."]
-    return Section("arrival", "Did the fits arrive?", (*blocks, fits_table(fits, looks)))
+    blocks += [fits_table(fits, looks), *solver_sentences(fits), *optima_sentences(fits)]
+    return Section("arrival", "Did the fits arrive?", (*blocks, *whose_sentences(fits, table, limits)))
 
 
 def reference_trusted(study: Any) -> Section:

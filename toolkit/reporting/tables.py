@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from toolkit.estimate import decimals, rounded
+from toolkit.reporting.arrival import GAP, OPTIMA, gap_cell, optima_cell
 from toolkit.reporting.contents import Cell, Column, Table
 from toolkit.reporting.palette import Look
 
@@ -57,6 +58,7 @@ _GUIDE_COLUMNS = (
         "ELBO (nats)",
         "Evidence lower bound on fresh draws; higher is better. The lowest is marked.",
     ),
+    GAP,
     Column(
         "worst shift (sd)",
         "Guide's mean minus the reference's, in reference sd, of the quantity where that is largest; 0 is right.",
@@ -76,8 +78,10 @@ _GUIDE_COLUMNS = (
 )
 
 
-def guides_table(guides: pd.DataFrame, looks: Mapping[str, Look], against: str, trusted: bool) -> Table:
-    """The table of the first screen: guides by (ELBO, worst shift, sd ratio, coverage, k-hat, seconds).
+def guides_table(
+    guides: pd.DataFrame, fits: Sequence[Any], looks: Mapping[str, Look], against: str, trusted: bool
+) -> Table:
+    """The table of the first screen: guides by (ELBO, gap, worst shift, sd ratio, coverage, k-hat, seconds).
 
     What is compared with a reference that is not `trusted` is shown, and none of it is marked as the worst.
     """
@@ -96,6 +100,7 @@ def guides_table(guides: pd.DataFrame, looks: Mapping[str, Look], against: str, 
     worst = {metric: badness[metric].idxmax() for metric in badness if badness[metric].notna().sum() > 1}
     if not trusted:
         worst = {metric: guide for metric, guide in worst.items() if not str(metric).startswith("worst_")}
+    gaps = {fit.guide.name: gap_cell(fit) for fit in fits}
     rows = []
     for name, row in guides.iterrows():
         title = str(row["title"])
@@ -108,6 +113,8 @@ def guides_table(guides: pd.DataFrame, looks: Mapping[str, Look], against: str, 
                     row[metric], row[f"{metric}_se"], marked=marked, note=str(row.get(f"{metric}_quantity", "") or "")
                 )
             )
+            if metric == "elbo":
+                cells.append(gaps[str(name)])
         time = f"{row['seconds']:.1f}" if math.isfinite(row["seconds"]) else NONE
         cells.append(Cell(time, marked=worst.get("seconds") == name))
         rows.append(tuple(cells))
@@ -254,7 +261,8 @@ def fits_table(fits: Sequence[Any], looks: Mapping[str, Look]) -> Table:
     columns = (
         Column("guide", "The family.", numeric=False),
         Column("how it ended", "The fit's status.", numeric=False),
-        Column("gap bound (nats)", "Upper bound on what better optimisation could still gain, where one was computed."),
+        GAP,
+        OPTIMA,
         Column("compile (s)", "Tracing and compiling."),
         Column("run (s)", "Optimising and measuring."),
         Column("gradients", "Evaluations of the log density's gradient."),
@@ -264,12 +272,12 @@ def fits_table(fits: Sequence[Any], looks: Mapping[str, Look]) -> Table:
     rows = []
     for fit in fits:
         ended = fit.status.value + (f" ({fit.message})" if fit.message else "")
-        gap = Cell(NONE) if fit.gap_bound is None else number(*fit.gap_bound)
         rows.append(
             (
                 Cell(fit.guide.name, place=looks[fit.guide.name].place),
                 Cell(ended),
-                gap,
+                gap_cell(fit, long=True),
+                optima_cell(fit),
                 Cell(f"{fit.cost.compile_seconds:.1f}"),
                 Cell(f"{fit.cost.run_seconds:.1f}"),
                 Cell(f"{fit.cost.gradient_evaluations:,}"),

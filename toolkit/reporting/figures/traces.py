@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from toolkit.reporting.arrival import bounded, by_svi, on_fixed_draws
 from toolkit.reporting.contents import Picture
 from toolkit.reporting.figures.canvas import blank, plain, styled
 from toolkit.reporting.palette import SOFT, Look
@@ -17,10 +18,14 @@ from toolkit.reporting.palette import SOFT, Look
 _LATE = 0.5
 _LEAST_NATS = 1.0
 _DASHES = ("-", "--", "-.", ":")
+_FEW_POINTS = 60  # up to which each evaluation gets a mark
+_EVALUATIONS, _STEPS = "evaluations of the ELBO", "optimisation steps"
 
 
 def elbo_traces(fits: Sequence[Any], looks: Mapping[str, Look]) -> Picture:
-    """ELBO against step, one panel for each guide and one line for each start; the scale is that of the second half.
+    """ELBO against step or evaluation, a panel for each guide, a line for each optimum; the scale of the second half.
+
+    A line belongs to a distinct optimum that starts led to, or for SVI, which does not tell them apart, to a start.
 
     Args:
         fits: Fits with at least one trace.
@@ -35,44 +40,87 @@ def elbo_traces(fits: Sequence[Any], looks: Mapping[str, Look]) -> Picture:
             said.append(_panel(axes, fit, looks[fit.guide.name]))
         for axes in grid.flat[len(fits) :]:
             axes.set_visible(False)
-        figure.supxlabel("optimisation step", fontsize=9)
+        units = {_unit(fit) for fit in fits}
+        figure.supxlabel(units.pop() if len(units) == 1 else "step or evaluation", fontsize=9)
         figure.supylabel("ELBO (nats)", fontsize=9)
-    reading = (
-        "One line for each start, in steps of the optimiser; higher is better. The scale shows the "
-        "second half of each run, "
-        "earlier steps leave the panel below. Lines that end flat and together have arrived; the grey line is the "
-        "ELBO on fresh draws."
+    return Picture("elbo_traces", figure, f"ELBO in the course of each fit. {'; '.join(said)}.", _reading(fits))
+
+
+def _unit(fit: Any) -> str:
+    """What a trace's first column counts."""
+    return _EVALUATIONS if on_fixed_draws(fit) else _STEPS
+
+
+def _lines(fit: Any) -> str:
+    """What the lines of a panel belong to."""
+    return "starts" if by_svi(fit) else "optima"
+
+
+def _reading(fits: Sequence[Any]) -> str:
+    """How to read the figure, by what is in it."""
+    kinds = list(dict.fromkeys(_lines(fit) for fit in fits))
+    lines = {"optima": "distinct optimum that the starts led to", "starts": "start"}
+    words = f"One line for each {lines[kinds[0]]}" + (" (SVI: for each start)" if len(kinds) > 1 else "")
+    fixed = [fit for fit in fits if on_fixed_draws(fit)]
+    over = {fit.guide.name: _unit(fit) for fit in fits}
+    if len(set(over.values())) > 1:
+        counted = ", ".join(name for name, unit in over.items() if unit == _EVALUATIONS)
+        words += f", over evaluations of the ELBO ({counted}) or over optimisation steps (the others)"
+    else:
+        words += f", over {next(iter(over.values()))}"
+    words += (
+        "; higher is better. The scale shows the second half of each run, what came before leaves the panel below. "
+        "The grey line is the ELBO of the fit that is reported, on fresh draws; the band above it, where there is one, "
+        "is how far the family's best may still lie above, by the fit's certificate. "
     )
-    return Picture("elbo_traces", figure, f"ELBO against step. {'; '.join(said)}.", reading)
+    if fixed:
+        words += (
+            "On fixed draws a line ends a little off the grey one: above it by what the fit owes to its own draws, "
+            "which it was fitted to, and to either side by the error that these few draws have. "
+        )
+    if len(fixed) < len(fits):
+        words += "Lines of steps that end flat and together have arrived."
+    return words.strip()
 
 
 def _panel(axes: Axes, fit: Any, look: Look) -> str:
-    """Draws one guide's starts; gives the words for the alt text."""
-    for start, trace in enumerate(fit.traces):
+    """Draws one guide's courses; gives the words for the alt text."""
+    colour = look.mark.light
+    for number, trace in enumerate(fit.traces):
         steps, elbo, se = (np.asarray(a, dtype=float) for a in (trace.steps, trace.elbo, trace.se))
-        axes.plot(steps, elbo, _DASHES[start % len(_DASHES)], color=look.mark.light, linewidth=1.2)
-        axes.fill_between(steps, elbo - se, elbo + se, color=look.mark.light, alpha=0.2, linewidth=0)
+        marker, size = "o" if steps.size <= _FEW_POINTS else "", 3.4 if steps.size <= _FEW_POINTS / 3 else 2.4
+        dashes = _DASHES[number % len(_DASHES)]
+        axes.plot(steps, elbo, dashes, color=colour, linewidth=1.2, marker=marker, markersize=size, markeredgewidth=0)
+        if (se > 0).any():
+            axes.fill_between(steps, elbo - se, elbo + se, color=colour, alpha=0.2, linewidth=0)
     low, high = _limits([np.asarray(trace.elbo, dtype=float) for trace in fit.traces], fit.elbo)
+    if fit.elbo is not None and math.isfinite(fit.elbo.value):
+        axes.axhline(fit.elbo.value, color=SOFT.light, linewidth=0.9, zorder=1)
+        if bounded(fit):
+            top = fit.elbo.value + max(fit.certificate.limit, 0.0)
+            axes.axhspan(fit.elbo.value, top, color=SOFT.light, alpha=0.22, linewidth=0, zorder=0)
+            # A band that is far too high for the panel says no more than one that leaves it.
+            high = max(high, min(top + 0.05 * (high - low), high + (high - low)))
     axes.set_ylim(low, high)
     axes.set_title(plain(fit.guide.name), color=look.text.light)
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.margins(x=0.02)
-    if fit.elbo is not None:
-        axes.axhline(fit.elbo.value, color=SOFT.light, linewidth=0.7, zorder=1)
+    axes.margins(x=0.03)
     hidden = [trace for trace in fit.traces if not trace.elbo[-1] >= low]
     if hidden:
         axes.text(
             0.98,
             0.04,
-            f"{len(hidden)} of {len(fit.traces)} starts ended below",
+            f"{len(hidden)} of {len(fit.traces)} {_lines(fit)} {'are' if _lines(fit) == 'optima' else 'ended'} below",
             transform=axes.transAxes,
             ha="right",
             fontsize=8,
             color=SOFT.light,
         )
     ends = [f"{trace.elbo[-1]:.1f}" for trace in fit.traces]
-    return f"{fit.guide.name}: {fit.status.value}; its starts ended at {', '.join(ends)} nats"
+    one = _lines(fit) == "optima" and len(ends) == 1
+    where = "its climb ended" if one else "its climbs ended" if _lines(fit) == "optima" else "its starts ended"
+    return f"{fit.guide.name}: {fit.status.value}; {where} at {', '.join(ends)} nats"
 
 
 def _limits(elbos: Sequence[np.ndarray], final: Any) -> tuple[float, float]:

@@ -1,0 +1,153 @@
+"""How near a fit is to its family's best, in cells and sentences: certificates, optima, solvers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pandas as pd
+
+from toolkit.comparison.sentences import at_most, whose
+from toolkit.comparison.verdicts import Thresholds, reach
+from toolkit.estimate import Estimate
+from toolkit.reporting.contents import Cell, Column
+from toolkit.variational.certificates import Scope
+
+GAP = Column(
+    "gap, at most (nats)",
+    "How far the ELBO of the family's best may lie above this fit's: the upper 95 % limit. A global bound speaks of "
+    "the best of the whole family; a local bound of the optimum that can be reached by climbing from here, and "
+    "restarts speak to the rest; an estimate of the latter too, and is no bound. Where there is no limit, a dash "
+    "with the reason.",
+)
+OPTIMA = Column(
+    "optima",
+    "To how many distinct optima the starts led, and how far apart in nats the best and the lowest are; the best one "
+    "is reported. SVI does not tell optima apart: there the starts are counted.",
+)
+_FIXED_DRAWS, _SVI = "fixed_draws", "svi"  # as `Fit.solver` names them
+_REASONS = {
+    "TOO_FEW_DRAWS": "too few draws",
+    "BUDGET": "budget used up",
+    **dict.fromkeys(("UNBOUNDED", "IMPROPER", "FLAT"), "no optimum"),
+}
+
+
+def on_fixed_draws(fit: Any) -> bool:
+    """Whether what was climbed is the ELBO on draws held fixed."""
+    return bool(fit.solver == _FIXED_DRAWS)
+
+
+def by_svi(fit: Any) -> bool:
+    """Whether stochastic steps fitted it, which tell neither optima apart nor how far the best is."""
+    return bool(fit.solver == _SVI)
+
+
+def bounded(fit: Any) -> bool:
+    """Whether there is a certificate that limits the fit's gap."""
+    return fit.certificate is not None and math.isfinite(fit.certificate.limit)
+
+
+def gap_cell(fit: Any, *, long: bool = False) -> Cell:
+    """The gap's upper limit with its scope; a dash with the reason where there is none.
+
+    Args:
+        fit: The fit.
+        long: Whether the note also tells the sets of draws.
+    """
+    if bounded(fit):
+        certificate = fit.certificate
+        return Cell(at_most(certificate.limit), note=certificate.words if long else certificate.scope.value)
+    return Cell("–", note=_no_gap(fit))
+
+
+def _no_gap(fit: Any) -> str:
+    if not fit.usable:
+        return "no fit"
+    if fit.certificate is not None:
+        return "no finite limit"
+    return "SVI gives none" if by_svi(fit) else _REASONS.get(fit.status.name, "none")
+
+
+def spread(optima: Sequence[Estimate]) -> Estimate:
+    """The ELBO of the best optimum less that of the lowest, in nats; NaN if one is not finite."""
+    if not optima or not all(math.isfinite(optimum.value) for optimum in optima):
+        return Estimate(math.nan, math.nan)
+    best, lowest = max(optima), min(optima)
+    return Estimate(best.value - lowest.value, math.hypot(best.se, lowest.se))
+
+
+def optima_cell(fit: Any) -> Cell:
+    """How many distinct optima the starts led to, and their spread; by SVI, of which that is not known, the starts."""
+    count = len(fit.optima)
+    if not count:
+        return Cell("–")
+    text = f"{count} start{'' if count == 1 else 's'}" if by_svi(fit) else f"{count}"
+    return Cell(text, note=f"{spread(fit.optima)} nats apart" if count > 1 else "")
+
+
+def solver_sentences(fits: Iterable[Any]) -> list[str]:
+    """Which solver fitted which guides, and why that one."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for fit in fits:
+        if fit.solver:
+            names.setdefault((fit.solver, fit.why), []).append(fit.guide.name)
+    return [
+        f"Solver of {_joined(guides)}: {_solver(solver)}{_because(why)}." for (solver, why), guides in names.items()
+    ]
+
+
+def _solver(name: str) -> str:
+    return "SVI" if name == _SVI else name.replace("_", " ")
+
+
+def _because(why: str) -> str:
+    return "" if not why else f", as {why}" if why == "asked for" else f", because {why}"
+
+
+def _joined(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def optima_sentences(fits: Iterable[Any]) -> list[str]:
+    """For each guide whose starts led to several optima: how many, how far apart, and which one is reported."""
+    return [_optima_sentence(fit) for fit in fits if len(fit.optima) > 1]
+
+
+def _optima_sentence(fit: Any) -> str:
+    count, apart, ends = len(fit.optima), spread(fit.optima), sorted(fit.optima, reverse=True)
+    heights = _joined([f"{end}".replace("-", "−", 1) for end in (ends if count < 5 else [ends[0], ends[-1]])])
+    heights = heights if count < 5 else f"from {heights.replace(' and ', ' down to ')}"
+    if by_svi(fit):
+        return (
+            f"{fit.guide.name}: {count} starts ended {apart} nats apart (ELBO {heights}); whether at one optimum is "
+            "not known. The best one is reported; nothing is averaged."
+        )
+    text = f"{fit.guide.name}: its starts led to {count} distinct optima, {apart} nats apart (ELBO {heights}). "
+    if fit.certificate is not None and fit.certificate.scope is Scope.GLOBAL:
+        # The ELBO is concave there, so that there is one optimum.
+        return f"{text}The family has only one here: the lower ones are climbs that ended short of it."
+    return (
+        f"{text}The best one is reported and the lower ones are local optima; nothing is averaged. That no start found "
+        "a better one does not exclude one."
+    )
+
+
+def whose_sentences(fits: Iterable[Any], table: pd.DataFrame, thresholds: Thresholds) -> list[str]:
+    """For each guide with wrong quantities, whether that is the family's or may be the optimiser's, and by what."""
+    said = []
+    for fit in fits:
+        clause = whose(table[table["guide"] == fit.guide.name], fit.certificate, thresholds)
+        if clause:
+            said.append(f"{fit.guide.name}: {clause}.{_in_sds(fit) if bounded(fit) else ''}")
+    return said
+
+
+def _in_sds(fit: Any) -> str:
+    """What a gap of that many nats may mean for means and sds."""
+    shift, (low, high) = reach(fit.certificate.limit)
+    return (
+        f" Under a Gaussian posterior so many nats move no mean by more than {shift:.2f} sd, and no sd by a factor "
+        f"outside {low:.2f} to {high:.2f}; elsewhere that is an orientation."
+    )
