@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -52,14 +52,24 @@ def gaussian_form(guide: Any, space: Space) -> GaussianForm | None:
         return GaussianForm(Triangular, *_by_name(names), full=True)
     if kind is autoguide.AutoLowRankMultivariateNormal:
         rank = round(space.size**0.5) if guide.rank is None else guide.rank
-        names = {name: f"{guide.prefix}_{own}" for name, own in _LOW_RANK.items()}
-        return GaussianForm(lambda frame: LowRank(frame, rank), *_by_name(names), concave=False)
+        params, member = _by_name({name: f"{guide.prefix}_{own}" for name, own in _LOW_RANK.items()})
+        return GaussianForm(
+            lambda frame: LowRank(frame, rank), lambda found: params(_positive(found)), member, concave=False
+        )
     if kind is AutoBlockNormal:
         return _blocks(guide)
     return None
 
 
 _LOW_RANK = {"loc": "loc", "scale": "scale", "columns": "cov_factor"}
+
+
+def _positive(member: Member) -> Member:
+    """The same low-rank Gaussian with positive scales."""
+    assert member.scale is not None
+    assert member.columns is not None
+    signs = np.sign(member.scale)
+    return replace(member, scale=np.abs(member.scale), columns=member.columns * signs[:, None])
 
 
 def _by_name(names: Mapping[str, str]) -> tuple[Callable[[Member], Params], Callable[[Mapping[str, Any]], Member]]:

@@ -102,8 +102,8 @@ def bound_gap(
         quadratic: Near log p under the member: its curvature says how much a climb has left to gain.
         key: Random key.
         draws: In each set, a power of two.
-        residual: In nats: each climb goes on until no more than this is left to gain on its draws; what is left is
-            added to the bound.
+        residual: In nats: each climb goes on until no more than this is left to gain on its draws; it is added to the
+            bound, or what is left where that is more.
         scope: `GLOBAL` or `LOCAL`.
         sets: Independent sets of draws, at least two.
         report: Called at each evaluation with its number and the ELBO.
@@ -113,7 +113,7 @@ def bound_gap(
         base = matched_draws(draws, family.base, key=jax.random.fold_in(key, number))
         objective = FixedDrawsELBO(density, family, quadratic, base)
         ends.append(climb(objective, x, residual=residual, report=report))
-    gains = np.array([end.elbo - end.begun + end.residual for end in ends])
+    gains = np.array([end.elbo - end.begun + max(end.residual, residual) for end in ends])
     return Bounded(_certificate(gains, scope, draws), tuple(ends))
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import scipy.linalg
 
 _LOG_2PI = float(np.log(2 * np.pi))
+_ROUNDING = 1e-14  # of a matrix with a unit diagonal: a smaller eigenvalue may as well be negative
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ class Member:
 
     Attributes:
         loc: Shape (size,).
-        scale: Shape (size,), for a diagonal or low-rank covariance: S in S (I + W W') S; None otherwise.
+        scale: Shape (size,), for a diagonal or low-rank covariance: S in S (I + W W') S, of either sign; None
+            otherwise.
         columns: W, shape (size, rank), for a low-rank covariance; None otherwise.
         factor: A square root of the covariance, (size, size), lower-triangular once its rows are in the family's
             order; None otherwise.
@@ -72,6 +74,14 @@ class Member:
     scale: np.ndarray | None = None
     columns: np.ndarray | None = None
     factor: np.ndarray | None = None
+
+    @property
+    def variances(self) -> np.ndarray:
+        """Shape (size,)."""
+        if self.factor is not None:
+            return np.einsum("ij,ij->i", self.factor, self.factor)
+        spread = 1.0 if self.columns is None else 1 + np.einsum("ir,ir->i", self.columns, self.columns)
+        return _scale(self) ** 2 * spread
 
     def covariance(self) -> np.ndarray:
         """Shape (size, size)."""
@@ -149,6 +159,7 @@ class Frame:
         """The frame of N(loc, precision^-1)."""
         if precision.ndim == 1:
             return cls(loc, precision, precision**-0.5)
+        precision = _invertible(precision)
         return cls(loc, precision, inverse_factor(precision))
 
     def move(self, shift: np.ndarray) -> np.ndarray:
@@ -171,6 +182,18 @@ class Frame:
         return self.precision if self.precision.ndim == 1 else np.diag(self.precision)
 
 
+def _invertible(precision: np.ndarray) -> np.ndarray:
+    """The matrix, or one whose flattest directions are bent as much as rounding may have taken away."""
+    units = np.diag(precision) ** -0.5
+    scaled = precision * np.outer(units, units)
+    try:
+        scipy.linalg.cholesky(scaled - _ROUNDING * np.eye(len(scaled)), lower=True, check_finite=False)
+    except scipy.linalg.LinAlgError:
+        values, vectors = scipy.linalg.eigh(scaled)
+        return (vectors * np.maximum(values, 10 * _ROUNDING)) @ vectors.T / np.outer(units, units)
+    return precision
+
+
 def inverse_factor(precision: np.ndarray) -> np.ndarray:
     """The lower Cholesky factor of the inverse of a positive definite matrix."""
     # With the order of coordinates reversed, the inverse of an upper factor is a lower one of the inverse.
@@ -179,7 +202,7 @@ def inverse_factor(precision: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(inverse.T[::-1, ::-1])
 
 
-_FLOOR = 1e-4
+_LEAST_SCALE = 1e-6  # of the frame's: W = B / S must be a number
 _ROOT_2 = float(np.sqrt(2.0))  # a log scale's curvature is 2: in these units it is 1
 
 
@@ -328,9 +351,9 @@ class Triangular:
 class LowRank:
     """A diagonal plus a few columns: covariance S (I + W W') S, S = diag(scale), as NumPyro has it.
 
-    The parameters are those of B = S W and of S: in these a coordinate whose own scale goes to zero (a Heywood case, as
-    in factor analysis) drags no other parameter along. The scale stops at a ten-thousandth of the frame's, where what
-    is left to gain is a hundred-millionth of a nat or so and W is still a number.
+    The parameters are those of B = S W and of S itself, not of its logarithm. The best member often has a coordinate
+    whose own scale is zero, since the columns carry all of it (a Heywood case, as in factor analysis): in B and S that
+    is an ordinary maximum, on both sides of which the sign of the scale means nothing, and no parameter runs off.
 
     Args:
         frame: What the parameters are measured with.
@@ -352,8 +375,8 @@ class LowRank:
 
     def member(self, x: np.ndarray) -> Member:
         """The Gaussian of these parameters."""
-        shift, log_scale, columns = np.split(x, [self.size, 2 * self.size])
-        scale = self._scale * (_FLOOR + np.exp(log_scale / _ROOT_2))
+        shift, stretch, columns = np.split(x, [self.size, 2 * self.size])
+        scale = self._scale * _away_from_zero(1 + stretch / _ROOT_2)
         moved = self._columns + self._frame.move(columns.reshape(self.size, self.rank))
         return Member(self._frame.loc + self._frame.move(shift), scale, moved / scale[:, None])
 
@@ -363,8 +386,8 @@ class LowRank:
         if member.columns is not None:
             columns[:, : member.columns.shape[1]] += _scale(member)[:, None] * member.columns
         shift = self._frame.measure(member.loc - self._frame.loc)
-        above_floor = np.maximum(_scale(member) / self._scale - _FLOOR, _FLOOR / 10)
-        return np.concatenate([shift, _ROOT_2 * np.log(above_floor), self._frame.measure(columns).ravel()])
+        stretch = _ROOT_2 * (_scale(member) / self._scale - 1)
+        return np.concatenate([shift, stretch, self._frame.measure(columns).ravel()])
 
     def points(self, member: Member, base: np.ndarray) -> np.ndarray:
         """Draws."""
@@ -379,9 +402,9 @@ class LowRank:
 
     def pull(self, x: np.ndarray, member: Member, base: np.ndarray, gradients: np.ndarray) -> np.ndarray:
         """The gradient of a mean over draws."""
-        by_scale = _scale(member) * np.einsum("ni,ni->i", gradients, base[:, : self.size]) / len(base)
+        by_scale = np.einsum("ni,ni->i", gradients, base[:, : self.size]) / len(base)
         by_columns = gradients.T @ base[:, self.size :] / len(base)
-        return self._packed(x, gradients.mean(0), by_scale, by_columns)
+        return self._packed(gradients.mean(0), by_scale, by_columns)
 
     def mean(self, members: Sequence[np.ndarray]) -> np.ndarray:
         """Parameters in the middle, once every member's columns are turned to lie as the first one's do.
@@ -403,7 +426,7 @@ class LowRank:
 
     def entropy(self, member: Member) -> float:
         """In nats."""
-        spread = np.log(_scale(member)).sum() + 0.5 * np.linalg.slogdet(self._inner(member))[1]
+        spread = np.log(np.abs(_scale(member))).sum() + 0.5 * np.linalg.slogdet(self._inner(member))[1]
         return float(spread) + 0.5 * self.size * (1 + _LOG_2PI)
 
     def exact(self, x: np.ndarray, member: Member, quadratic: Quadratic) -> tuple[float, np.ndarray]:
@@ -416,7 +439,7 @@ class LowRank:
         solved = np.linalg.solve(self._inner(member), columns.T).T
         value += self.entropy(member) - 0.5 * float(spread.sum() + np.einsum("ir,ir->", moved, pulled))
         by_scale = 1 - spread - np.einsum("ir,ir->i", columns, solved)
-        return value, self._packed(x, by_loc, by_scale, solved / scale[:, None] - pulled)
+        return value, self._packed(by_loc, by_scale / scale, solved / scale[:, None] - pulled)
 
     def _mixed(self, member: Member, base: np.ndarray) -> np.ndarray:
         """Draws in units of the scale, (n, size)."""
@@ -426,11 +449,14 @@ class LowRank:
         """I + W' W, (rank, rank)."""
         return np.eye(self.rank) + _columns(member).T @ _columns(member)
 
-    def _packed(self, x: np.ndarray, loc: np.ndarray, log_scale: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """The gradient, from those with respect to location, log scale and columns in the model's units."""
-        above_floor = np.exp(x[self.size : 2 * self.size] / _ROOT_2)
-        by_scale = log_scale * above_floor / (_FLOOR + above_floor) / _ROOT_2
-        return np.concatenate([self._frame.pull(loc), by_scale, self._frame.pull(columns).ravel()])
+    def _packed(self, loc: np.ndarray, scale: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """The gradient, from those with respect to location, scale and columns in the model's units."""
+        return np.concatenate([self._frame.pull(loc), scale * self._scale / _ROOT_2, self._frame.pull(columns).ravel()])
+
+
+def _away_from_zero(values: np.ndarray) -> np.ndarray:
+    """The values, none of them nearer to zero than the least that counts."""
+    return np.where(np.abs(values) < _LEAST_SCALE, np.copysign(_LEAST_SCALE, values), values)
 
 
 def _scale(member: Member) -> np.ndarray:

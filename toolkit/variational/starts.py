@@ -11,8 +11,11 @@ from scipy.optimize import minimize
 
 from toolkit.modelling.model import Model
 from toolkit.threads import threads_for
+from toolkit.variational.certificates import project
 from toolkit.variational.density import LogDensity
 from toolkit.variational.draws import matched_draws
+from toolkit.variational.gaussians import Diagonal, Frame, Quadratic
+from toolkit.variational.solvers.fixed_draws import FixedDrawsELBO, climb
 from toolkit.variational.solvers.natural import is_safely_positive, natural_steps
 from toolkit.variational.space import Space
 
@@ -22,8 +25,12 @@ _STEPS = 12
 _GROWN = 3  # modes from which a Gaussian is grown: the best by the evidence that their curvature gives them
 _SAME_HEIGHT = 1e-3  # nats between two searches that ended at one mode
 _SAME_PLACE = 0.5  # posterior sds between them, or unconstrained units where no curvature is known
+_SAME_ELBO = 3.0  # nats between two Gaussians that are on their way to one optimum
 _SAME_LABELS = 0.05  # of the norm: a transform's Jacobian moves the modes of two labellings apart by a little
 _BOX_PRECISION = 4.0  # a sd of a half, for unconstrained coordinates of which nothing is known
+_ESCAPES = 4  # searches that ran off, from whose beginnings a mean field climbs
+_ESCAPE_DRAWS, _ESCAPE_STEPS = 64, 150
+_NARROW = -3.0  # of the first log scale there, in working units: an eighth of the box
 _DRAWS_A_DIMENSION = 4  # common draws of the natural-gradient steps; fewer than one would fit the draws
 _LEAST_DRAWS = 256
 
@@ -96,27 +103,47 @@ def _searched(model: Model, density: LogDensity, key: jax.Array, chart: str, cou
     begun = time.perf_counter()
     dispersed = _valid_points(model, density, chart, key, count)
     ends = sorted((_climb(density, point) for point in dispersed), key=lambda end: end.loss)
-    distinct = list[tuple[_End, np.ndarray | None, bool]]()
+    distinct: list[_Found] = []
     dense = density.size <= DENSE_LIMIT
     for end in _relabelled_once(model, density.space, chart, ends):
-        if _at_another(end, distinct):
-            continue
-        precision, is_mode = _curvature(density, end.loc) if dense else (None, False)
-        distinct.append((end, precision, is_mode))
-    best = sorted(distinct, key=lambda found: -_laplace(*found[:2]))[:_GROWN]
-    points = [_start(density, *found, key=jax.random.fold_in(key, _TRIES)) for found in best]
-    points.sort(key=lambda start: -start.elbo)
+        if not _at_another(end, distinct):
+            distinct.append(_Found(end, *(_curvature(density, end.loc) if dense else (None, False))))
+    own = jax.random.fold_in(key, _TRIES)
+    if dense:
+        modes = sorted((one for one in distinct if one.is_mode), key=lambda one: -_laplace(one))[:_GROWN]
+        points = [_from_mode(density, one, key=own) for one in modes]
+        strays = [one for one in distinct if not one.is_mode]
+        points += _from_beginnings(density, [one.end for one in strays], key=own)
+        if not any(np.isfinite(point.elbo) for point in points):
+            points = [_from_mode(density, one, key=own) for one in distinct[:1]]
+    else:
+        points = [Start(one.end.begin, None, -np.inf, -one.end.loss, is_mode=False) for one in distinct[:_GROWN]]
+    points = _once_each(sorted(points, key=lambda start: -start.elbo))[:_GROWN]
     return Starts(
         chart,
         density.space,
         tuple(points),
         len(dispersed),
-        tuple(-end.loss for end, _, _ in distinct),
+        tuple(-one.end.loss for one in distinct),
         time.perf_counter() - begun,
         density.evaluations,
         density.compile_seconds,
         density.peak_bytes,
     )
+
+
+def _once_each(points: list[Start]) -> list[Start]:
+    """The starts without those that have grown to where a better one is."""
+    kept: list[Start] = []
+    for point in points:
+        near = False
+        for other in kept:
+            apart = point.loc - other.loc
+            distance = apart @ apart if other.precision is None else apart @ other.precision @ apart
+            near = near or (distance < _SAME_PLACE**2 and abs(point.elbo - other.elbo) < _SAME_ELBO)
+        if not near:
+            kept.append(point)
+    return kept
 
 
 @dataclass(frozen=True)
@@ -128,17 +155,26 @@ class _End:
     begin: np.ndarray
 
 
-def _at_another(end: _End, kept: list[tuple[_End, np.ndarray | None, bool]]) -> bool:
+@dataclass(frozen=True)
+class _Found:
+    """The end of a search, minus the Hessian there (size, size), and whether it was positive definite as it was."""
+
+    end: _End
+    precision: np.ndarray | None
+    is_mode: bool
+
+
+def _at_another(end: _End, kept: list[_Found]) -> bool:
     """Whether a search ended at the mode of an earlier one, which is kept with the precision there.
 
     Equal heights alone do not make one mode of two (those of a symmetric density have them): the ends must also lie
     within half a posterior sd of each other.
     """
-    for other, precision, _ in kept:
-        if abs(end.loss - other.loss) > _SAME_HEIGHT:
+    for other in kept:
+        if abs(end.loss - other.end.loss) > _SAME_HEIGHT:
             continue
-        apart = end.loc - other.loc
-        distance = apart @ apart if precision is None else apart @ precision @ apart
+        apart = end.loc - other.end.loc
+        distance = apart @ apart if other.precision is None else apart @ other.precision @ apart
         if distance < _SAME_PLACE**2:
             return True
     return False
@@ -162,11 +198,11 @@ def _relabelled_once(model: Model, space: Space, chart: str | None, ends: list[_
     return [ends[number] for number in kept]
 
 
-def _laplace(end: _End, precision: np.ndarray | None) -> float:
+def _laplace(found: _Found) -> float:
     """The log evidence in nats of a mode's Laplace approximation; its height where no curvature is known."""
-    if precision is None:
-        return -end.loss
-    return float(-end.loss - 0.5 * np.linalg.slogdet(precision / (2 * np.pi))[1])
+    if found.precision is None:
+        return -found.end.loss
+    return float(-found.end.loss - 0.5 * np.linalg.slogdet(found.precision / (2 * np.pi))[1])
 
 
 def _curvature(density: LogDensity, loc: np.ndarray) -> tuple[np.ndarray | None, bool]:
@@ -193,23 +229,54 @@ def _differences(density: LogDensity, loc: np.ndarray, steps: np.ndarray) -> np.
         return (hessian + hessian.T) / 2
 
 
-def _start(density: LogDensity, end: _End, precision: np.ndarray | None, is_mode: bool, *, key: jax.Array) -> Start:
-    """The better of two Gaussians: grown from the end of a search, or, if that is no mode, from where it began.
+def _from_mode(density: LogDensity, found: _Found, *, key: jax.Array) -> Start:
+    """The Gaussian that grows from the curvature at a mode, or at the end of a search that is none."""
+    if found.precision is None:
+        return Start(found.end.begin, None, -np.inf, -found.end.loss, is_mode=False)
+    return _grown(density, found.end, found.end.loc, found.precision, found.is_mode, key=key)
 
-    A density without an upper bound sends the search away for ever (the funnel of a centred hierarchy); the ELBO has
-    a bound all the same, and natural-gradient steps from the beginning do not run off.
+
+def _from_beginnings(density: LogDensity, ends: list[_End], *, key: jax.Array) -> list[Start]:
+    """The Gaussians that grow from where searches began, past what drew them away for ever.
+
+    The density of a centred hierarchy has no upper bound; the ELBO has. A mean field climbs it on a few draws, in any
+    units; log p's mean curvature under it then gives the scale for natural-gradient steps.
     """
-    nothing = Start(end.begin, None, -np.inf, -end.loss, is_mode=False)
-    if density.size > DENSE_LIMIT:
-        return nothing
-    seeds = [] if precision is None else [(end.loc, precision, _STEPS)]
-    if not is_mode:
-        seeds.append((end.begin, _BOX_PRECISION * np.eye(density.size), 3 * _STEPS))
-    draws = max(_LEAST_DRAWS, 1 << (_DRAWS_A_DIMENSION * density.size - 1).bit_length())
-    base = matched_draws(draws, density.size, key=key)
-    grown = [natural_steps(density, loc, p, base=base, steps=steps) for loc, p, steps in seeds]
-    best = max(grown, key=lambda gaussian: gaussian.elbo)
-    return Start(best.loc, best.precision, best.elbo, -end.loss, is_mode) if np.isfinite(best.elbo) else nothing
+    climbed = []
+    for number, end in enumerate(ends[:_ESCAPES]):
+        family = Diagonal(Frame.of(end.begin, np.full(density.size, _BOX_PRECISION)))
+        nothing = Quadratic(end.begin, np.zeros(density.size), np.zeros(density.size))
+        base = matched_draws(_ESCAPE_DRAWS, density.size, key=jax.random.fold_in(key, number))
+        start = np.concatenate([np.zeros(density.size), np.full(density.size, _NARROW)])
+        best = climb(FixedDrawsELBO(density, family, nothing, base), start, residual=0.1, max_evaluations=_ESCAPE_STEPS)
+        if np.isfinite(best.elbo):
+            climbed.append((best.elbo, number, end, family, best.x))
+    starts = []
+    for _, number, end, family, x in sorted(climbed, key=lambda one: -one[0])[:_GROWN]:
+        member = family.member(x)
+        own = jax.random.fold_in(key, _ESCAPES + number)
+        around = Quadratic(member.loc, np.zeros(density.size), np.diag(member.variances**-1))
+        near = project(density, family, member, around, key=own, draws=_draws(density.size))
+        precision, _ = positive_definite(near.precision)
+        for tried in (precision, around.precision):
+            if tried is not None:
+                starts.append(_grown(density, end, member.loc, tried, is_mode=False, key=own))
+    return starts
+
+
+def _grown(
+    density: LogDensity, end: _End, loc: np.ndarray, precision: np.ndarray, is_mode: bool, *, key: jax.Array
+) -> Start:
+    base = matched_draws(_draws(density.size), density.size, key=key)
+    gaussian = natural_steps(density, loc, precision, base=base, steps=_STEPS)
+    if not np.isfinite(gaussian.elbo):
+        return Start(loc, None, -np.inf, -end.loss, is_mode)
+    return Start(gaussian.loc, gaussian.precision, gaussian.elbo, -end.loss, is_mode)
+
+
+def _draws(size: int) -> int:
+    """Common draws of natural-gradient steps: with few for each dimension the steps would fit the draws."""
+    return max(_LEAST_DRAWS, 1 << (_DRAWS_A_DIMENSION * size - 1).bit_length())
 
 
 def _valid_points(model: Model, density: LogDensity, chart: str, key: jax.Array, count: int) -> list[np.ndarray]:

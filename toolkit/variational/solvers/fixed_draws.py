@@ -20,7 +20,7 @@ from toolkit.variational.gaussians import Family, Quadratic
 _MEMORY = 20  # pairs of steps that L-BFGS remembers
 _EVALUATIONS = 200
 _DIFFERENCE = 1e-5  # of a curvature's difference quotient, in working parameters
-_FLATTEST = 0.01
+_FLATTEST = 1e-3
 _CG_STEPS = 100
 
 
@@ -42,7 +42,8 @@ class FixedDrawsELBO:
         """ELBO and its gradient (parameters,); -inf where any draw's log density or gradient is not finite."""
         member = self.family.member(x)
         values, gradients = self.density.over(self.family.points(member, self.base))
-        entropy, by_entropy = self.family.exact(x, member, self._nothing)
+        with np.errstate(divide="ignore"):  # a scale that underflows has no entropy
+            entropy, by_entropy = self.family.exact(x, member, self._nothing)
         elbo = float(values.mean()) + entropy
         if not (np.isfinite(elbo) and np.isfinite(gradients).all()):
             return -np.inf, np.zeros_like(x)
@@ -50,11 +51,12 @@ class FixedDrawsELBO:
 
     def each(self, x: np.ndarray) -> np.ndarray:
         """Terms (draws,) whose mean is the ELBO, each with the quadratic's deviation from its mean taken out."""
-        member = self.family.member(x)
-        points = self.family.points(member, self.base)
-        values, _ = self.density.over(points)
-        known, _ = self.quadratic.at(points)
-        return values - known + self.family.exact(x, member, self.quadratic)[0]
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # a run-off's terms are not finite
+            member = self.family.member(x)
+            points = self.family.points(member, self.base)
+            values, _ = self.density.over(points)
+            known, _ = self.quadratic.at(points)
+            return values - known + self.family.exact(x, member, self.quadratic)[0]
 
 
 @dataclass(frozen=True)
@@ -120,8 +122,8 @@ def climb(
     limits = {"maxcor": _MEMORY, "maxfun": max_evaluations, "maxiter": max_evaluations, "ftol": 0.0, "gtol": 0.0}
     with np.errstate(over="ignore", invalid="ignore"):
         minimize(loss, x, jac=True, method="L-BFGS-B", callback=enough, options=limits)
-    elbo, found, gradient = best
-    left = remaining(objective, found, gradient) if np.isinf(left) and np.isfinite(elbo) else left
+        elbo, found, gradient = best
+        left = remaining(objective, found, gradient) if np.isinf(left) and np.isfinite(elbo) else left
     return Climbed(found, course[0], elbo, left, len(course), np.array(course))
 
 
@@ -129,8 +131,8 @@ def remaining(objective: FixedDrawsELBO, x: np.ndarray, gradient: np.ndarray) ->
     """What a climb could still gain, in nats: g' H^-1 g, twice what Newton's step would gain.
 
     H is the curvature of the part of the ELBO that is known exactly, and costs no draws: in most directions it is about
-    one, but a family may have flat ones, in which a small gradient leads far. Directions flatter than a hundredth count
-    as a hundredth. By conjugate gradients, at most a hundred steps of them.
+    one, but a family may have flat ones, in which a small gradient leads far. Directions flatter than a thousandth
+    count as a thousandth. By conjugate gradients, at most a hundred steps of them.
 
     Args:
         objective: The ELBO.

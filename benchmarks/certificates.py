@@ -1,0 +1,146 @@
+"""Whether fits arrive and their certificates hold: each reference posterior and curated model, each guide, many seeds.
+
+The true gap is the yardstick's ELBO, from `yardsticks.csv`, minus the fit's, measured on many draws. A row is written
+as soon as it is there, and finished rows are skipped.
+
+    python benchmarks/certificates.py [POSTERIOR ...] [--guides ...] [--seeds 20] [--out benchmarks/certificates.csv]
+    python benchmarks/certificates.py --summary
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pandas as pd
+import posteriors
+
+import models
+from toolkit import Fit, Model, fit
+from toolkit.estimate import Estimate
+from toolkit.variational.autoguides import gaussian_form
+from toolkit.variational.certificates import project
+from toolkit.variational.density import LogDensity
+from toolkit.variational.draws import generator
+from toolkit.variational.gaussians import Frame, Quadratic
+from toolkit.variational.guides import DEFAULT_GUIDES
+
+CURATED = ("collinear_logistic", "hierarchical_regression", "poisson_glm")
+_DRAWS = 100_000
+_AT_ONCE = 10_000
+_MANY_SEEDS = 50  # dimensions up to which all seeds are run, and above it a quarter of them
+YARDSTICKS = Path(__file__).with_name("yardsticks.csv")
+
+
+def load(name: str) -> Model:
+    """The model of that name: a curated one, or a reference posterior."""
+    return models.load(name).model() if name in CURATED else posteriors.load(name)
+
+
+def measured_elbo(fitted: Fit, key: jax.Array) -> Estimate:
+    """The ELBO of a Gaussian fit in nats, on draws of its own, with a quadratic control variate."""
+    density = LogDensity(fitted.model, fitted.chart)
+    form = gaussian_form(fitted.autoguide, density.space)
+    if form is None:
+        raise ValueError(f"Expected a Gaussian guide; got '{fitted.guide.name}'.")
+    member = form.member(fitted.params)
+    frame = Frame.of(member.loc, np.linalg.inv(member.covariance()))
+    family = form.family(frame)
+    x = family.near(member)
+    around = Quadratic(member.loc, np.zeros(density.size), frame.precision)
+    quadratic = project(density, family, member, around, key=jax.random.fold_in(key, 0), draws=4_096)
+    exact, _ = family.exact(x, family.member(x), quadratic)
+    rng, terms = generator(jax.random.fold_in(key, 1)), []
+    for _ in range(_DRAWS // _AT_ONCE):
+        points = family.points(member, rng.standard_normal((_AT_ONCE, family.base)))
+        values, _ = density.over(points)
+        known, _ = quadratic.at(points)
+        terms.append(values - known + exact)
+    return Estimate.of_mean(np.concatenate(terms))
+
+
+def measure(name: str, guide: str, seed: int) -> dict[str, object]:
+    """One row: how the fit ended, its certificate, its true ELBO, its cost."""
+    model = load(name)
+    begun = time.perf_counter()
+    fitted = fit(model, guide, key=jax.random.PRNGKey(seed))
+    seconds = time.perf_counter() - begun
+    certificate = fitted.certificate
+    elbo = measured_elbo(fitted, jax.random.PRNGKey(seed + 10_000)) if fitted.usable else Estimate(math.nan, math.nan)
+    return {
+        "posterior": name,
+        "guide": guide,
+        "dimension": sum(np.size(value) for value in fitted.start.values()),
+        "seed": seed,
+        "status": fitted.status.name,
+        "elbo": round(elbo.value, 5),
+        "se": round(elbo.se, 5),
+        "gap": round(certificate.gap.value, 5) if certificate else math.nan,
+        "limit": round(certificate.limit, 5) if certificate else math.nan,
+        "scope": certificate.scope.name if certificate else "",
+        "draws": certificate.draws if certificate else 0,
+        "optima": len(fitted.optima),
+        "gradients": fitted.cost.gradient_evaluations,
+        "seconds": round(seconds, 2),
+    }
+
+
+def summary(table: pd.DataFrame) -> str:
+    """For each posterior and guide: the largest true gap, the limits, and in how many fits the gap was below."""
+    best = pd.read_csv(YARDSTICKS)[["posterior", "guide", "elbo", "se"]]
+    joined = table.merge(best, on=["posterior", "guide"], how="left", suffixes=("", "_best"))
+    joined["true_gap"] = joined.elbo_best - joined.elbo
+    error = np.hypot(joined.se, joined.se_best)
+    joined["covered"] = joined.true_gap - 2 * error <= joined.limit
+    cells = joined.groupby(["dimension", "posterior", "guide"], sort=True)
+    rows = cells.agg(
+        fits=("seed", "size"),
+        worst_gap=("true_gap", "max"),
+        median_limit=("limit", "median"),
+        worst_limit=("limit", "max"),
+        covered=("covered", "mean"),
+        seconds=("seconds", "median"),
+    )
+    known = joined[joined.true_gap.notna()]
+    small, large = known[known.dimension <= _MANY_SEEDS], known[known.dimension > _MANY_SEEDS]
+    lines = [rows.round(4).to_string()]
+    for part, words, bar in ((small, f"d <= {_MANY_SEEDS}", 0.1), (large, f"d > {_MANY_SEEDS}", 0.5)):
+        if len(part):
+            lines.append(
+                f"{words}: {len(part)} fits; limit <= {bar} in {(part.limit <= bar).mean():.1%}; true gap <= 0.1 in "
+                f"{(part.true_gap <= 0.1).mean():.1%}; true gap below the limit in {part.covered.mean():.1%}"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Write the rows that are missing and print the summary."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("posteriors", nargs="*", default=[*posteriors.names(), *CURATED])
+    parser.add_argument("--guides", nargs="+", default=list(DEFAULT_GUIDES))
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
+    parser.add_argument("--summary", action="store_true", help="print what is there already")
+    given = parser.parse_args()
+    table = pd.read_csv(given.out) if given.out.exists() else pd.DataFrame()
+    done = set() if table.empty else set(zip(table.posterior, table.guide, table.seed, strict=True))
+    for name in () if given.summary else given.posteriors:
+        size = LogDensity(load(name)).size
+        seeds = given.seeds if size <= _MANY_SEEDS else max(1, given.seeds // 4)
+        for guide in given.guides:
+            for seed in range(seeds):
+                if (name, guide, seed) in done:
+                    continue
+                row = measure(name, guide, seed)
+                print(row, flush=True)
+                table = pd.concat([table, pd.DataFrame([row])], ignore_index=True)
+                table.to_csv(given.out, index=False)
+    print(summary(table))
+
+
+if __name__ == "__main__":
+    main()
