@@ -261,23 +261,22 @@ def _wrong(*rows: tuple[str, str, float]) -> pd.DataFrame:
             Scope.GLOBAL,
             0.08,
             [("a", "sd_ratio", 0.4), ("b", "shift", 0.9)],
-            "the optimiser left at most 0.080 nats (global bound): what is wrong is the family's, for a posterior near "
-            "a Gaussian",
+            "the optimiser left at most 0.080 nats (global bound): near a Gaussian posterior, all that is wrong is the "
+            "family's",
         ),
         (
             Scope.LOCAL,
             0.08,
             [("a", "sd_ratio", 0.4), ("b", "sd_ratio", 0.4), ("b", "shift", 0.2), ("c", "coverage_90", 0.1)],
-            "the optimiser left at most 0.080 nats (local bound): 1 of the 3 that are wrong are the family's, for a "
-            "posterior near a Gaussian, as far as climbing can tell; that much may explain the others, in whole or in "
-            "part",
+            "the optimiser left at most 0.080 nats (local bound): near a Gaussian posterior, 1 of the 3 wrong are the "
+            "family's, the others may in part be the optimiser's",
         ),
         (
             Scope.ESTIMATE,
             3.0,
             [("a", "sd_ratio", 0.4)],
-            "the optimiser is estimated to have left at most 3.0 nats, which may explain what is wrong, in whole or in "
-            "part: whether it is the family's is not known",
+            "the optimiser is estimated to have left at most 3.0 nats, which may explain what is wrong: the family's "
+            "or the optimiser's is not known",
         ),
         (
             Scope.LOCAL,

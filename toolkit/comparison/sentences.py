@@ -173,14 +173,11 @@ def whose(rows: pd.DataFrame, certificate: Certificate | None, thresholds: Thres
     told = "is estimated to have left" if certificate.scope is Scope.ESTIMATE else "left"
     left = f"the optimiser {told} at most {at_most(limit)} nats"
     left += "" if certificate.scope is Scope.ESTIMATE else f" ({certificate.scope.value})"
-    # Of what lies elsewhere, a bound that was found by climbing says nothing.
-    reservation = "" if certificate.scope is Scope.GLOBAL else ", as far as climbing can tell"
-    family = "the family's, for a posterior near a Gaussian" + reservation
     if certain == names:
-        return f"{left}: what is wrong is {family}"
+        return f"{left}: near a Gaussian posterior, all that is wrong is the family's"
     if not certain:
-        return f"{left}, which may explain what is wrong, in whole or in part: whether it is the family's is not known"
+        return f"{left}, which may explain what is wrong: the family's or the optimiser's is not known"
     return (
-        f"{left}: {len(certain)} of the {len(names)} that are wrong are {family}; that much may explain the others, in "
-        "whole or in part"
+        f"{left}: near a Gaussian posterior, {len(certain)} of the {len(names)} wrong are the family's, the others may "
+        "in part be the optimiser's"
     )

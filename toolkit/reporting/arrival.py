@@ -147,7 +147,11 @@ def whose_sentences(fits: Iterable[Any], table: pd.DataFrame, thresholds: Thresh
 def _in_sds(fit: Any) -> str:
     """What a gap of that many nats may mean for means and sds."""
     shift, (low, high) = reach(fit.certificate.limit)
+    # Of what lies elsewhere, a certificate that was found by climbing says nothing.
+    elsewhere = (
+        "" if fit.certificate.scope is Scope.GLOBAL else " That a better optimum lies elsewhere is not excluded."
+    )
     return (
         f" Under a Gaussian posterior so many nats move no mean by more than {shift:.2f} sd, and no sd by a factor "
-        f"outside {low:.2f} to {high:.2f}; elsewhere that is an orientation."
+        f"outside {low:.2f} to {high:.2f}; under another that is an orientation.{elsewhere}"
     )
