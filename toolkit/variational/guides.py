@@ -9,6 +9,8 @@ from typing import Any
 
 from numpyro.infer import autoguide
 
+from toolkit.variational.blocks import AutoBlockNormal
+
 Build = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -52,7 +54,20 @@ GUIDES: dict[str, Guide] = {
     for guide in (
         _auto("mean_field", "AutoNormal"),
         _auto("low_rank", "AutoLowRankMultivariateNormal", ("mean_field", "diagonal")),
-        _auto("full_rank", "AutoMultivariateNormal", ("low_rank", "mean_field", "diagonal", "laplace")),
+        Guide(
+            "blocks", partial(AutoBlockNormal, structure="blocks"), ("mean_field", "diagonal"), label="AutoBlockNormal"
+        ),
+        Guide(
+            "coupled",
+            partial(AutoBlockNormal, structure="coupled"),
+            ("blocks", "mean_field", "diagonal"),
+            label="AutoBlockNormal",
+        ),
+        _auto(
+            "full_rank",
+            "AutoMultivariateNormal",
+            ("coupled", "blocks", "low_rank", "mean_field", "diagonal", "laplace"),
+        ),
         _auto("map", "AutoDelta"),
         _auto("laplace", "AutoLaplaceApproximation"),
         _auto("diagonal", "AutoDiagonalNormal"),
@@ -61,7 +76,7 @@ GUIDES: dict[str, Guide] = {
         _auto("dais", "AutoDAIS"),
     )
 }
-"""The guides that can be asked for by name; the first three are the default panel."""
+"""The guides that can be asked for by name; `DEFAULT_GUIDES` are the default panel."""
 
 DEFAULT_GUIDES = ("mean_field", "low_rank", "full_rank")
 

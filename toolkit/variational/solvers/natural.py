@@ -25,6 +25,7 @@ from toolkit.variational.gaussians import inverse_factor
 _LEAST, _MOST = 0.05, 20.0  # by how much a step may change a variance, before it is weighed by its rate
 _SLOWEST = 0.01  # a rate at which steps are no longer worth their draws
 _WORTH = 0.01  # nats
+_SMOOTHED = 6  # products of gradients, over which the estimate of what is left to gain is averaged
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,7 @@ def averaged_steps(
     """
     loc, factor = begin.loc, begin.factor
     course: list[tuple[float, float]] = []
+    products: list[float] = []
     before: _Slope | None = None
     gap, elbo = np.inf, begin.elbo
     for number in range(1, most + 1):
@@ -151,10 +153,11 @@ def averaged_steps(
         if before is not None:
             # The product of two steps' gradients is free of noise; what it leaves of the squares is noise, of which
             # the average over the steps keeps about half the rate.
-            gap = _product(before, slope)
-            gap += rate / 2 * max(0.0, _product(slope, slope) - gap)
+            products.append(_product(before, slope))
+            product = float(np.mean(products[-_SMOOTHED:]))
+            gap = product + rate / 2 * max(0.0, _product(slope, slope) - product)
         elbo = slope.elbo
-        if number > 4 and gap < tolerance / 2:
+        if len(products) >= _SMOOTHED and gap < tolerance / 2:
             break
         loc, factor = _step(loc, factor, slope, rate)
         before = slope
@@ -220,7 +223,8 @@ def is_safely_positive(matrix: np.ndarray) -> bool:
     diagonal = np.diag(matrix)
     if not (np.isfinite(matrix).all() and (diagonal > 0).all()):
         return False
-    scaled = matrix / np.sqrt(np.outer(diagonal, diagonal))
+    root = np.sqrt(diagonal)
+    scaled = matrix / root / root[:, None]
     try:
         # Cholesky's factorisation exists if and only if all eigenvalues are positive; it takes a tenth of their time.
         scipy.linalg.cholesky(scaled - 1e-8 * np.eye(len(matrix)), lower=True, check_finite=False)
