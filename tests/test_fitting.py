@@ -466,3 +466,20 @@ def test_the_elbo_is_the_mean_of_the_log_weights_beside_it(correlated, name):
     again = fitted.log_weights(jax.random.PRNGKey(5), 4_000)
     error = np.hypot(fitted.elbo.se, again.std() / math.sqrt(4_000))
     assert abs(again.mean() - fitted.elbo.value) < 5 * error
+
+
+def test_full_rank_takes_over_the_optimum_of_a_guide_in_another_order():
+    def grouped(y=None):
+        mean = numpyro.sample("mean", dist.Normal(0, 3))
+        with numpyro.plate("group", 4):
+            effect = numpyro.sample("effect", dist.Normal(mean, 0.5))
+            numpyro.sample("y", dist.Normal(effect, 0.7), obs=y)
+        numpyro.sample("last", dist.Normal(mean, 1.0))  # shared, and behind the groups in program order
+
+    model = Model(grouped, Dataset("four", {"y": np.array([1.0, -0.5, 0.3, 2.0])}))
+    fits = [fit(model, "coupled", key=KEY)]
+    assert list(fits[0].autoguide.blocks.order) != list(range(6))
+    fits.append(fit(model, "full_rank", key=KEY, smaller=fits))
+    # The posterior is Gaussian with the structure of `coupled`: both families hold it.
+    assert fits[1].elbo.value == pytest.approx(fits[0].elbo.value, abs=2e-3)
+    assert all(fitted.status is Status.ARRIVED for fitted in check_nesting(fits))

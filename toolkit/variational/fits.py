@@ -48,7 +48,8 @@ class Fit:
         fresh_log_weights: Log p(x, z) - log q(z) in nats at the draws behind `elbo`, (draws,); None without a density.
         certificate: How far the family's best may lie above this fit; None where there is none, see `message` or
             `why`.
-        optima: The ELBO in nats of each distinct optimum that the starts led to, the best first.
+        optima: The ELBO in nats of each distinct optimum that the starts led to, the best first; from SVI, whose ends
+            scatter, one for each start.
         solver: What fitted it.
         why: Why that solver.
         traces: The course of each start.

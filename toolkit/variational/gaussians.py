@@ -295,10 +295,9 @@ class Triangular:
     def near(self, member: Member) -> np.ndarray:
         """The parameters of a Gaussian whose factor has the pattern, or of any Gaussian if there is no pattern."""
         shift = self._frame.measure(member.loc - self._frame.loc)
-        if member.factor is None:
+        ordered = None if member.factor is None else self._ordered(member)
+        if ordered is None or np.triu(ordered, 1).any():  # another family's, which has another order
             ordered = np.linalg.cholesky(member.covariance()[np.ix_(self._order, self._order)])
-        else:
-            ordered = self._ordered(member)
         triangle = scipy.linalg.solve_triangular(self._root, ordered, lower=True)
         return np.concatenate([shift, _ROOT_2 * np.log(np.diag(triangle)), triangle.flat[self._below]])
 
