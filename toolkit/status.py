@@ -19,6 +19,9 @@ class Status(Enum):
     NOISY = "the ELBO is too noisy to tell whether it still rises"
     BELOW_SMALLER_FAMILY = "a smaller family that this one contains has a higher ELBO: the optimiser is at fault"
     NO_VALID_START = "no start was found at which the model's density is finite"
+    UNBOUNDED = "the ELBO has no upper bound: the density rises without end, as where a scale shrinks onto a data point"
+    IMPROPER = "location or scale grow without end: the posterior may be improper"
+    FLAT = "the density is the same all along a line: the posterior is improper"
     DIVERGED = "the ELBO became NaN or infinite and did not recover"
     FAILED = "an error stopped it"
 

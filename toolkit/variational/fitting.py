@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from toolkit.cost import Cost
+from toolkit.modelling.density import invalid_sites
 from toolkit.modelling.model import Model
 from toolkit.progress import Progress, silent
 from toolkit.status import Status
@@ -18,6 +19,7 @@ from toolkit.threads import threads_for
 from toolkit.variational.autoguides import GaussianForm, gaussian_form
 from toolkit.variational.building import build_guide
 from toolkit.variational.density import LogDensity
+from toolkit.variational.failures import describe_edge
 from toolkit.variational.fits import Fit
 from toolkit.variational.gaussian_fits import FIXED_DRAWS, FIXED_LIMIT, NATURAL_GRADIENT, fit_gaussian
 from toolkit.variational.guides import Guide, find_guide
@@ -28,6 +30,7 @@ from toolkit.variational.stochastic_fits import Prepared, fit_by_svi
 
 AUTO, SVI = "auto", "svi"
 SOLVERS = (AUTO, FIXED_DRAWS, NATURAL_GRADIENT, SVI)
+_MAY_HIDE_AN_EDGE = (Status.UNPROVEN, Status.BUDGET, Status.TOO_FEW_DRAWS, Status.DIVERGED)
 MAX_GRADIENTS = 3_000_000
 
 
@@ -93,7 +96,9 @@ def fit(
             starts = find_starts(model, key=jax.random.fold_in(key, 0), chart=chart, count=starts)
         cost = Cost(starts.compile_seconds, starts.seconds, starts.gradient_evaluations, starts.peak_bytes)
         if not starts.points:
-            return Fit(guide, model, Status.NO_VALID_START, cost=cost, solver=chosen, why=why)
+            return Fit(
+                guide, model, Status.NO_VALID_START, _broken_at_origin(model, starts), cost=cost, solver=chosen, why=why
+            )
         budget = max(max_gradients - starts.gradient_evaluations, 0)
         if chosen == SVI:
             fitted = fit_by_svi(model, guide, starts, prepared, key, tolerance, budget, progress)
@@ -146,6 +151,12 @@ def choose_solver(model: Model, guide: Guide, built: Any, space: Space, asked: s
     return FIXED_DRAWS, "on fixed draws the ELBO of a Gaussian guide is a smooth function, which has a maximum to find"
 
 
+def _broken_at_origin(model: Model, starts: Starts) -> str:
+    """Which site breaks the density at the origin of unconstrained space, around which starts were looked for."""
+    clauses = invalid_sites(model.in_chart(starts.chart), starts.space.unravel(np.zeros(starts.space.size)))
+    return f"at the origin of unconstrained space, {'; '.join(clauses)}" if clauses else ""
+
+
 def _by_gaussian(
     model: Model,
     guide: Guide,
@@ -184,13 +195,19 @@ def _by_gaussian(
             max_gradients=budget,
             report=report,
         )
+    status, message = ended.status, ended.message
+    if status in _MAY_HIDE_AN_EDGE:
+        own = jax.random.fold_in(key, 2)
+        edge = describe_edge(density, model, starts.chart, ended.optima[0].family, ended.member, key=own)
+        if edge:
+            status, message = edge.status, edge.message
     best = ended.optima[0]
-    usable = ended.status is not Status.DIVERGED
+    usable = status is not Status.DIVERGED
     return Fit(
         guide,
         model,
-        ended.status,
-        ended.message,
+        status,
+        message,
         elbo=ended.elbo,
         fresh_log_weights=ended.log_weights if usable else None,
         certificate=ended.certificate,

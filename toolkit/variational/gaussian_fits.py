@@ -22,6 +22,7 @@ from toolkit.variational.autoguides import GaussianForm
 from toolkit.variational.certificates import SETS, Bounded, Certificate, Scope, bound_gap, estimate_gap, project
 from toolkit.variational.density import LogDensity
 from toolkit.variational.draws import generator, matched_draws
+from toolkit.variational.failures import Failure, find_failure, is_sound
 from toolkit.variational.gaussians import Family, Frame, Member, Quadratic
 from toolkit.variational.solvers.fixed_draws import FixedDrawsELBO, climb
 from toolkit.variational.solvers.natural import Gaussian, averaged_steps
@@ -131,9 +132,15 @@ def fit_gaussian(
     ]
     optima = _distinct([optimum for optimum in climbed if math.isfinite(optimum.elbo.value)])
     if not optima:
-        return _failed(climbed, begun)
+        first = climbed[0]
+        own = jax.random.fold_in(key, 1_003)
+        failure = find_failure(density, form, first.member, first.quadratic, key=own, suspected=True)
+        return _failed(climbed, failure, begun)
     best = _not_below(density, optima[0], smaller, key=jax.random.fold_in(key, 1_000), report=report)
     optima = (replace(best, found=optima[0].found), *optima[1:])
+    failure = find_failure(density, form, best.member, best.quadratic, key=jax.random.fold_in(key, 1_003))
+    if failure:
+        return _without_optimum(density, best, optima, failure, begun, key=jax.random.fold_in(key, 1_002))
     budget = max_gradients - (density.evaluations - spent_before)
     scope = Scope.GLOBAL if log_concave and form.concave else Scope.LOCAL
     if solver == NATURAL_GRADIENT:
@@ -143,7 +150,14 @@ def fit_gaussian(
             density, best, scope, key=jax.random.fold_in(key, 1_001), tolerance=tolerance, budget=budget, report=report
         )
     status = _status(certificate, message)
+    if message:
+        own = jax.random.fold_in(key, 1_004)
+        failure = find_failure(density, form, best.member, best.quadratic, key=own, suspected=True)
+    if failure:
+        return _without_optimum(density, best, optima, failure, begun, key=jax.random.fold_in(key, 1_002))
     elbo, weights = _measured(density, best, key=jax.random.fold_in(key, 1_002))
+    if not math.isfinite(elbo.value):
+        status, message = Status.DIVERGED, "draws of the Gaussian have no finite density"
     optima = (replace(best, elbo=elbo), *optima[1:])
     seconds = time.perf_counter() - begun
     return GaussianFit(status, message, best.member, elbo, weights, certificate, optima, seconds)
@@ -215,7 +229,7 @@ def _looked_at(
     near = project(density, family, member, quadratic, key=jax.random.fold_in(key, 0), draws=draws)
     base = matched_draws(_COMPARED_DRAWS, family.base, key=jax.random.fold_in(key, 1))
     terms = FixedDrawsELBO(density, family, near, base).each(x)
-    elbo = Estimate.of_mean(terms) if np.isfinite(terms).all() else Estimate(-math.inf, math.nan)
+    elbo = Estimate.of_mean(terms) if is_sound(terms) else Estimate(-math.inf, math.nan)
     return Optimum(family, x, near, elbo, trace)
 
 
@@ -355,17 +369,27 @@ def _measured(density: LogDensity, best: Optimum, *, key: jax.Array) -> tuple[Es
     terms = values - known + exact
     apart = np.einsum("ni,ni->n", points - member.loc, family.scores(member, base))
     log_q = -0.5 * apart - (family.entropy(member) - 0.5 * family.size)
-    elbo = Estimate.of_mean(terms) if np.isfinite(terms).all() else Estimate(-math.inf, math.nan)
+    elbo = Estimate.of_mean(terms) if is_sound(terms) else Estimate(-math.inf, math.nan)
     return elbo, values - log_q
 
 
-def _failed(climbed: Sequence[Optimum], begun: float) -> GaussianFit:
+def _failed(climbed: Sequence[Optimum], failure: Failure | None, begun: float) -> GaussianFit:
     """The first start's end, which has no finite ELBO."""
     first = climbed[0]
-    message = "no start led to a Gaussian all of whose draws have a finite density"
+    status = failure.status if failure else Status.DIVERGED
+    message = failure.message if failure else "no start led to a Gaussian all of whose draws have a finite density"
     nothing = Estimate(-math.inf, math.nan)
     seconds = time.perf_counter() - begun
-    return GaussianFit(Status.DIVERGED, message, first.member, nothing, np.empty(0), None, tuple(climbed), seconds)
+    return GaussianFit(status, message, first.member, nothing, np.empty(0), None, tuple(climbed), seconds)
+
+
+def _without_optimum(
+    density: LogDensity, best: Optimum, optima: Sequence[Optimum], failure: Failure, begun: float, *, key: jax.Array
+) -> GaussianFit:
+    """A fit whose family has no best member: where it stopped means nothing, and no certificate is asked for."""
+    elbo, weights = _measured(density, best, key=key)
+    seconds = time.perf_counter() - begun
+    return GaussianFit(failure.status, failure.message, best.member, elbo, weights, None, tuple(optima), seconds)
 
 
 def _first_draws(family: Family) -> int:

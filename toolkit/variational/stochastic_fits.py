@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,14 +21,18 @@ from toolkit.estimate import Estimate
 from toolkit.modelling.model import Model
 from toolkit.progress import Progress
 from toolkit.status import Status
+from toolkit.variational.autoguides import gaussian_form
 from toolkit.variational.building import build_guide
 from toolkit.variational.coordinates import Coordinates, coordinates
+from toolkit.variational.density import LogDensity
+from toolkit.variational.failures import Failure, describe_edge, find_failure
 from toolkit.variational.fits import Fit
+from toolkit.variational.gaussians import Frame, Quadratic
 from toolkit.variational.guides import Guide
 from toolkit.variational.objectives import StickTheLandingELBO
 from toolkit.variational.solvers.svi import Programs, Solution, lower_programs, optimise
 from toolkit.variational.space import latent_space
-from toolkit.variational.starts import Start, Starts
+from toolkit.variational.starts import DENSE_LIMIT, Start, Starts
 
 _PARTICLES = 8
 _FIRST_STEP = 0.01  # of Adam, where nothing is known of the parameters' scales
@@ -149,6 +153,10 @@ def _run(
         moved = prepared.coordinates.to_params({name: params[name] for name in names}, frame)
         params = own | jax.device_get(moved)
     status, message = _outcome(solution, max_steps)
+    failure = _failure(model, built, starts, start, params, status, jax.random.fold_in(key, 2))
+    if failure:
+        skipped = _skipped(solution)
+        status, message = failure.status, f"{failure.message}; {skipped}" if skipped else failure.message
     fitted = Fit(
         guide,
         model,
@@ -187,8 +195,34 @@ def _without_frame(program: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *, arrays, frame: program(**arrays)
 
 
+def _failure(
+    model: Model, built: Any, starts: Starts, start: Start, params: Mapping[str, Any], status: Status, key: jax.Array
+) -> Failure | None:
+    """Why a Gaussian guide's steps have no end to come to; None where there is one, or for any other guide."""
+    form = gaussian_form(built, starts.space)
+    if form is None or model.parameters(starts.chart) or starts.space.size > DENSE_LIMIT:
+        return None
+    member = form.member(params)
+    if not all(np.isfinite(part).all() for part in vars(member).values() if part is not None):
+        return None
+    density = LogDensity(model, starts.chart)
+    if status is Status.DIVERGED:
+        family = form.family(Frame.of(start.loc, np.ones(density.size) if start.precision is None else start.precision))
+        edge = describe_edge(density, model, starts.chart, family, member, key=jax.random.fold_in(key, 0))
+        if edge:
+            return edge
+    known = np.zeros(density.size) if start.precision is None else start.precision
+    quadratic = Quadratic(member.loc, np.zeros(density.size), known)
+    suspected = status is not Status.ARRIVED
+    return find_failure(density, form, member, quadratic, key=jax.random.fold_in(key, 1), suspected=suspected)
+
+
+def _skipped(solution: Solution) -> str:
+    return f"{solution.invalid_steps} invalid steps were skipped" if solution.invalid_steps else ""
+
+
 def _outcome(solution: Solution, max_steps: int) -> tuple[Status, str]:
-    message = f"{solution.invalid_steps} invalid steps were skipped" if solution.invalid_steps else ""
+    message = _skipped(solution)
     if not np.isfinite(solution.elbo.value):
         weights = solution.log_weights
         lost = f"{(~np.isfinite(weights)).sum():,} of {weights.size:,} draws of the guide have no finite density"

@@ -1,0 +1,428 @@
+"""Why a fit has no optimum to arrive at: improper posteriors, flat directions, densities without a bound, edges.
+
+The ELBO is never above log p(x), so it is without a bound only where the posterior cannot be normalised, and then no
+answer of any family means anything. What such a fit looks like depends on where it was stopped; therefore nothing is
+read from its numbers alone, unless floating-point numbers have ended. A suspicion costs one set of draws. It is
+confirmed by climbing on, each time in units of the Gaussian that the last climb ended at, and each gain measured on
+draws of its own: an optimum ends this, and only a climb that covers decades without an end is called a run-off. What
+rises tells the kinds apart: the density (`UNBOUNDED`) or only the Gaussian's volume (`IMPROPER`). A density that is the
+same all along a line is `FLAT`, whether or not the family at hand can follow it.
+
+A scale alone cannot run to zero: its entropy falls without end, and the ELBO rises only if the mean log density does so
+faster. A collapse is therefore a density without a bound, and its sentence names the coordinate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import jax
+import numpy as np
+import scipy.linalg
+
+from toolkit.modelling.density import invalid_sites
+from toolkit.modelling.model import Model
+from toolkit.status import Status
+from toolkit.variational.autoguides import GaussianForm
+from toolkit.variational.density import LogDensity
+from toolkit.variational.draws import matched_draws
+from toolkit.variational.gaussians import Family, Frame, Member, Quadratic
+from toolkit.variational.solvers.fixed_draws import FixedDrawsELBO, climb
+from toolkit.variational.space import Space
+
+_DRAWS = 256
+_DRAWS_AN_EDGE = 4_096
+_SUSPICIOUS = 0.3  # sds from where a location should be, or nats that a scale's logarithm is short of a stationary ELBO
+_STAGES = 12
+_EVALUATIONS = 40  # of a stage's climb
+_WORTH = 0.25  # nats that a stage must gain
+_LEAST_STAGES = 2
+_FAR = 1e4  # a scale's factor, or sds of the fit, that no fit should still be from its optimum
+_FLAT_CURVATURE = 1e-5  # of a direction, in units of what single coordinates have
+_FLATTER = 0.05  # the same, where draws are what it is known by
+_STRAIGHTENING = (1.0,) * 6 + (30.0,) * 2
+_FLAT_RAY = (1e3, 1e5, 1e7)  # conditional sds
+_FLAT_CHANGE = 1e-6  # nats
+_NAMED = 0.3  # of the largest: coordinates with so much of a direction are named with it
+_MOST_NAMED = 4
+_LARGEST = 1e150  # whose square is still a number
+_NARROWINGS = 4
+_RESOLUTION = 1e-14  # of a location: narrower Gaussians have draws that are no longer distinct numbers
+_LEAST = 1e-100
+_LARGE = 1e8  # unconstrained units, from which a fit is looked at more closely
+_BEYOND = 1e12  # from which no further proof is asked for
+_WIDER = 1.5
+_DENSE = 300  # dimensions up to which a fit's covariance is looked at as a matrix
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A status, and the sentence that goes with it."""
+
+    status: Status
+    message: str
+
+
+def find_failure(
+    density: LogDensity,
+    form: GaussianForm,
+    member: Member,
+    quadratic: Quadratic,
+    *,
+    key: jax.Array,
+    suspected: bool = False,
+) -> Failure | None:
+    """Why a Gaussian fit has no optimum to arrive at; None where nothing speaks for that.
+
+    A fit at an optimum costs 256 gradients, and six for each direction in which its density has next to no curvature.
+
+    Args:
+        density: Log p(x, z).
+        form: The family.
+        member: Where the fit is.
+        quadratic: Near log p under the member.
+        key: Random key.
+        suspected: Whether to look closely in any case.
+    """
+    with np.errstate(all="ignore"):  # a run-off ends where floating-point numbers do
+        found = _flat_nearby(density, member, quadratic)
+        if found:
+            return found
+        if not (suspected or _is_suspicious(density, form, member, key=jax.random.fold_in(key, 0))):
+            return None
+        return (
+            _flat_anywhere(density, member)
+            or _beyond_numbers(density, form, member)
+            or _running_off(density, form, member, key=jax.random.fold_in(key, 1))
+            or _collapsing(density, member, key=jax.random.fold_in(key, 2))
+        )
+
+
+def describe_edge(
+    density: LogDensity, model: Model, chart: str, family: Family, member: Member, *, key: jax.Array
+) -> Failure | None:
+    """The share of a Gaussian's draws that have no finite density, and which site breaks it; None where all have.
+
+    A climb squeezes a Gaussian until none of its draws cross an edge; so one half as wide again is asked.
+
+    Args:
+        density: Log p(x, z).
+        model: The model, to ask for the site.
+        chart: The chart of the density.
+        family: The family.
+        member: Where the fit is.
+        key: Random key.
+    """
+    base = matched_draws(_DRAWS_AN_EDGE, family.base, key=key)
+    for wider, words in ((1.0, ""), (_WIDER, " half as wide again")):
+        with np.errstate(all="ignore"):
+            points = member.loc + wider * (family.points(member, base) - member.loc)
+            values, gradients = density.over(points)
+        broken = ~(np.isfinite(values) & np.isfinite(gradients).all(1))
+        if broken.any():
+            sites = name_invalid(model, chart, density.space, points[np.flatnonzero(broken)[0]])
+            share = f"{broken.mean():.2g} of {len(base):,} draws of a Gaussian{words} have no finite density"
+            return Failure(Status.DIVERGED, f"{share}{sites}")
+    return None
+
+
+def name_invalid(model: Model, chart: str, space: Space, point: np.ndarray) -> str:
+    """Such as `": site 'y' has a log density of nan"`; empty where every site alone is finite."""
+    clauses = invalid_sites(model.in_chart(chart), space.unravel(point))
+    return f": {'; '.join(clauses)}" if clauses else ""
+
+
+def is_sound(terms: np.ndarray) -> bool:
+    """Whether numbers are finite, and so are their squares."""
+    with np.errstate(invalid="ignore"):
+        return bool((np.abs(terms) < _LARGEST).all())
+
+
+def coordinate_names(space: Space) -> list[str]:
+    """A name for each unconstrained coordinate, such as `"beta[2]"`."""
+    names = []
+    for name, shape in zip(space.names, space.shapes, strict=True):
+        names += [f"{name}[{','.join(map(str, place))}]" if place else name for place in np.ndindex(*shape)]
+    return names
+
+
+# -- flat directions --------------------------------------------------------------------------------------------------
+
+
+def _flat_nearby(density: LogDensity, member: Member, quadratic: Quadratic) -> Failure | None:
+    """A flat line through the fit, by the curvature that the fit knows."""
+    if density.size > _DENSE or _is_far_out(member):
+        return None
+    known = [quadratic.precision] if quadratic.precision.ndim > 1 else []
+    if member.factor is not None:
+        known += _inverses(member.covariance())
+    return next((found for one in known if (found := _flat_by(density, member.loc, one))), None)
+
+
+def _flat_anywhere(density: LogDensity, member: Member) -> Failure | None:
+    """A flat line through the fit or through the origin, by the curvature there: far out rounding has taken it."""
+    if density.size > _DENSE:
+        return None
+    origin = np.zeros(density.size)
+    for loc in (origin,) if _is_far_out(member) else (origin, member.loc):
+        curvature = -_second_differences(density, loc)
+        if not np.isfinite(curvature).all():
+            continue
+        for number in np.flatnonzero(np.abs(np.diag(curvature)) < _FLAT_CURVATURE):
+            line = np.zeros(density.size)
+            line[number] = 1.0
+            if _is_flat(density, loc, line):
+                return _along(density.space, line)
+        found = _flat_by(density, loc, curvature)
+        if found:
+            return found
+    return None
+
+
+def _flat_by(density: LogDensity, loc: np.ndarray, precision: np.ndarray) -> Failure | None:
+    """A flat line among the directions in which a precision has next to nothing."""
+    diagonal = np.diag(precision)
+    if not (np.isfinite(precision).all() and (diagonal > 0).all()):
+        return None
+    units = diagonal**-0.5  # the coordinates' conditional sds
+    scaled = precision * np.outer(units, units)
+    if not np.isfinite(scaled).all():
+        return None
+    values, vectors = scipy.linalg.eigh(scaled)
+    flattest = int(np.argmin(np.abs(values)))  # at a place that is no mode others may be negative
+    if not np.abs(values[flattest]) < _FLATTER:
+        return None
+    line = _straightened(density, loc, units * vectors[:, flattest], units, values, vectors)
+    return _along(density.space, line / units) if _is_flat(density, loc, line) else None
+
+
+def _inverses(covariance: np.ndarray) -> list[np.ndarray]:
+    """The inverse, of which rounding may leave only the order of the largest eigenvalues; none if it is no number."""
+    sds = np.sqrt(np.diag(covariance))
+    if not (is_sound(covariance) and (sds > 0).all()):
+        return []
+    values, vectors = scipy.linalg.eigh(covariance / np.outer(sds, sds))
+    return [(vectors / np.maximum(values, 1e-15)) @ vectors.T / np.outer(sds, sds)]
+
+
+def _second_differences(density: LogDensity, loc: np.ndarray) -> np.ndarray:
+    """The Hessian (size, size) at a point, by central differences of the gradient."""
+    steps = 1e-4 * np.maximum(np.abs(loc), 1.0)
+    _, gradients = density.over(np.concatenate([loc + np.diag(steps), loc - np.diag(steps)]))
+    above, below = np.split(gradients, 2)
+    hessian = (above - below) / (2 * steps[:, None])
+    return (hessian + hessian.T) / 2
+
+
+def _straightened(
+    density: LogDensity,
+    loc: np.ndarray,
+    line: np.ndarray,
+    units: np.ndarray,
+    values: np.ndarray,
+    vectors: np.ndarray,
+) -> np.ndarray:
+    """A direction freed of what it has of curved ones, by Newton's step from the gradient far out on it."""
+    bounded = np.where(np.abs(values) < _FLATTER, np.copysign(_FLATTER, values), values)
+    bounded[np.argmin(np.abs(values))] = np.inf
+    for far in (*_STRAIGHTENING, *_FLAT_RAY):
+        _, gradients = density.over(np.stack([loc + far * line, loc - far * line]))
+        slope = (gradients[0] - gradients[1]) / (2 * far)
+        if not np.isfinite(slope).all():
+            break
+        line = line + units * (vectors @ ((vectors.T @ (units * slope)) / bounded))
+    return line
+
+
+def _is_flat(density: LogDensity, loc: np.ndarray, line: np.ndarray) -> bool:
+    far = np.array([0.0, *_FLAT_RAY, *(-distance for distance in _FLAT_RAY)])
+    values, _ = density.over(loc + far[:, None] * line)
+    return bool(np.isfinite(values).all() and (np.abs(values - values[0]) < _FLAT_CHANGE).all())
+
+
+def _along(space: Space, direction: np.ndarray) -> Failure:
+    names = _largest(space, np.abs(direction))
+    together = " together" if " and " in names else ""
+    return Failure(Status.FLAT, f"moving {names}{together} changes nothing in the density")
+
+
+def _largest(space: Space, weights: np.ndarray) -> str:
+    """The coordinates that weigh most."""
+    order = [int(i) for i in np.argsort(-weights) if weights[i] > _NAMED * weights.max()]
+    names = [coordinate_names(space)[i] for i in sorted(order[:_MOST_NAMED])]
+    more = f" and {len(order) - _MOST_NAMED} more" if len(order) > _MOST_NAMED else ""
+    return (", ".join(names) + more) if more or len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+# -- run-offs ---------------------------------------------------------------------------------------------------------
+
+
+def _running_off(density: LogDensity, form: GaussianForm, member: Member, *, key: jax.Array) -> Failure | None:
+    """What a climb that covers decades and still gains is a sign of; None where there is none."""
+    first, sds = member, _sds(member)
+    energy = volume = 0.0
+    for number in range(1, _STAGES + 1):
+        stage = _stage(density, form, member, key=jax.random.fold_in(key, number))
+        if stage is None:
+            return None
+        member = stage.member
+        energy, volume = energy + stage.energy, volume + stage.volume
+        logs = np.log(_sds(member) / sds)
+        moved = np.abs(member.loc - first.loc) / sds
+        far = max(np.exp(np.abs(logs).max()), moved.max())
+        if not far < (_FAR if number >= _LEAST_STAGES else _FAR**2):
+            return _named(density.space, energy, volume, logs, moved)
+    return None
+
+
+def _beyond_numbers(density: LogDensity, form: GaussianForm, member: Member) -> Failure | None:
+    """What a Gaussian is a sign of that has already gone further than any model's units can explain."""
+    sds = _sds(member)
+    logs, moved = np.log(sds), np.abs(member.loc)
+    narrow = sds / np.maximum(moved, _LEAST)
+    if narrow.min() < _RESOLUTION and moved.max() < _LARGE:
+        where = f"the scale of {_largest(density.space, -np.minimum(np.log(narrow / _RESOLUTION), 0))} runs to zero"
+        return Failure(Status.UNBOUNDED, f"{where}, and the log density rises without end")
+    if sds.max() < _BEYOND and moved.max() < _BEYOND:
+        return None
+    there, origin = density.over(np.stack([member.loc, np.zeros(density.size)]))[0]
+    energy = there - origin if math.isfinite(origin) else there
+    return _named(density.space, energy, float(np.log(np.maximum(sds, moved)).max()), logs, moved)
+
+
+def _collapsing(density: LogDensity, member: Member, *, key: jax.Array) -> Failure | None:
+    """A coordinate along which the density has a spike that no narrower Gaussian ever fills."""
+    base = matched_draws(_DRAWS, density.size, key=key)
+    sds = _sds(member)
+    cloud = member.loc + sds * base
+    for number in range(min(density.size, _DENSE)):
+        centre, width = member.loc[number], max(sds[number], 1e-8 * abs(member.loc[number]))
+        energies = list[np.ndarray]()
+        while len(energies) <= _NARROWINGS:
+            line = np.repeat(member.loc[None], _DRAWS + 1, 0)
+            line[:, number] = centre + width * np.linspace(-4, 4, _DRAWS + 1)
+            values, _ = density.over(line)
+            centre, width = line[int(np.argmax(np.nan_to_num(values, nan=-math.inf))), number], width / 10
+            cloud[:, number] = centre + width * base[:, number]
+            energies.append(density.over(cloud)[0])
+            if len(energies) > 1:
+                rise = energies[-1] - energies[-2] - math.log(10)
+                if not (is_sound(rise) and rise.mean() > max(_WORTH / 4, 2 * rise.std() / math.sqrt(_DRAWS))):
+                    break
+        else:
+            name = coordinate_names(density.space)[number]
+            where = f"the scale of {name} runs to zero at {centre:.4g}"
+            return Failure(Status.UNBOUNDED, f"{where}, and the log density rises without end")
+        cloud[:, number] = member.loc[number] + sds[number] * base[:, number]
+    return None
+
+
+def _is_far_out(member: Member) -> bool:
+    """Whether a location or a scale is too large, or a scale too small, for differences to be trusted there."""
+    sds = _sds(member)
+    narrow = bool((sds < _RESOLUTION * np.abs(member.loc)).any())
+    return narrow or not max(np.abs(member.loc).max(), sds.max()) < _LARGE
+
+
+def _sds(member: Member) -> np.ndarray:
+    return np.sqrt(np.diag(member.covariance()))
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """Where a climb from a member ended, and by how much the mean log density and the entropy rose, in nats."""
+
+    member: Member
+    energy: float
+    volume: float
+
+
+def _stage(density: LogDensity, form: GaussianForm, member: Member, *, key: jax.Array) -> _Stage | None:
+    """A climb in units of the member; None where it gains nothing on draws of its own or leaves the numbers."""
+    frame = _own_frame(member)
+    if frame is None:
+        return None
+    family = form.family(frame)
+    quadratic = Quadratic(frame.loc, np.zeros(family.size), frame.precision)
+    before = family.member(family.near(member))
+    draws = max(_DRAWS, 1 << (4 * family.base - 1).bit_length())
+    base, fresh = (matched_draws(draws, family.base, key=jax.random.fold_in(key, i)) for i in range(2))
+    objective = FixedDrawsELBO(density, family, quadratic, base)
+    begun = density.over(family.points(before, fresh))[0]
+    entropy = family.entropy(before)
+
+    def measured(x: np.ndarray) -> _Stage | None:
+        after = family.member(x)
+        change, volume = density.over(family.points(after, fresh))[0] - begun, family.entropy(after) - entropy
+        if not (is_sound(change) and math.isfinite(volume)):
+            return None
+        gain, se = change.mean() + volume, change.std() / math.sqrt(draws)
+        return _Stage(after, float(change.mean()), volume) if gain > max(_WORTH, 2 * se) else None
+
+    # On a cone's way out, location and scale grow together, and a climb on few draws widens until others fall outside.
+    away = (np.abs(before.loc) > _sds(before)).any()
+    outward = measured(family.near(_outward(before))) if away else None
+    if outward:
+        return outward
+    return measured(climb(objective, family.near(before), residual=_WORTH / 5, max_evaluations=_EVALUATIONS).x)
+
+
+def _outward(member: Member) -> Member:
+    """A Gaussian ten times as far from the origin, and as much wider as leaves it three times as clear of it."""
+    wider = math.sqrt(10)
+    scale, factor = (None if part is None else wider * part for part in (member.scale, member.factor))
+    return replace(member, loc=10 * member.loc, scale=scale, factor=factor)
+
+
+def _is_suspicious(density: LogDensity, form: GaussianForm, member: Member, *, key: jax.Array) -> bool:
+    """Whether a location or a scale is far from where the ELBO is stationary.
+
+    Every Gaussian family here is closed under shifting and under stretching a single coordinate; at its best member
+    therefore E[g_i] = 0 and E[g_i (z_i - loc_i)] = -1 for each coordinate i, with g the gradient of log p. A location
+    is also measured by itself: where there is no end to go to, it is far off in its own size though not in sds.
+    """
+    if _is_far_out(member):
+        return True
+    frame = _own_frame(member)
+    if frame is None:
+        return True
+    family = form.family(frame)
+    base = matched_draws(max(_DRAWS, 1 << (4 * family.base - 1).bit_length()), family.base, key=key)
+    member = family.member(family.near(member))
+    apart = family.points(member, base) - member.loc
+    left = density.over(member.loc + apart)[1] + family.scores(member, base)
+    sds = _sds(member)
+    terms = np.concatenate([np.maximum(sds, np.abs(member.loc)) * left, left * apart], axis=1)
+    offs, ses = np.abs(terms.mean(0)), terms.std(0) / math.sqrt(len(base))
+    return bool(not ((offs < _SUSPICIOUS) | (offs < 3 * ses)).all())
+
+
+def _own_frame(member: Member) -> Frame | None:
+    """The frame of a Gaussian itself; None where its covariance can no longer be inverted."""
+    if member.factor is None and member.columns is None:
+        assert member.scale is not None
+        precision = member.scale**-2.0
+        return Frame.of(member.loc, precision) if is_sound(np.append(precision, 1 / precision)) else None
+    covariance = member.covariance()
+    sds = np.sqrt(np.diag(covariance))
+    if not (is_sound(covariance) and is_sound(1 / sds**2)):
+        return None
+    try:
+        inverse = scipy.linalg.inv(covariance / np.outer(sds, sds), assume_a="pos")
+        return Frame.of(member.loc, (inverse + inverse.T) / 2 / np.outer(sds, sds))
+    except (scipy.linalg.LinAlgError, scipy.linalg.LinAlgWarning):
+        return None
+
+
+def _named(space: Space, energy: float, volume: float, logs: np.ndarray, moved: np.ndarray) -> Failure:
+    """The status of a run-off, and which coordinates run."""
+    if energy > max(volume, 0.0):
+        if moved.max() < _FAR and -logs.min() > math.log1p(moved.max()):
+            what = f"the scale of {_largest(space, np.maximum(-logs, 0.0))} runs to zero"
+        else:
+            what = f"{_largest(space, np.log1p(moved))} runs away"
+        return Failure(Status.UNBOUNDED, f"{what}, and the log density rises without end")
+    growing: Sequence[float] = np.maximum(np.maximum(logs, np.log1p(moved)), 0.0)
+    return Failure(Status.IMPROPER, f"{_largest(space, np.asarray(growing))} without end")
