@@ -43,7 +43,10 @@ class FixedDrawsELBO:
         member = self.family.member(x)
         values, gradients = self.density.over(self.family.points(member, self.base))
         with np.errstate(divide="ignore"):  # a scale that underflows has no entropy
-            entropy, by_entropy = self.family.exact(x, member, self._nothing)
+            try:
+                entropy, by_entropy = self.family.exact(x, member, self._nothing)
+            except np.linalg.LinAlgError:  # a low-rank Gaussian so wide that its columns are all that is left of it
+                return -np.inf, np.zeros_like(x)
         elbo = float(values.mean()) + entropy
         if not (np.isfinite(elbo) and np.isfinite(gradients).all()):
             return -np.inf, np.zeros_like(x)
