@@ -39,6 +39,7 @@ _PROJECTION_DRAWS = 1_024
 _COMPARED_DRAWS = 1_024
 _ELBO_DRAWS = 4_096
 _NATURAL_DRAWS = 1_024
+_SCREENED = 80  # evaluations from each start; the proof goes on from the best one
 _DECREMENT_DRAWS = 4_096
 _ROUNDS = 8
 _EVALUATIONS_EXPECTED = 6  # of a certificate's climb
@@ -211,6 +212,7 @@ def _solved(
             FixedDrawsELBO(density, family, quadratic, base),
             np.zeros(family.parameters),
             residual=tolerance / 100,
+            max_evaluations=_SCREENED,
             report=lambda steps, elbo: report("climbing", steps, steps + 1, elbo),
         )
         x, steps, course = climbed.x, np.arange(1, climbed.evaluations + 1), climbed.course

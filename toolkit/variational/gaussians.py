@@ -416,7 +416,9 @@ class LowRank:
             columns = self._whitened(x)
             rotation, _ = scipy.linalg.orthogonal_procrustes(columns, first)
             begin = self._frame.measure(self._columns)
-            turned.append(np.concatenate([x[: 2 * self.size], (columns @ rotation - begin).ravel()]))
+            # A scale's sign means nothing: all are taken to the positive side.
+            stretch = _ROOT_2 * (np.abs(1 + x[self.size : 2 * self.size] / _ROOT_2) - 1)
+            turned.append(np.concatenate([x[: self.size], stretch, (columns @ rotation - begin).ravel()]))
         return np.mean(turned, axis=0)
 
     def _whitened(self, x: np.ndarray) -> np.ndarray:
