@@ -74,9 +74,16 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Bounded:
-    """A bound, and the climbs behind it, one for each set of draws."""
+    """A bound, and the climbs behind it.
 
-    certificate: Certificate
+    Attributes:
+        certificate: None where the first climb gained so much that the others were not asked for.
+        gains: What each climb gained, its residual included, in nats, (sets,).
+        ends: Where they ended.
+    """
+
+    certificate: Certificate | None
+    gains: np.ndarray
     ends: tuple[Climbed, ...]
 
 
@@ -91,6 +98,7 @@ def bound_gap(
     residual: float,
     scope: Scope,
     sets: int = SETS,
+    hopeless: float = math.inf,
     report: Callable[[int, float], None] | None = None,
 ) -> Bounded:
     """An upper bound on what the family's best gains over a member.
@@ -106,15 +114,20 @@ def bound_gap(
             bound, or what is left where that is more.
         scope: `GLOBAL` or `LOCAL`.
         sets: Independent sets of draws, at least two.
+        hopeless: A gain in nats; if the first climb gains more, no bound is asked for.
         report: Called at each evaluation with its number and the ELBO.
     """
-    ends = []
+    ends = list[Climbed]()
+    gains = list[float]()
     for number in range(sets):
         base = matched_draws(draws, family.base, key=jax.random.fold_in(key, number))
         objective = FixedDrawsELBO(density, family, quadratic, base)
-        ends.append(climb(objective, x, residual=residual, report=report))
-    gains = np.array([end.elbo - end.begun + max(end.residual, residual) for end in ends])
-    return Bounded(_certificate(gains, scope, draws), tuple(ends))
+        end = climb(objective, x, residual=residual, report=report)
+        ends.append(end)
+        gains.append(end.elbo - end.begun + max(end.residual, residual))
+        if gains[0] > hopeless:
+            return Bounded(None, np.array(gains), tuple(ends))
+    return Bounded(_certificate(np.array(gains), scope, draws), np.array(gains), tuple(ends))
 
 
 def estimate_gap(

@@ -22,10 +22,11 @@ from toolkit.variational.density import LogDensity
 from toolkit.variational.failures import describe_edge
 from toolkit.variational.fits import Fit
 from toolkit.variational.gaussian_fits import FIXED_DRAWS, FIXED_LIMIT, NATURAL_GRADIENT, fit_gaussian
+from toolkit.variational.gaussians import DENSE_LIMIT
 from toolkit.variational.guides import Guide, find_guide
 from toolkit.variational.nesting import contains
 from toolkit.variational.space import Space, latent_space
-from toolkit.variational.starts import DENSE_LIMIT, Starts, find_starts
+from toolkit.variational.starts import Starts, find_starts
 from toolkit.variational.stochastic_fits import Prepared, fit_by_svi
 
 AUTO, SVI = "auto", "svi"

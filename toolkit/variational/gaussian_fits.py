@@ -4,6 +4,7 @@
 
 The certificate's own climbs are solutions on draws that the fit has not seen. Where it is not below the tolerance their
 mean becomes the next fit, which has in effect been fitted to all of these draws, and the next certificate takes more.
+Where the first climb alone gains more than the tolerance, the others are spared, and its end becomes the next fit.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
+import scipy.linalg
 
 from toolkit.estimate import Estimate
 from toolkit.status import Status
@@ -42,6 +44,7 @@ _NATURAL_DRAWS = 1_024
 _SCREENED = 80  # evaluations from each start; the proof goes on from the best one
 _DECREMENT_DRAWS = 4_096
 _ROUNDS = 8
+_OPTIMISM = 0.4  # of the tolerance, that a certificate may be too high by: what draws are enough for
 _EVALUATIONS_EXPECTED = 6  # of a certificate's climb
 _UNKNOWN_SCALE = 0.1  # of a posterior of which no curvature is known, in unconstrained units
 _BUDGET = "the budget, do not suffice"
@@ -229,10 +232,29 @@ def _looked_at(
     )
     member = family.member(x)
     near = project(density, family, member, quadratic, key=jax.random.fold_in(key, 0), draws=draws)
-    base = matched_draws(_COMPARED_DRAWS, family.base, key=jax.random.fold_in(key, 1))
-    terms = FixedDrawsELBO(density, family, near, base).each(x)
-    elbo = Estimate.of_mean(terms) if is_sound(terms) else Estimate(-math.inf, math.nan)
-    return Optimum(family, x, near, elbo, trace)
+    points = family.points(member, matched_draws(_COMPARED_DRAWS, family.base, key=jax.random.fold_in(key, 1)))
+    values, _ = density.over(points)
+    # Where gradients have heavy tails, what was fitted to few of them may be far from log p: then log q is nearer.
+    chosen, least, elbo = near, math.inf, Estimate(-math.inf, math.nan)
+    for tried in (near, quadratic, *_own_quadratic(member)):
+        with np.errstate(over="ignore", invalid="ignore"):  # a run-off's terms are not finite
+            terms = values - tried.at(points)[0] + family.exact(x, member, tried)[0]
+            spread = float(terms.std())
+        if is_sound(terms) and spread < least:
+            chosen, least, elbo = tried, spread, Estimate.of_mean(terms)
+    return Optimum(family, x, chosen, elbo, trace)
+
+
+def _own_quadratic(member: Member) -> tuple[Quadratic, ...]:
+    """A Gaussian's own log density but for a constant; none where its covariance can no longer be inverted."""
+    nothing = np.zeros(len(member.loc))
+    if member.factor is None:
+        return (Quadratic(member.loc, nothing, 1 / member.variances),)
+    try:
+        inverse = scipy.linalg.inv(member.covariance(), assume_a="pos")
+    except (scipy.linalg.LinAlgError, scipy.linalg.LinAlgWarning, ValueError):
+        return ()
+    return (Quadratic(member.loc, nothing, (inverse + inverse.T) / 2),)
 
 
 def _distinct(optima: Sequence[Optimum]) -> tuple[Optimum, ...]:
@@ -292,13 +314,16 @@ def _proved(
     spent_before = density.evaluations
     certificate: Certificate | None = None
     draws = _first_draws(best.family)
-    why = f"more than {_ROUNDS} rounds of it"
+    why, insists = f"more than {_ROUNDS} rounds of it", False
     for number in range(_ROUNDS):
         own = jax.random.fold_in(key, number)
-        spent = density.evaluations - spent_before
-        if spent + SETS * _EVALUATIONS_EXPECTED * draws > budget:
+        affordable = (budget - (density.evaluations - spent_before)) // (SETS * _EVALUATIONS_EXPECTED)
+        if draws > affordable:
             why = f"{budget:,} gradients, {_BUDGET}"
-            break
+            if certificate or affordable < _first_draws(best.family):
+                break
+            draws = _power_of_two(affordable // 2 + 1)  # a limit above the tolerance is better than none
+        insists = insists or number == _ROUNDS - 1 or 3 * draws > affordable
         bounded = bound_gap(
             density,
             best.family,
@@ -308,24 +333,29 @@ def _proved(
             draws=draws,
             residual=tolerance / 100,
             scope=scope,
+            hopeless=math.inf if insists else tolerance,
             report=lambda steps, elbo: report("certificate", steps, steps + 1, elbo),
         )
-        if certificate is None or bounded.certificate.limit < certificate.limit:
-            certificate = bounded.certificate
-        if certificate.limit <= tolerance:
+        found = bounded.certificate
+        if found and (certificate is None or found.limit < certificate.limit):
+            certificate = found
+        if certificate and certificate.limit <= tolerance:
             return best, certificate, ""
-        if draws == _MOST_DRAWS and number > 0 and not bounded.certificate.limit < 2 * certificate.limit:
+        if found and certificate and draws == _MOST_DRAWS and number > 0 and not found.limit < 2 * certificate.limit:
             why = f"{draws:,} draws are too few for {best.family.parameters:,} parameters"
             break
         moved, gain = _moved(density, best, bounded, draws, key=jax.random.fold_in(own, 1))
-        # What the bound is too high by shrinks as draws grow, what the fit lacks does not.
-        optimism = max(bounded.certificate.limit - max(gain, 0.0), 0.0)
-        wanted = draws * optimism / (tolerance / 2) if math.isfinite(optimism) else 4 * draws
+        # A climb gains what the fit lacks and what its draws can be fitted to; its end lacks the latter elsewhere, a mean
+        # of ends one share of it. Only the latter shrinks as draws grow.
+        optimism = ((found.limit if found else bounded.gains[0]) - gain) / (1 + 1 / len(bounded.ends))
+        wanted = draws * max(optimism, 0.0) / (_OPTIMISM * tolerance) if math.isfinite(optimism) else 4 * draws
         if gain > 0:
             best = moved
-        elif draws == _MOST_DRAWS:
+        elif draws == _MOST_DRAWS and insists:
             why = f"{draws:,} draws are too few for {best.family.parameters:,} parameters"
             break
+        elif draws == _MOST_DRAWS:
+            insists = True
         draws = int(np.clip(_power_of_two(wanted), draws, min(16 * draws, _MOST_DRAWS)))
     if certificate is None or not math.isfinite(certificate.limit):
         return best, None, f"no bound: {why}"

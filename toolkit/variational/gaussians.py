@@ -16,6 +16,7 @@ import scipy.linalg
 
 _LOG_2PI = float(np.log(2 * np.pi))
 _ROUNDING = 1e-14  # of a matrix with a unit diagonal: a smaller eigenvalue may as well be negative
+DENSE_LIMIT = 1_500  # dimensions: a matrix of 18 MB, and about a second for its decomposition
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,8 @@ class Member:
         scale: Shape (size,), for a diagonal or low-rank covariance: S in S (I + W W') S, of either sign; None
             otherwise.
         columns: W, shape (size, rank), for a low-rank covariance; None otherwise.
-        factor: A square root of the covariance, (size, size), lower-triangular once its rows are in the family's
-            order; None otherwise.
+        factor: A square root of the covariance by which draws are made, (size, size), lower-triangular once its rows
+            are in the family's order; None where draws need none.
     """
 
     loc: np.ndarray
@@ -354,15 +355,22 @@ class LowRank:
     whose own scale is zero, since the columns carry all of it (a Heywood case, as in factor analysis): in B and S that
     is an ordinary maximum, on both sides of which the sign of the scale means nothing, and no parameter runs off.
 
+    Draws are made by the covariance's Cholesky factor, from `size` base numbers, and not by NumPyro's sum of S e and
+    S W f, from `size + rank`. The Gaussian is the same; but for given draws the sum also depends on how each draw is
+    shared out between e and f, to which a maximum over few draws would be fitted, most of all where a scale is zero.
+    In dimensions beyond what dense matrices are for, the sum it is.
+
     Args:
         frame: What the parameters are measured with.
         rank: Columns of W.
+        dense: Whether draws are made by the Cholesky factor; up to `DENSE_LIMIT` dimensions if None.
     """
 
-    def __init__(self, frame: Frame, rank: int) -> None:
+    def __init__(self, frame: Frame, rank: int, *, dense: bool | None = None) -> None:
         self._frame, self.rank = frame, rank
         self.size = len(frame.loc)
-        self.base = self.size + rank
+        self._dense = self.size <= DENSE_LIMIT if dense is None else dense
+        self.base = self.size if self._dense else self.size + rank
         self.parameters = self.size * (2 + rank)
         if frame.precision.ndim == 1:
             self._scale, columns = frame.precision**-0.5, np.zeros((self.size, rank))
@@ -377,7 +385,8 @@ class LowRank:
         shift, stretch, columns = np.split(x, [self.size, 2 * self.size])
         scale = self._scale * _away_from_zero(1 + stretch / _ROOT_2)
         moved = self._columns + self._frame.move(columns.reshape(self.size, self.rank))
-        return Member(self._frame.loc + self._frame.move(shift), scale, moved / scale[:, None])
+        factor = scipy.linalg.cholesky(np.diag(scale**2) + moved @ moved.T, lower=True) if self._dense else None
+        return Member(self._frame.loc + self._frame.move(shift), scale, moved / scale[:, None], factor)
 
     def near(self, member: Member) -> np.ndarray:
         """The parameters of a low-rank Gaussian of at most this rank, or of a diagonal one."""
@@ -390,10 +399,14 @@ class LowRank:
 
     def points(self, member: Member, base: np.ndarray) -> np.ndarray:
         """Draws."""
+        if member.factor is not None:
+            return member.loc + base @ member.factor.T
         return member.loc + _scale(member) * self._mixed(member, base)
 
     def scores(self, member: Member, base: np.ndarray) -> np.ndarray:
         """Minus the gradient of log q at the draws."""
+        if member.factor is not None:
+            return scipy.linalg.solve_triangular(member.factor, base.T, lower=True, trans="T").T
         mixed, columns = self._mixed(member, base), _columns(member)
         # (I + W W')^-1 v = v - W (I + W' W)^-1 W' v
         solved = mixed - np.linalg.solve(self._inner(member), columns.T @ mixed.T).T @ columns.T
@@ -401,8 +414,13 @@ class LowRank:
 
     def pull(self, x: np.ndarray, member: Member, base: np.ndarray, gradients: np.ndarray) -> np.ndarray:
         """The gradient of a mean over draws."""
-        by_scale = np.einsum("ni,ni->i", gradients, base[:, : self.size]) / len(base)
-        by_columns = gradients.T @ base[:, self.size :] / len(base)
+        if member.factor is not None:
+            bend = by_covariance(member.factor, gradients.T @ base / len(base))
+            by_scale = 2 * np.diag(bend) * _scale(member)
+            by_columns = 2 * bend @ (_scale(member)[:, None] * _columns(member))
+        else:
+            by_scale = np.einsum("ni,ni->i", gradients, base[:, : self.size]) / len(base)
+            by_columns = gradients.T @ base[:, self.size :] / len(base)
         return self._packed(gradients.mean(0), by_scale, by_columns)
 
     def mean(self, members: Sequence[np.ndarray]) -> np.ndarray:
@@ -476,6 +494,22 @@ def _factor(member: Member) -> np.ndarray:
     if member.factor is None:
         raise ValueError("Expected a Gaussian with a Cholesky factor; got one without.")
     return member.factor
+
+
+def by_covariance(factor: np.ndarray, gradient: np.ndarray) -> np.ndarray:
+    """The gradient (size, size), symmetric, with respect to a covariance, from that with respect to its factor.
+
+    Args:
+        factor: The covariance's lower Cholesky factor, (size, size).
+        gradient: With respect to the factor, (size, size); what lies above its diagonal does not count.
+
+    Reference: Murray (2016), Differentiation of the Cholesky decomposition, section 3.2.
+    """
+    inner = np.tril(factor.T @ gradient)
+    inner[np.diag_indices_from(inner)] /= 2
+    halfway = scipy.linalg.solve_triangular(factor, inner.T, lower=True, trans="T").T
+    bend = scipy.linalg.solve_triangular(factor, halfway, lower=True, trans="T")
+    return (bend + bend.T) / 2
 
 
 def best_factor(precision: np.ndarray, allowed: np.ndarray) -> np.ndarray:

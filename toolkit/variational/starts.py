@@ -14,12 +14,11 @@ from toolkit.threads import threads_for
 from toolkit.variational.certificates import project
 from toolkit.variational.density import LogDensity
 from toolkit.variational.draws import matched_draws
-from toolkit.variational.gaussians import Diagonal, Frame, Quadratic
+from toolkit.variational.gaussians import DENSE_LIMIT, Diagonal, Frame, Quadratic
 from toolkit.variational.solvers.fixed_draws import FixedDrawsELBO, climb
 from toolkit.variational.solvers.natural import is_safely_positive, natural_steps
 from toolkit.variational.space import Space
 
-DENSE_LIMIT = 1_500  # a d x d matrix of 18 MB, and about a second for its decomposition
 _TRIES = 50
 _STEPS = 12
 _GROWN = 3  # modes from which a Gaussian is grown: the best by the evidence that their curvature gives them

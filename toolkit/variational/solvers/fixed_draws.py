@@ -40,13 +40,13 @@ class FixedDrawsELBO:
 
     def __call__(self, x: np.ndarray) -> tuple[float, np.ndarray]:
         """ELBO and its gradient (parameters,); -inf where any draw's log density or gradient is not finite."""
-        member = self.family.member(x)
-        values, gradients = self.density.over(self.family.points(member, self.base))
         with np.errstate(divide="ignore"):  # a scale that underflows has no entropy
             try:
+                member = self.family.member(x)
                 entropy, by_entropy = self.family.exact(x, member, self._nothing)
             except np.linalg.LinAlgError:  # a low-rank Gaussian so wide that its columns are all that is left of it
                 return -np.inf, np.zeros_like(x)
+        values, gradients = self.density.over(self.family.points(member, self.base))
         elbo = float(values.mean()) + entropy
         if not (np.isfinite(elbo) and np.isfinite(gradients).all()):
             return -np.inf, np.zeros_like(x)
