@@ -19,7 +19,8 @@ yardstick's optimum (`yardsticks.csv`) minus that. Not in the seconds.
 **Solvers.** `elbowroom`: `toolkit.fit(model, guide, key=..., tolerance=0.1)`. `numpyro_2000`, `numpyro_20000`: SVI as
 tutorials write it (Adam 1e-2, one draw, float32). `numpyro_grid_*`: up to 200,000 steps at each of four step sizes in
 float64, looked at after 1,000, 2,000, 4,000, ... steps; `numpyro_grid_best` is the member that came within 0.1 nats of
-the optimum first, and the other members and all looking are free. `blackjax_*`: mean-field and full-rank VI with
+the optimum first, and the other members and all looking are free; once one has, others run no longer than it took
+(status `outrun`), for none of them could be the first. `blackjax_*`: mean-field and full-rank VI with
 Adam 1e-2 and 10,000 steps of 100 draws, and Pathfinder. `pymc_*`: ADVI, full-rank ADVI, DADVI and Pathfinder at their
 defaults, for posteriors with a PyMC program, whose density is compared with the model's in each cell. Pathfinder's
 Gaussians are in no family of ours but full rank, and stand there.
@@ -28,7 +29,7 @@ Gaussians are in no family of ours but full rank, and stand there.
 there. `gradient_evaluations`: draws times steps (for elbowroom, its starts included). `peak_mb`: the process's largest
 resident memory minus that before the call; processes that a solver starts are not in it. `path`: steps, seconds and
 ELBO at each look. `status`: done; cut (the limit came before the budget was
-spent); over limit; not run (the cold call was over the limit); no result; failed.
+spent); over limit; not run (the cold call was over the limit); outrun; no result; failed.
 
 **Summary.** Geometric means of ratios of seconds over posteriors and guides. Cells with `>` enter at their limit, and
 make the mean a lower bound.
@@ -40,6 +41,7 @@ import argparse
 import importlib
 import importlib.util
 import json
+import math
 import os
 import signal
 import subprocess
@@ -55,6 +57,7 @@ from competitors import GRID, SOLVERS
 from competitors.cells import RUNS, missing
 from competitors.results import (
     GRID_BEST,
+    OUTRUN,
     Cell,
     Row,
     Seconds,
@@ -171,6 +174,21 @@ def _watch(command: Sequence[str], folder: Path, *, limit: float) -> tuple[str, 
     return (lines[-1] if lines else f"exit {process.returncode}") if process.returncode else "", False
 
 
+def outrun_after(rows: Sequence[Row], cell: Cell) -> float:
+    """The seconds after which a member of the step-size grid can no longer be the first to arrive; else infinity."""
+    posterior, guide, name = cell
+    if name not in GRID:
+        return math.inf
+    siblings = [row for row in rows if cell_of(row)[:2] == (posterior, guide) and row["solver"] in GRID]
+    times = [Seconds.read(row["seconds_to_target"]) for row in siblings if row["run"] == RUNS[0]]
+    return min((time.value for time in times if time and not time.censored), default=math.inf)
+
+
+def is_over(row: Row) -> bool:
+    """Whether the limit ended a run, or left it no time to begin."""
+    return row["status"] in ("cut", "over limit", "not run")
+
+
 def _age(marker: Path) -> float:
     """Seconds since a run began; minus infinity between runs."""
     try:
@@ -244,7 +262,10 @@ def main() -> None:
         wanted = cells(given.posteriors or all_posteriors(), given.guides, chosen_solvers(given.solvers))
         todo = [cell for cell in wanted if given.again or not is_finished(rows, cell, limit=given.limit)]
         for number, cell in enumerate(todo, start=1):
-            found = measure(cell, limit=given.limit, seed=given.seed, draws=given.draws)
+            limit = min(given.limit, outrun_after(rows, cell))
+            found = measure(cell, limit=limit, seed=given.seed, draws=given.draws)
+            if limit < given.limit:
+                found = [row | {"status": OUTRUN} if is_over(row) else row for row in found]
             rows = [row for row in rows if cell_of(row) != cell] + [completed(row, optima) for row in found]
             write_rows(given.out, rows)
             cold = rows[-len(RUNS)]

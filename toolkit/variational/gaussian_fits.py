@@ -345,8 +345,8 @@ def _proved(
             why = f"{draws:,} draws are too few for {best.family.parameters:,} parameters"
             break
         moved, gain = _moved(density, best, bounded, draws, key=jax.random.fold_in(own, 1))
-        # A climb gains what the fit lacks and what its draws can be fitted to; its end lacks the latter elsewhere, a mean
-        # of ends one share of it. Only the latter shrinks as draws grow.
+        # A climb gains what the fit lacks and what its draws can be fitted to; its end lacks the latter elsewhere, a
+        # mean of ends one share of it. Only the latter shrinks as draws grow.
         optimism = ((found.limit if found else bounded.gains[0]) - gain) / (1 + 1 / len(bounded.ends))
         wanted = draws * max(optimism, 0.0) / (_OPTIMISM * tolerance) if math.isfinite(optimism) else 4 * draws
         if gain > 0:
