@@ -25,20 +25,11 @@ from targets import line, pair
 
 from models import hierarchical_regression
 from toolkit import Dataset, Model, fit
-from toolkit.variational.blocks import (
-    AutoBlockNormal,
-    BlockNormal,
-    Blocks,
-    Run,
-    _BlockCholesky,
-    _BlockCholeskyTransform,
-    block_guide,
-    gaussian_from,
-    named_blocks,
-    params_from,
-    plate_blocks,
-    structured_guides,
-)
+from toolkit.variational.block_guides import AutoBlockNormal, gaussian_from, params_from
+from toolkit.variational.block_normals import BlockCholesky, BlockNormal, _BlockCholeskyTransform
+from toolkit.variational.block_search import named_blocks, plate_blocks
+from toolkit.variational.blocks import Blocks, Run
+from toolkit.variational.guides import GUIDES, block_guide
 from toolkit.variational.objectives import StickTheLandingELBO
 from toolkit.variational.space import latent_space
 
@@ -345,15 +336,15 @@ def test_the_free_entries_are_a_bijection_with_its_jacobian() -> None:
     free = jnp.asarray(np.random.default_rng(0).normal(size=transform.inverse_shape((10, 10))))
     factor = transform(free)
     assert factor.shape == transform.forward_shape(free.shape)
-    assert bool(_BlockCholesky(blocks)(factor))
-    assert not bool(_BlockCholesky(blocks)(factor + 1.0))
-    assert not bool(_BlockCholesky(blocks)(-factor))
+    assert bool(BlockCholesky(blocks)(factor))
+    assert not bool(BlockCholesky(blocks)(factor + 1.0))
+    assert not bool(BlockCholesky(blocks)(-factor))
     np.testing.assert_allclose(transform.inv(factor), free, rtol=1e-9)
     entries = np.nonzero(blocks.pattern)
     jacobian = jax.jacobian(lambda x: transform(x)[entries])(free)
     log_volume = np.linalg.slogdet(jacobian)[1]
     np.testing.assert_allclose(transform.log_abs_det_jacobian(free, factor), log_volume, rtol=1e-9)
-    assert bool(_BlockCholesky(blocks)(_BlockCholesky(blocks).feasible_like(factor)))
+    assert bool(BlockCholesky(blocks)(BlockCholesky(blocks).feasible_like(factor)))
 
 
 # -- which blocks a model has -----------------------------------------------------------------------------------------
@@ -672,7 +663,7 @@ def test_arrays_that_jax_is_tracing_are_refused_and_closed_over_ones_are_not() -
 
 
 def test_the_families_contain_one_another() -> None:
-    blocks, coupling = structured_guides()
+    blocks, coupling = GUIDES["blocks"], GUIDES["coupled"]
     assert (blocks.name, coupling.name) == ("blocks", "coupled")
     assert set(blocks.contains) == {"mean_field", "diagonal"}
     assert set(coupling.contains) == {"mean_field", "diagonal", "blocks"}

@@ -19,7 +19,7 @@ import scipy.stats
 from targets import SCALES, pair
 
 from toolkit import Dataset, Fit, Guide, Model, Status, fit
-from toolkit.variational.blocks import AutoBlockNormal
+from toolkit.variational.block_guides import AutoBlockNormal
 from toolkit.variational.certificates import SETS, Bounded, Scope, _certificate, bound_gap, estimate_gap, project
 from toolkit.variational.density import LogDensity
 from toolkit.variational.draws import matched_draws

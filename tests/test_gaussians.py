@@ -25,7 +25,8 @@ from numpyro.infer.autoguide import (
 from toolkit import Dataset, Guide, Model
 from toolkit.variational import draws as drawing
 from toolkit.variational.autoguides import GaussianForm, gaussian_form
-from toolkit.variational.blocks import AutoBlockNormal, Blocks, Run
+from toolkit.variational.block_guides import AutoBlockNormal
+from toolkit.variational.blocks import Blocks, Run
 from toolkit.variational.building import build_guide
 from toolkit.variational.draws import base_draws, matched_draws
 from toolkit.variational.gaussians import (

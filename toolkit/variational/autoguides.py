@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpyro.infer import autoguide
 
-from toolkit.variational.blocks import AutoBlockNormal, gaussian_from, params_from
+from toolkit.variational.block_guides import AutoBlockNormal, gaussian_from, params_from
 from toolkit.variational.gaussians import Diagonal, Family, Frame, LowRank, Member, Triangular
+from toolkit.variational.guides import default_rank
 from toolkit.variational.space import Space
 
 Params = dict[str, Any]
@@ -51,7 +52,7 @@ def gaussian_form(guide: Any, space: Space) -> GaussianForm | None:
         names = {"loc": f"{guide.prefix}_loc", "factor": f"{guide.prefix}_scale_tril"}
         return GaussianForm(Triangular, *_by_name(names), full=True)
     if kind is autoguide.AutoLowRankMultivariateNormal:
-        rank = round(space.size**0.5) if guide.rank is None else guide.rank
+        rank = default_rank(space.size) if guide.rank is None else guide.rank
         params, member = _by_name({name: f"{guide.prefix}_{own}" for name, own in _LOW_RANK.items()})
         return GaussianForm(
             lambda frame: LowRank(frame, rank), lambda found: params(_positive(found)), member, concave=False

@@ -19,7 +19,7 @@ from numpyro.infer.autoguide import (
 from numpyro.infer.util import constrain_fn
 
 from toolkit.modelling.model import Model
-from toolkit.variational.blocks import AutoBlockNormal
+from toolkit.variational.block_guides import AutoBlockNormal
 from toolkit.variational.guides import Guide
 
 _GAUSSIAN = (AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal, AutoLowRankMultivariateNormal, AutoBlockNormal)

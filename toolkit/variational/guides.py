@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from numpyro.infer import autoguide
 
-from toolkit.variational.blocks import AutoBlockNormal
+from toolkit.variational.block_guides import BLOCKS, COUPLED, AutoBlockNormal
 
 Build = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+LOW_RANK, BY_GAIN = "low_rank", "low_rank_auto"
+_RANKED = re.compile(rf"{LOW_RANK}_([1-9]\d*)")
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Guide:
             optimum.
         chart: The model's chart that it looks at; the model's own choice if None.
         label: NumPyro's class, shown beside the name.
+        rank: Columns of a low-rank covariance, where they were chosen by the user or by the fit; None otherwise.
     """
 
     name: str
@@ -33,36 +38,67 @@ class Guide:
     contains: tuple[str, ...] = ()
     chart: str | None = None
     label: str = ""
+    rank: int | None = None
 
     @property
     def title(self) -> str:
         """The name with NumPyro's class beside it."""
-        return f"{self.name} ({self.label})" if self.label else self.name
+        label = self.label if self.rank is None else f"{self.label}, rank {self.rank}"
+        return f"{self.name} ({label})" if label else self.name
+
+    @property
+    def family(self) -> str:
+        """The name without chart and rank."""
+        name = self.name.partition("@")[0]
+        return LOW_RANK if name == BY_GAIN or _RANKED.fullmatch(name) else name
+
+    @property
+    def is_named(self) -> bool:
+        """Whether `find_guide` gives this very guide for its name: then the name says all there is to say."""
+        try:
+            named = find_guide(self.name)
+        except ValueError:
+            return False
+        # A fit by gain has put its own rank in.
+        return named == self or (named.name == BY_GAIN and named.of_rank(self.rank or 1) == self)
 
     def in_chart(self, chart: str) -> Guide:
         """The same family over another chart of the model, named `<name>@<chart>`."""
         contained = tuple(f"{name}@{chart}" for name in self.contains)
         return replace(self, name=f"{self.name}@{chart}", chart=chart, contains=contained)
 
+    def of_rank(self, rank: int) -> Guide:
+        """The same guide with so many columns of its covariance."""
+        return replace(self, build=_Ranked(rank), rank=rank)
+
+
+@dataclass(frozen=True)
+class _Ranked:
+    """Builds a low-rank guide; two of one rank are equal."""
+
+    rank: int
+
+    def __call__(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        return autoguide.AutoLowRankMultivariateNormal(fn, rank=self.rank)
+
 
 def _auto(name: str, class_name: str, contains: tuple[str, ...] = (), **options: Any) -> Guide:
     return Guide(name, partial(getattr(autoguide, class_name), **options), contains, label=class_name)
+
+
+def _structured(structure: str, contains: tuple[str, ...]) -> Guide:
+    build = partial(AutoBlockNormal, structure=structure)
+    return Guide(structure, build, contains, label=AutoBlockNormal.__name__)
 
 
 GUIDES: dict[str, Guide] = {
     guide.name: guide
     for guide in (
         _auto("mean_field", "AutoNormal"),
-        _auto("low_rank", "AutoLowRankMultivariateNormal", ("mean_field", "diagonal")),
-        Guide(
-            "blocks", partial(AutoBlockNormal, structure="blocks"), ("mean_field", "diagonal"), label="AutoBlockNormal"
-        ),
-        Guide(
-            "coupled",
-            partial(AutoBlockNormal, structure="coupled"),
-            ("blocks", "mean_field", "diagonal"),
-            label="AutoBlockNormal",
-        ),
+        _auto(LOW_RANK, "AutoLowRankMultivariateNormal", ("mean_field", "diagonal")),
+        _auto(BY_GAIN, "AutoLowRankMultivariateNormal", ("mean_field", "diagonal")),
+        _structured(BLOCKS, ("mean_field", "diagonal")),
+        _structured(COUPLED, ("blocks", "mean_field", "diagonal")),
         _auto(
             "full_rank",
             "AutoMultivariateNormal",
@@ -76,9 +112,18 @@ GUIDES: dict[str, Guide] = {
         _auto("dais", "AutoDAIS"),
     )
 }
-"""The guides that can be asked for by name; `DEFAULT_GUIDES` are the default panel."""
+"""The guides that can be asked for by name; `DEFAULT_GUIDES` are the default panel.
+
+Also `low_rank_<columns>`, such as `low_rank_8`; `low_rank` has NumPyro's default, about the square root of the dimension,
+`low_rank_auto` as many columns as gain something.
+"""
 
 DEFAULT_GUIDES = ("mean_field", "low_rank", "full_rank")
+
+
+def default_rank(size: int) -> int:
+    """NumPyro's own choice of the columns of a low-rank covariance in so many dimensions."""
+    return round(size**0.5)
 
 
 def find_guide(guide: str | Guide) -> Guide:
@@ -90,6 +135,8 @@ def find_guide(guide: str | Guide) -> Guide:
     if isinstance(guide, Guide):
         return guide
     name, _, chart = guide.partition("@")
-    if name not in GUIDES:
-        raise ValueError(f"Expected a guide's name, one of {', '.join(GUIDES)}; got '{name}'.")
-    return GUIDES[name].in_chart(chart) if chart else GUIDES[name]
+    ranked = _RANKED.fullmatch(name)
+    if name not in GUIDES and not ranked:
+        raise ValueError(f"Expected a guide's name, one of {', '.join(GUIDES)}, or {LOW_RANK}_<columns>; got '{name}'.")
+    found = replace(GUIDES[LOW_RANK].of_rank(int(ranked[1])), name=name) if ranked else GUIDES[name]
+    return found.in_chart(chart) if chart else found
