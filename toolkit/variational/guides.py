@@ -140,3 +140,14 @@ def find_guide(guide: str | Guide) -> Guide:
         raise ValueError(f"Expected a guide's name, one of {', '.join(GUIDES)}, or {LOW_RANK}_<columns>; got '{name}'.")
     found = replace(GUIDES[LOW_RANK].of_rank(int(ranked[1])), name=name) if ranked else GUIDES[name]
     return found.in_chart(chart) if chart else found
+
+
+def block_guide(name: str, groups: Sequence[Sequence[str]]) -> Guide:
+    """The family that is a full Gaussian over the sites named together and factorised otherwise (`named_blocks`).
+
+    Args:
+        name: What the report calls it.
+        groups: Such as `[("alpha", "beta"), ("sigma",)]`: latent sites by their names in the guide's chart.
+    """
+    build = partial(AutoBlockNormal, groups=tuple(tuple(group) for group in groups))
+    return Guide(name, build, ("mean_field", "diagonal"), label=AutoBlockNormal.__name__)
