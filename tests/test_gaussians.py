@@ -366,6 +366,54 @@ def test_best_factor_is_the_optimum_that_scipy_finds() -> None:
     np.testing.assert_allclose(full, np.linalg.cholesky(np.linalg.inv(precision)), rtol=1e-9, atol=1e-12)
 
 
+def column_by_column(precision: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+    """The best factor with a dense solve for each column."""
+    factor = np.zeros_like(precision)
+    for k in range(len(precision)):
+        support = np.flatnonzero(allowed[:, k])
+        column = np.linalg.inv(precision[np.ix_(support, support)])[:, 0]
+        factor[support, k] = column / np.sqrt(column[0])
+    return factor
+
+
+def random_pattern(seed: int, size: int, share: float) -> np.ndarray:
+    allowed = np.tril(np.random.default_rng(seed).uniform(size=(size, size)) < share)
+    np.fill_diagonal(allowed, val=True)
+    return allowed
+
+
+PATTERNS = {
+    "arrow": (ARROW.pattern, 3),
+    "blocks": (APART.pattern, 4),
+    "no shared coordinates": (Blocks(tuple(range(7)), 0, (Run(2, 3, ("z",)), Run(1, 1, ("y",)))).pattern, 3),
+    "coupled": (Blocks(tuple(range(24)), 6, (Run(4, 4, ("z",)), Run(2, 1, ("y",))), coupled=True).pattern, 7),
+    "one coupled block": (Blocks(tuple(range(6)), 2, (Run(1, 4, ("z",)),), coupled=True).pattern, 1),
+    "full": (np.tril(np.ones((9, 9), dtype=bool)), 1),
+    "diagonal": (np.eye(9, dtype=bool), 9),
+    "one": (np.ones((1, 1), dtype=bool), 1),
+    "nothing shared": (np.tril(np.add.outer(np.arange(9), np.arange(9)) % 2 == 0), 9),
+    **{f"sparse {seed}": (random_pattern(seed, 12, 0.5), None) for seed in range(3)},
+    **{f"nearly full {seed}": (random_pattern(seed, 30, 0.98), None) for seed in range(3)},
+}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_best_factor_takes_one_decomposition_for_columns_with_nested_supports(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed, decompositions = PATTERNS[name]
+    precision = random_precision(3, len(allowed))
+    expected = column_by_column(precision, allowed)
+    taken = []
+    cholesky = scipy.linalg.cholesky
+    monkeypatch.setattr(scipy.linalg, "cholesky", lambda a, **options: taken.append(len(a)) or cholesky(a, **options))
+    best = best_factor(precision, allowed)
+    units = np.sqrt(np.diag(precision))[:, None]
+    np.testing.assert_allclose(best * units, expected * units, rtol=1e-9, atol=1e-11)
+    assert (best[~allowed] == 0).all()
+    assert decompositions in (None, len(taken))
+
+
 # -- NumPyro's autoguides ---------------------------------------------------------------------------------------------
 
 

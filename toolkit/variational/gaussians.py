@@ -516,19 +516,25 @@ def best_factor(precision: np.ndarray, allowed: np.ndarray) -> np.ndarray:
     """The lower-triangular factor L, zero where not allowed, of the Gaussian nearest in KL(q || p) to N(0, P^-1).
 
     KL(q || p) is a sum over L's columns, l' P l / 2 - log l_k, each with a closed optimum on its own support: the first
-    column of the inverse of P there, scaled.
+    column of the inverse of P there, scaled. That is the first column of this inverse's Cholesky factor, whose second
+    is the optimum on the support without its first row, and so on. So columns whose supports are nested like this, as
+    within a block, or where a shared coordinate follows another, are had from one decomposition.
 
     Args:
         precision: P, shape (size, size), positive definite.
         allowed: Shape (size, size), lower-triangular, with the diagonal.
     """
+    size = len(precision)
     factor = np.zeros_like(precision)
-    for k in range(len(precision)):
-        support = np.flatnonzero(allowed[:, k])  # in ascending order: k comes first
-        unit = np.zeros(len(support))
-        unit[0] = 1.0
-        column = scipy.linalg.solve(precision[np.ix_(support, support)], unit, assume_a="pos")
-        factor[support, k] = column / np.sqrt(column[0])
+    nested = [(allowed[k:, k - 1] == allowed[k:, k]).all() for k in range(1, size)]
+    begins = [0, *(k for k in range(1, size) if not nested[k - 1])]
+    for begin, end in zip(begins, [*begins[1:], size], strict=True):
+        # As in `inverse_factor`, of whose columns only the first are wanted.
+        backwards = np.flatnonzero(allowed[:, begin])[::-1]
+        upper = scipy.linalg.cholesky(precision[np.ix_(backwards, backwards)], lower=True, check_finite=False)
+        wanted = np.eye(len(upper))[:, ::-1][:, : end - begin]
+        inverse = scipy.linalg.solve_triangular(upper, wanted, lower=True, trans="T", check_finite=False)
+        factor[backwards, begin:end] = inverse
     return factor
 
 
