@@ -28,7 +28,7 @@ from toolkit.status import Status
 from toolkit.storage import Storage
 from toolkit.variational.fits import Fit
 from toolkit.variational.fitting import AUTO, MAX_GRADIENTS, SOLVERS, fit
-from toolkit.variational.guides import DEFAULT_GUIDES, GUIDES, Guide, find_guide
+from toolkit.variational.guides import DEFAULT_GUIDES, Guide, find_guide
 from toolkit.variational.keeping import fit_key, keep_fit, kept_fit
 from toolkit.variational.nesting import check_nesting, smallest_first
 from toolkit.variational.starts import Starts, find_starts
@@ -170,7 +170,7 @@ def study(
         with _timed(stages, "tracing"):
             sampler = None if against else prepare_reference(model, pool=pool, **nuts)
         progress("tracing", 1, 1, "done")
-        for guide in smallest_first(missing):
+        for guide in smallest_first(missing, model):
             done[guide.name] = work.fitted(guide, tuple(done.values()))
         fits = check_nesting([done[guide.name] for guide in chosen], tolerance)
         with _timed(stages, "reference"):
@@ -280,9 +280,7 @@ class _Words(str):
 
 def _shown(guide: Guide) -> str:
     """A named guide as its name; a user's own as what it is, since its name alone would not be found."""
-    family = guide.name.partition("@")[0]
-    own = family not in GUIDES or GUIDES[family].build is not guide.build
-    return _Words(f"your guide {guide.name}") if own else guide.name
+    return guide.name if guide.is_named else _Words(f"your guide {guide.name}")
 
 
 def _call(**given: Any) -> str:

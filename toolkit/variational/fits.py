@@ -198,7 +198,8 @@ class Fit:
             return jax.lax.map(lambda k: one(k, params, arrays), keys, batch_size=BATCH)
 
         with jax.enable_x64(True):
-            keys = jax.random.split(key, count * length).reshape(count, length, -1)
+            keys = jax.random.split(key, count * length)
+            keys = keys.reshape(count, length, *keys.shape[1:])  # one number a key, or two of the older kind
             given = (self.params, self.model.arrays)
             program = jax.jit(many).lower(keys[0], *given).compile(QUICK)
         for piece in keys:

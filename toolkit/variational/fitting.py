@@ -22,8 +22,8 @@ from toolkit.variational.density import LogDensity
 from toolkit.variational.failures import describe_edge
 from toolkit.variational.fits import Fit
 from toolkit.variational.gaussian_fits import FIXED_DRAWS, FIXED_LIMIT, NATURAL_GRADIENT, fit_gaussian
-from toolkit.variational.gaussians import DENSE_LIMIT
-from toolkit.variational.guides import Guide, find_guide
+from toolkit.variational.gaussians import DENSE_LIMIT, rank_by_gain
+from toolkit.variational.guides import BY_GAIN, Guide, find_guide
 from toolkit.variational.nesting import contains
 from toolkit.variational.space import Space, latent_space
 from toolkit.variational.starts import Starts, find_starts
@@ -91,10 +91,12 @@ def fit(
                 f"Expected starts of this model in chart '{chart}'; got starts in chart '{starts.chart}', with the "
                 f"sites {', '.join(starts.space.names)}: find them with chart='{chart}'."
             )
-        built = build_guide(model, guide, space.unravel(np.zeros(space.size)))
-        chosen, why = choose_solver(model, guide, built, space, solver)
         if isinstance(starts, int):
             starts = find_starts(model, key=jax.random.fold_in(key, 0), chart=chart, count=starts)
+        guide, columns = _with_columns(guide, starts, tolerance)
+        built = build_guide(model, guide, space.unravel(np.zeros(space.size)))
+        chosen, why = choose_solver(model, guide, built, space, solver)
+        why = f"{why}{columns}"
         cost = Cost(starts.compile_seconds, starts.seconds, starts.gradient_evaluations, starts.peak_bytes)
         if not starts.points:
             return Fit(
@@ -150,6 +152,21 @@ def choose_solver(model: Model, guide: Guide, built: Any, space: Space, asked: s
             f"in {space.size:,} dimensions no affordable set of fixed draws pins a full-rank factor",
         )
     return FIXED_DRAWS, "on fixed draws the ELBO of a Gaussian guide is a smooth function, which has a maximum to find"
+
+
+def _with_columns(guide: Guide, starts: Starts, tolerance: float) -> tuple[Guide, str]:
+    """A guide whose rank is chosen by gain with that rank, and why it is that one; any other guide as it is."""
+    if guide.rank is not None or guide.name.partition("@")[0] != BY_GAIN:
+        return guide, ""
+    known = next((start.precision for start in starts.points if start.precision is not None), None)
+    if known is None:
+        return guide, "; no curvature is known by which columns could be chosen, so it has NumPyro's default"
+    chosen = rank_by_gain(known, tolerance)
+    columns = f"{chosen.rank} column{'' if chosen.rank == 1 else 's'}"
+    text = f"one more would gain about {chosen.gain:.2g} nats"
+    if chosen.limit:
+        text += ", but a full covariance has no more numbers"
+    return guide.of_rank(chosen.rank), f"; with {columns}: {text}"
 
 
 def _broken_at_origin(model: Model, starts: Starts) -> str:

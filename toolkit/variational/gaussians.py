@@ -543,8 +543,7 @@ def best_low_rank(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scale (size,) and factor (size, rank) of the low-rank Gaussian nearest in KL(q || p) to N(0, precision^-1).
 
-    q has covariance S (I + W W') S with S = diag(scale). Given S, W lies along the eigenvectors of S precision S with
-    the smallest eigenvalues; given W, each scale solves a quadratic. Both are exact, so the KL falls in every round.
+    See `_nearest_low_rank`.
 
     Args:
         precision: Shape (size, size), positive definite.
@@ -552,8 +551,67 @@ def best_low_rank(
         rounds: The most rounds.
         tolerance: A fall of the KL in one round, in nats, at which they stop.
     """
+    scale, factor, _ = _nearest_low_rank(precision, rank, rounds, tolerance, 1 / np.sqrt(np.diag(precision)))
+    return scale, factor
+
+
+@dataclass(frozen=True)
+class RankGain:
+    """How many columns a low-rank covariance is worth, and what one more would add.
+
+    Attributes:
+        rank: Columns.
+        gain: Nats that one more column would add to the ELBO, were the posterior the Gaussian that was asked.
+        limit: Whether there are no more columns to be had, because a full covariance would have fewer numbers.
+    """
+
+    rank: int
+    gain: float
+    limit: bool
+
+
+def rank_by_gain(precision: np.ndarray, worth: float) -> RankGain:
+    """The least rank from which one more column gains less than `worth` nats against N(0, precision^-1).
+
+    By doubling and bisection, the gains of a column falling as columns are added.
+
+    Args:
+        precision: Shape (size, size), positive definite.
+        worth: In nats.
+    """
     size = len(precision)
-    scale = 1 / np.sqrt(np.diag(precision))
+    most = max(1, (size - 1) // 2)
+    scales = {0: 1 / np.sqrt(np.diag(precision))}
+    losses = dict[int, float]()
+
+    def loss(rank: int) -> float:
+        if rank not in losses:
+            begin = scales[max(known for known in scales if known <= rank)]
+            scales[rank], _, losses[rank] = _nearest_low_rank(precision, rank, 50, worth / 20, begin.copy())
+        return losses[rank]
+
+    def gain(rank: int) -> float:
+        return loss(rank) - loss(rank + 1)
+
+    low, high = 0, 1  # more than `low` columns are wanted
+    while high < most and gain(high) >= worth:
+        low, high = high, min(2 * high, most)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if gain(middle) >= worth else (low, middle)
+    left = gain(high)
+    return RankGain(high, left, high == most and left >= worth)
+
+
+def _nearest_low_rank(
+    precision: np.ndarray, rank: int, rounds: int, tolerance: float, scale: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Scale (size,), factor (size, rank) and, but for a constant, the KL in nats, from a scale to begin with.
+
+    q has covariance S (I + W W') S with S = diag(scale). Given S, W lies along the eigenvectors of S precision S with
+    the smallest eigenvalues; given W, each scale solves a quadratic. Both are exact, so the KL falls in every round.
+    """
+    size = len(precision)
     factor = np.zeros((size, rank))
     last = np.inf
     for _ in range(rounds):
@@ -566,6 +624,6 @@ def best_low_rank(
         inner = np.eye(rank) + factor.T @ factor
         loss = 0.5 * (scale @ weights @ scale - np.linalg.slogdet(inner)[1]) - np.log(scale).sum()
         if last - loss < tolerance:
-            break
+            return scale, factor, float(loss)
         last = loss
-    return scale, factor
+    return scale, factor, float(last)

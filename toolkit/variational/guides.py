@@ -114,8 +114,8 @@ GUIDES: dict[str, Guide] = {
 }
 """The guides that can be asked for by name; `DEFAULT_GUIDES` are the default panel.
 
-Also `low_rank_<columns>`, such as `low_rank_8`; `low_rank` has NumPyro's default, about the square root of the dimension,
-`low_rank_auto` as many columns as gain something.
+Also `low_rank_<columns>`, such as `low_rank_8`; `low_rank` has NumPyro's default, about the square root of the
+dimension, `low_rank_auto` as many columns as gain something.
 """
 
 DEFAULT_GUIDES = ("mean_field", "low_rank", "full_rank")

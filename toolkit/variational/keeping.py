@@ -20,18 +20,17 @@ from toolkit.storage import Storage
 from toolkit.variational.building import build_guide
 from toolkit.variational.certificates import Certificate, Scope
 from toolkit.variational.fits import Fit
-from toolkit.variational.guides import GUIDES, Guide
+from toolkit.variational.guides import Guide
 from toolkit.variational.solvers.svi import Trace
 
 _KIND = "fit"
-_VERSION = 5
+_VERSION = 6
 """Part of every kept fit's name: raised when the same settings would no longer give the same fit."""
 
 
 def fit_key(fingerprint: str, guide: Guide, key: jax.Array, settings: dict[str, Any]) -> str | None:
     """The name under which a fit is kept; None for a user's own guide, whose code has no fingerprint."""
-    family = guide.name.partition("@")[0]
-    if family not in GUIDES or GUIDES[family].build is not guide.build:
+    if not guide.is_named:
         return None
     versions = [importlib.metadata.version(package) for package in ("numpy", "optax", "scipy")]
     chosen = (guide.name, guide.chart, jax.random.key_data(key).tolist(), sorted(settings.items()))
@@ -62,6 +61,7 @@ def keep_fit(storage: Storage, name: str, fit: Fit) -> None:
         "invalid_steps": fit.invalid_steps,
         "cost": asdict(fit.cost),
         "traces": len(fit.traces),
+        "rank": fit.guide.rank,
     }
     storage.save(_KIND, name, arrays, meta)
 
@@ -77,6 +77,7 @@ def kept_fit(storage: Storage, name: str, model: Model, guide: Guide) -> Fit | N
         if key.startswith("param/"):
             leaves.setdefault(key.split("/", 2)[2], []).append(value)
     start = {key.removeprefix("start/"): value for key, value in arrays.items() if key.startswith("start/")}
+    guide = guide.of_rank(meta["rank"]) if meta["rank"] else guide
     built = build_guide(model, guide, start or None) if leaves else None
     params = _nested(leaves, built, model) if built else {}
     return Fit(

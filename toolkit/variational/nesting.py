@@ -9,7 +9,8 @@ from dataclasses import replace
 from toolkit.modelling.model import Model
 from toolkit.status import Status
 from toolkit.variational.fits import Fit
-from toolkit.variational.guides import Guide
+from toolkit.variational.guides import BY_GAIN, LOW_RANK, Guide, default_rank
+from toolkit.variational.space import latent_space
 
 _SE_LIMIT = 3.0
 
@@ -25,16 +26,27 @@ def check_nesting(fits: Sequence[Fit], tolerance: float = 0.1) -> tuple[Fit, ...
     )
 
 
-def smallest_first(guides: Sequence[Guide]) -> list[Guide]:
+def smallest_first(guides: Sequence[Guide], model: Model) -> list[Guide]:
     """The guides in an order in which every family comes after those that it contains."""
-    return sorted(guides, key=lambda guide: len(guide.contains))
+    return sorted(guides, key=lambda guide: (len(guide.contains), _columns(guide, model)))
 
 
 def contains(larger: Guide, smaller: Guide, model: Model) -> bool:
     """Whether one family contains the other in the same chart, by whatever name that chart was asked for."""
-    families = {name.partition("@")[0] for name in larger.contains}
-    charts = {guide.chart or model.chart for guide in (larger, smaller)}
-    return smaller.name.partition("@")[0] in families and len(charts) == 1
+    if len({guide.chart or model.chart for guide in (larger, smaller)}) > 1:
+        return False
+    if larger.family == smaller.family == LOW_RANK:
+        return _columns(larger, model) > _columns(smaller, model)
+    return smaller.family in {name.partition("@")[0] for name in larger.contains}
+
+
+def _columns(guide: Guide, model: Model) -> float:
+    """Columns of a low-rank guide's covariance, NumPyro's default where none were chosen; 0 for other guides."""
+    if guide.family != LOW_RANK:
+        return 0
+    if guide.rank is None and guide.name.partition("@")[0] == BY_GAIN:
+        return math.inf  # not chosen yet
+    return guide.rank or default_rank(latent_space(model, guide.chart or model.chart).size)
 
 
 def _checked(fit: Fit, contained: Sequence[Fit], tolerance: float) -> Fit:
