@@ -52,8 +52,9 @@ def measured_elbo(fitted: Fit, key: jax.Array) -> Estimate:
     family = form.family(frame)
     x = family.near(member)
     around = Quadratic(member.loc, np.zeros(density.size), frame.precision)
-    quadratic = project(density, family, member, around, key=jax.random.fold_in(key, 0), draws=4_096)
-    exact, _ = family.exact(x, family.member(x), quadratic)
+    quadratic = project(density, family, family.member(x), around, key=jax.random.fold_in(key, 0), draws=4_096)
+    member = family.member(x)
+    exact, _ = family.exact(x, member, quadratic)
     rng, terms = generator(jax.random.fold_in(key, 1)), []
     for _ in range(_DRAWS // _AT_ONCE):
         points = family.points(member, rng.standard_normal((_AT_ONCE, family.base)))

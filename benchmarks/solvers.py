@@ -20,7 +20,7 @@ yardstick's optimum (`yardsticks.csv`) minus that. Not in the seconds.
 tutorials write it (Adam 1e-2, one draw, float32). `numpyro_grid_*`: up to 200,000 steps at each of four step sizes in
 float64, looked at after 1,000, 2,000, 4,000, ... steps; `numpyro_grid_best` is the member that came within 0.1 nats of
 the optimum first, and the other members and all looking are free; once one has, others run no longer than it took
-(status `outrun`), for none of them could be the first. `blackjax_*`: mean-field and full-rank VI with
+(status `outrun`), for none of them could be the first. The grid has no warm rows. `blackjax_*`: mean-field and full-rank VI with
 Adam 1e-2 and 10,000 steps of 100 draws, and Pathfinder. `pymc_*`: ADVI, full-rank ADVI, DADVI and Pathfinder at their
 defaults, for posteriors with a PyMC program, whose density is compared with the model's in each cell. Pathfinder's
 Gaussians are in no family of ours but full rank, and stand there.
@@ -109,23 +109,24 @@ def measure(cell: Cell, *, limit: float, seed: int, draws: int) -> list[dict[str
     """The two rows of a cell, whatever becomes of it."""
     posterior, guide, name = cell
     given = {"posterior": posterior, "guide": guide, "solver": name, "limit": f"{limit:g}"}
+    runs = runs_of(name)
     absent = missing(SOLVERS[name])
     if absent:
         told = {"status": "not installed", "note": ", ".join(absent)}
-        return [given | {"run": run, "seed": seed + number} | told for number, run in enumerate(RUNS)]
+        return [given | {"run": run, "seed": seed + number} | told for number, run in enumerate(runs)]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         options = ["--limit", f"{limit}", "--seed", f"{seed}", "--draws", f"{draws}"]
         command = [sys.executable, "-m", "competitors.cells", *cell, str(folder), *options]
-        error, over = _watch(command, folder, limit=limit)
-        stopped_in = next((run for run in RUNS if not (folder / f"{run}.pickle").exists()), "")
+        error, over = _watch([*command, "--runs", ",".join(runs)], folder, limit=limit)
+        stopped_in = next((run for run in runs if not (folder / f"{run}.pickle").exists()), "")
         if stopped_in == RUNS[1]:  # the first run's result is there, and not yet measured
             measuring_error, _ = _watch([*command, "--runs", ""], folder, limit=limit)
             error = error or measuring_error
         kept = folder / "cell.json"
         found = json.loads(kept.read_text()) if kept.exists() else {}
     rows = []
-    for number, run in enumerate(RUNS):
+    for number, run in enumerate(runs):
         row = given | {"run": run, "seed": seed + number}
         if run in found:
             row |= found[run]
@@ -172,6 +173,11 @@ def _watch(command: Sequence[str], folder: Path, *, limit: float) -> tuple[str, 
             marker.unlink(missing_ok=True)
     lines = log.read_text().strip().splitlines()
     return (lines[-1] if lines else f"exit {process.returncode}") if process.returncode else "", False
+
+
+def runs_of(solver: str) -> tuple[str, ...]:
+    """Which calls of a solver are measured."""
+    return RUNS[:1] if solver in GRID else RUNS
 
 
 def outrun_after(rows: Sequence[Row], cell: Cell) -> float:
@@ -226,7 +232,7 @@ def summaries(rows: Sequence[Row]) -> list[Summary]:
     """The ratios that matter."""
     mean_field = [row for row in rows if row["guide"] == "mean_field"]
     return [
-        *(summarise(rows, solver=GRID_BEST, run=run, column="seconds_to_target") for run in RUNS),
+        summarise(rows, solver=GRID_BEST, run="cold", column="seconds_to_target"),
         *(summarise(rows, solver="numpyro_20000", run=run) for run in RUNS),
         summarise(mean_field, solver="pymc_advi", run="cold"),
     ]
@@ -268,7 +274,7 @@ def main() -> None:
                 found = [row | {"status": OUTRUN} if is_over(row) else row for row in found]
             rows = [row for row in rows if cell_of(row) != cell] + [completed(row, optima) for row in found]
             write_rows(given.out, rows)
-            cold = rows[-len(RUNS)]
+            cold = rows[-len(found)]
             print(f"[{number}/{len(todo)}] {' '.join(cell)}: {cold['status']} {cold['seconds']} s", flush=True)
     write_rows(given.out, rows)
     show(rows)
