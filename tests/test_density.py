@@ -36,11 +36,8 @@ def groups_of_rows(x: Any, group: Any, y: Any, count: int, heavy: bool = False) 
 def rows_of(seed: int, rows: int = 12, **static: Any) -> Model:
     rng = np.random.default_rng(seed)
     arrays = {"x": rng.normal(1, 1, rows), "group": np.arange(rows) % 3, "y": rng.normal(seed, 1, rows)}
-    charts = {"noncentred": {"alpha": NONCENTRED}}
+    charts = {"noncentred": {"alpha": LocScaleReparam(0)}, "halfway": {"alpha": LocScaleReparam(0.5)}}
     return Model(groups_of_rows, Dataset(f"rows {seed}", arrays, static={"count": 3, **static}), charts=charts)
-
-
-NONCENTRED = LocScaleReparam(0)
 
 
 def several_normals(y: Any, count: int, heavy: bool = False) -> None:
@@ -216,12 +213,28 @@ def test_static_values_that_only_compare_equal_are_told_apart() -> None:
 
 def test_charts_have_programs_of_their_own() -> None:
     model = rows_of(1)
-    made = {chart: LogDensity(model, chart) for chart in ("plain", "noncentred")}
-    assert made["noncentred"].compile_seconds > 0
+    made = {chart: LogDensity(model, chart) for chart in ("plain", "noncentred", "halfway")}
+    assert all(density.compile_seconds > 0 for density in made.values())
     for chart, density in made.items():
         assert density.space == latent_space(model, chart)
         assert_same(model, density, chart=chart)
-    assert LogDensity(rows_of(2), "noncentred").compile_seconds == 0
+    assert LogDensity(rows_of(2), "noncentred").compile_seconds == 0  # though its reparameteriser is another object
+
+
+def two_groups(y: Any) -> None:
+    loc = numpyro.sample("loc", dist.Normal(0, 2).expand([2]).to_event(1))
+    with numpyro.plate("row", len(y)):
+        group = numpyro.sample("group", dist.Bernoulli(0.3))
+        numpyro.sample("y", dist.Normal(loc[group], 1.0), obs=y)
+
+
+def test_a_model_whose_discrete_sites_are_summed_out_compiles_once() -> None:
+    first, second = (Model(two_groups, Dataset("two", {"y": np.array([0.5, y])})) for y in (1.0, -2.0))
+    assert first.fn is not second.fn
+    assert LogDensity(first).compile_seconds > 0
+    density = LogDensity(second)
+    assert density.compile_seconds == 0
+    assert_same(second, density)
 
 
 def test_programs_long_unused_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from numpyro.infer.reparam import Reparam
 
 from toolkit.compilation import QUICK, peak_bytes
+from toolkit.modelling.enumeration import SummedOut
 from toolkit.modelling.model import Model
 from toolkit.variational.space import Space, latent_space
 
@@ -114,9 +116,17 @@ def _key(model: Model, chart: str, space: Space) -> tuple[Hashable, tuple[Any, .
 
 
 def _identity(value: Any) -> Hashable:
-    """The value itself where two equal ones mean the same program, such as a number or a text; else the object."""
-    plain = isinstance(value, str | int | float | bool | type(None))
-    return (type(value).__name__, value) if plain else id(value)
+    """What tells a value from others that mean another program: numbers and texts by value, most objects by identity.
+
+    Those that models make anew each time, although they mean the same, are told by what they hold.
+    """
+    if isinstance(value, str | int | float | bool | type(None)):
+        return (type(value).__name__, value)
+    if isinstance(value, tuple | list):
+        return (type(value).__name__, *(_identity(part) for part in value))
+    if isinstance(value, Reparam | SummedOut):
+        return (type(value).__name__, *((name, _identity(part)) for name, part in sorted(vars(value).items())))
+    return id(value)
 
 
 def _compiled(model: Model, chart: str, space: Space, arrays: Any, holds: tuple[Any, ...]) -> _Programs:

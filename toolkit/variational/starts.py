@@ -13,7 +13,7 @@ from toolkit.modelling.model import Model
 from toolkit.threads import threads_for
 from toolkit.variational.certificates import project
 from toolkit.variational.density import LogDensity
-from toolkit.variational.draws import matched_draws
+from toolkit.variational.draws import generator, matched_draws
 from toolkit.variational.gaussians import DENSE_LIMIT, Diagonal, Frame, Quadratic
 from toolkit.variational.solvers.fixed_draws import FixedDrawsELBO, climb
 from toolkit.variational.solvers.natural import is_safely_positive, natural_steps
@@ -100,7 +100,7 @@ def _found(model: Model, key: jax.Array, chart: str, count: int) -> Starts:
 
 def _searched(model: Model, density: LogDensity, key: jax.Array, chart: str, count: int) -> Starts:
     begun = time.perf_counter()
-    dispersed = _valid_points(model, density, chart, key, count)
+    dispersed = _valid_points(density, key, count)
     ends = sorted((_climb(density, point) for point in dispersed), key=lambda end: end.loss)
     distinct: list[_Found] = []
     dense = density.size <= DENSE_LIMIT
@@ -278,13 +278,12 @@ def _draws(size: int) -> int:
     return max(_LEAST_DRAWS, 1 << (_DRAWS_A_DIMENSION * size - 1).bit_length())
 
 
-def _valid_points(model: Model, density: LogDensity, chart: str, key: jax.Array, count: int) -> list[np.ndarray]:
-    """Points with a finite density and gradient, from ever smaller boxes around the origin."""
-    draw = jax.jit(lambda k, radius: density.space.ravel(model.start(k, model.arrays, radius, chart)))
+def _valid_points(density: LogDensity, key: jax.Array, count: int) -> list[np.ndarray]:
+    """Points with a finite density and gradient, uniform in ever smaller boxes around the origin."""
     points: list[np.ndarray] = []
     for number in range(_TRIES):
         radius = 2.0 * 0.8 ** max(0, number - count)
-        point = np.asarray(draw(jax.random.fold_in(key, number), radius), dtype=float)
+        point = generator(jax.random.fold_in(key, number)).uniform(-radius, radius, density.size)
         value, gradient = density.at(point)
         if np.isfinite(value) and np.isfinite(gradient).all():
             points.append(point)
