@@ -28,6 +28,9 @@ class Estimate(NamedTuple):
         return f"{value} ± {se}" if se else value
 
 
+_EXACT = 1e-9  # of a number: an error below it says how sums are rounded and nothing more
+
+
 def decimals(se: float) -> int:
     """How many decimals a number with this standard error deserves: up to the error's first digit."""
     if not math.isfinite(se) or se <= 0:
@@ -38,10 +41,10 @@ def decimals(se: float) -> int:
 
 
 def rounded(value: float, se: float) -> tuple[str, str]:
-    """Value and standard error as text, both rounded to the error's own size; no error gives ''."""
+    """Value and standard error as text, both rounded to the error's own size; no error, or rounding's, gives ''."""
     if not math.isfinite(value):
         return ("not finite", "")
-    if not math.isfinite(se) or se <= 0:
+    if not math.isfinite(se) or se <= _EXACT * abs(value):
         return (f"{value:.4g}", "")
     places = decimals(se)
     return (f"{value:.{places}f}", f"{se:.{places}f}")

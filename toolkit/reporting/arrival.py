@@ -26,6 +26,7 @@ OPTIMA = Column(
     "To how many distinct optima the starts led, and how far apart in nats the best and the lowest are; the best one "
     "is reported. SVI does not tell optima apart: there the starts are counted.",
 )
+_LEVEL, _LEVEL_SES = 0.1, 3.0  # nats, what a fit is asked to arrive within by default; standard errors
 _FIXED_DRAWS, _SVI = "fixed_draws", "svi"  # as `Fit.solver` names them
 _REASONS = {
     "TOO_FEW_DRAWS": "too few draws",
@@ -40,7 +41,7 @@ def on_fixed_draws(fit: Any) -> bool:
 
 
 def by_svi(fit: Any) -> bool:
-    """Whether stochastic steps fitted it, which tell neither optima apart nor how far the best is."""
+    """Whether stochastic steps fitted it: its `optima` are the ends of starts; how far the best is, is not known."""
     return bool(fit.solver == _SVI)
 
 
@@ -76,6 +77,13 @@ def spread(optima: Sequence[Estimate]) -> Estimate:
         return Estimate(math.nan, math.nan)
     best, lowest = max(optima), min(optima)
     return Estimate(best.value - lowest.value, math.hypot(best.se, lowest.se))
+
+
+def as_high(optima: Sequence[Estimate]) -> int:
+    """How many optima are as high as the best one, itself counted: within 0.1 nats, or three standard errors."""
+    best = max(optima)
+    lower_by = [spread((best, optimum)) for optimum in optima]
+    return sum(apart.value <= max(_LEVEL, _LEVEL_SES * apart.se) for apart in lower_by)
 
 
 def optima_cell(fit: Any) -> Cell:
@@ -128,10 +136,17 @@ def _optima_sentence(fit: Any) -> str:
     if fit.certificate is not None and fit.certificate.scope is Scope.GLOBAL:
         # The ELBO is concave there, so that there is one optimum.
         return f"{text}The family has only one here: the lower ones are climbs that ended short of it."
-    return (
-        f"{text}The best one is reported and the lower ones are local optima; nothing is averaged. That no start found "
-        "a better one does not exclude one."
-    )
+    level = as_high(fit.optima)
+    if level > 1:
+        which = "They are" if level == count else f"The best {level} are"
+        told = (
+            f"{which} as high as each other, within {_LEVEL:g} nats or three standard errors, as where labels may "
+            "switch or the posterior has several modes: each then describes its own part of it. One of them is reported"
+        )
+        told += "; nothing" if level == count else " and the lower ones are local optima; nothing"
+    else:
+        told = "The best one is reported and the lower ones are local optima; nothing"
+    return f"{text}{told} is averaged. That no start found a better one does not exclude one."
 
 
 def whose_sentences(fits: Iterable[Any], table: pd.DataFrame, thresholds: Thresholds) -> list[str]:

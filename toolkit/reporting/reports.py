@@ -14,7 +14,7 @@ import pandas as pd
 
 from toolkit.comparison.verdicts import Thresholds
 from toolkit.reporting import first_screen, sections
-from toolkit.reporting.arrival import spread
+from toolkit.reporting.arrival import by_svi, spread
 from toolkit.reporting.contents import Contents, Section
 from toolkit.reporting.differences import differences
 from toolkit.reporting.figures.canvas import drawn, file_png, file_svg
@@ -202,6 +202,7 @@ def _nearness(fit: Any) -> dict[str, Any]:
         "gap_limit": certificate.limit if certificate else math.nan,
         "gap_scope": certificate.scope.value if certificate else "",
         "optima": len(fit.optima),
+        "optima_are": "ends of starts" if by_svi(fit) else "distinct optima",
         "optima_spread": spread(fit.optima).value,
         "solver": fit.solver,
     }

@@ -48,11 +48,11 @@ class Fit:
         fresh_log_weights: Log p(x, z) - log q(z) in nats at the draws behind `elbo`, (draws,); None without a density.
         certificate: How far the family's best may lie above this fit; None where there is none, see `message` or
             `why`.
-        optima: The ELBO in nats of each distinct optimum that the starts led to, the best first; from SVI, whose ends
-            scatter, one for each start.
+        optima: The ELBO in nats of each distinct optimum that the starts led to, the reported one first; from SVI,
+            whose ends scatter, of the end of each start, whether at one optimum or not.
         solver: What fitted it.
         why: Why that solver.
-        traces: The course of each start.
+        traces: The course of the best start to each optimum; from SVI, of each start.
         invalid_steps: Steps skipped because loss or gradient were NaN or infinite.
         cost: Time, gradient evaluations, memory.
         autoguide: NumPyro's guide; everything that NumPyro does with a guide works with it and `params`.

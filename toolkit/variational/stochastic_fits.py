@@ -108,6 +108,7 @@ def fit_by_svi(
     runs = [run for run, _ in outcomes]
     return replace(
         best,
+        # The ends of starts: steps that scatter do not tell whether two of them are at one optimum.
         optima=tuple(run.elbo for run in runs if run.elbo is not None),
         traces=tuple(trace for run in runs for trace in run.traces),
         invalid_steps=sum(run.invalid_steps for run in runs),
