@@ -199,7 +199,7 @@ def test_focus_stands_side_by_side(comparison: Comparison) -> None:
     assert focus.loc[("beta[worst area]", "mean_field"), "sentence"].startswith("too narrow: ")
     assert focus.loc[("beta[worst area]", "full_rank"), "sentence"].startswith("may be reported from this guide alone")
     assert focus.loc[("total", "low_rank"), "sentence"].startswith("not judged: ")
-    assert focus.loc[("total", "laplace"), "sentence"].startswith("not judged: the optimiser used up its steps")
+    assert focus.loc[("total", "laplace"), "sentence"].startswith("not judged: the optimiser used up its budget")
     assert focus.loc[("beta[worst area]", "reference"), "sentence"] == ""
 
 

@@ -12,8 +12,8 @@ class Status(Enum):
     another guide's work. `Status.ok` tells whether numbers may be read as what they are named.
     """
 
-    ARRIVED = "the optimiser arrived: more steps no longer raise the ELBO"
-    BUDGET = "the optimiser used up its steps while the ELBO was still rising"
+    ARRIVED = "the optimiser arrived: going on no longer raises the ELBO"
+    BUDGET = "the optimiser used up its budget before the ELBO was known to have stopped rising"
     UNPROVEN = "no further gain was found, but how much the family's best may lie above is not known to the tolerance"
     TOO_FEW_DRAWS = "draws are too few for the family's parameters: they can be fitted to any draws that are affordable"
     NOISY = "the ELBO is too noisy to tell whether it still rises"
