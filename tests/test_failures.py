@@ -1,5 +1,7 @@
 """Fits that have no optimum to arrive at, and fits that only look as if they had none."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,16 +10,19 @@ import numpyro.distributions as dist
 import pytest
 from targets import impossible, pair
 
-from toolkit import Dataset, Model, Status, fit
+from toolkit import Dataset, Estimate, Model, Status, fit
 from toolkit.variational.autoguides import GaussianForm
+from toolkit.variational.certificates import Certificate, Scope
 from toolkit.variational.density import LogDensity
-from toolkit.variational.failures import coordinate_names, describe_edge, find_failure
+from toolkit.variational.failures import coordinate_names, describe_edge, find_failure, find_ridge
+from toolkit.variational.gaussian_fits import _status
 from toolkit.variational.gaussians import Diagonal, Frame, Member, Quadratic, Triangular
 from toolkit.variational.space import Space
 
 KEY = jax.random.PRNGKey(0)
 BUDGET = 100_000
 BOTH = ["mean_field", "full_rank"]
+THREE = ["mean_field", "low_rank", "full_rank"]
 DIAGONAL = GaussianForm(Diagonal, vars, lambda params: Member(**params))
 FULL = GaussianForm(Triangular, vars, lambda params: Member(**params), full=True)
 
@@ -37,6 +42,79 @@ def separable(prior_sd=None):
 
     x = np.linspace(-1, 1, 12)
     return Model(logistic, Dataset("separable", {"x": x, "y": (x > 0.1).astype(float)}), log_concave=True)
+
+
+def separable_in(size, rows, seed):
+    """Classes that a plane through the origin tells apart, its normal no coordinate's own."""
+
+    def logistic(x, y=None):
+        beta = numpyro.sample("beta", dist.ImproperUniform(dist.constraints.real_vector, (), (size,)))
+        with numpyro.plate("row", rows):
+            numpyro.sample("y", dist.Bernoulli(logits=x @ beta), obs=y)
+
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((rows, size))
+    x[:, 0] = 1
+    y = (x @ rng.standard_normal(size) > 0).astype(float)
+    return Model(logistic, Dataset("separable plane", {"x": x, "y": y}), log_concave=True)
+
+
+def one_datum(prior_sd=None, y=1.7):
+    """A mean and a log scale of one datum: flat priors leave a log scale that is uniform over all numbers."""
+
+    def normal(y=None):
+        mu = numpyro.sample("mu", flat())
+        log_sigma = numpyro.sample("log_sigma", flat() if prior_sd is None else dist.Normal(0, prior_sd))
+        numpyro.sample("y", dist.Normal(mu, jnp.exp(log_sigma)), obs=y)
+
+    return Model(normal, Dataset("one", {"y": np.array(y)}))
+
+
+def interpolated():
+    """As many coefficients as data, which leave nothing to know a scale by."""
+
+    def regression(x, y=None):
+        beta = numpyro.sample("beta", dist.ImproperUniform(dist.constraints.real_vector, (), (3,)))
+        sigma = numpyro.sample("sigma", dist.ImproperUniform(dist.constraints.positive, (), ()))
+        numpyro.factor("reference prior", -jnp.log(sigma))
+        with numpyro.plate("row", 3):
+            numpyro.sample("y", dist.Normal(x @ beta, sigma), obs=y)
+
+    x = np.random.default_rng(0).standard_normal((3, 3))
+    return Model(regression, Dataset("interpolated", {"x": x, "y": np.array([1.0, 2.0, 5.0])}))
+
+
+def ramp():
+    """A density that is linear in a coordinate, on all of its line."""
+
+    def rising(y=None):
+        a, b = numpyro.sample("a", flat()), numpyro.sample("b", dist.Normal(0, 1))
+        numpyro.factor("ramp", 2.0 * a)
+        numpyro.sample("y", dist.Normal(b, 1), obs=y)
+
+    return Model(rising, Dataset("ramp", {"y": np.array(0.3)}))
+
+
+def box(size, steepness):
+    """Nearly uniform between steep walls: the fit of a Gaussian hangs on its few outermost draws."""
+
+    def walls(y=None):
+        z = numpyro.sample("z", dist.ImproperUniform(dist.constraints.real_vector, (), (size,)))
+        numpyro.factor("walls", -steepness * jax.nn.relu(jnp.abs(z) - 1).sum())
+        numpyro.sample("y", dist.Normal(z.sum(), 10.0), obs=y)
+
+    return Model(walls, Dataset("box", {"y": np.array(0.0)}), log_concave=True)
+
+
+def broken_everywhere(value):
+    """A density that is no finite number at any point."""
+
+    def broken(y=None):
+        z = numpyro.sample("z", dist.Normal(0, 1))
+        numpyro.factor("broken", value + 0 * z)
+        numpyro.sample("y", dist.Normal(z, 1), obs=y)
+
+    return Model(broken, Dataset("broken", {"y": np.array(0.0)}))
 
 
 def ties(rows=6):
@@ -118,6 +196,15 @@ def test_a_start_that_cannot_be_found_names_the_site(solver):
     assert "site 'never' has a log density of -inf" in fitted.message
 
 
+@pytest.mark.parametrize("solver", ["auto", "svi"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_density_that_is_no_number_at_any_start_names_the_site(value, solver):
+    fitted = fit(broken_everywhere(value), "mean_field", key=KEY, solver=solver)
+    assert fitted.status is Status.NO_VALID_START
+    assert not fitted.usable
+    assert f"site 'broken' has a log density of {value}" in fitted.message
+
+
 @pytest.mark.parametrize("guide", BOTH)
 def test_an_edge_that_no_gaussian_may_cross_names_the_site(guide):
     fitted = fit(walled(), guide, key=KEY, max_gradients=BUDGET)
@@ -144,14 +231,16 @@ def test_the_share_of_draws_beyond_an_edge():
     assert describe_edge(density, walled(), "plain", family, narrow, key=KEY) is None
 
 
-@pytest.mark.parametrize("guide", BOTH)
+@pytest.mark.parametrize("guide", THREE)
 @pytest.mark.parametrize(
     ("model", "status", "names"),
     [
         (separable, Status.IMPROPER, "ab"),
+        (one_datum, Status.IMPROPER, ["mu", "log_sigma"]),
+        (interpolated, Status.IMPROPER, ["beta[0]", "sigma"]),
+        (ramp, Status.UNBOUNDED, ["a"]),
         (ties, Status.UNBOUNDED, ["mu"]),
         (ridge, Status.FLAT, "ab"),
-        (duplicated, Status.FLAT, ["beta[0]", "beta[1]"]),
         (unused, Status.FLAT, ["a"]),
     ],
 )
@@ -164,6 +253,22 @@ def test_a_posterior_that_cannot_be_normalised(model, status, names, guide):
 
 
 @pytest.mark.parametrize("guide", BOTH)
+def test_a_column_twice_is_flat(guide):
+    fitted = fit(duplicated(), guide, key=KEY, max_gradients=BUDGET)
+    assert fitted.status is Status.FLAT
+    assert "beta[0] and beta[1] together" in fitted.message
+
+
+@pytest.mark.parametrize("guide", THREE)
+@pytest.mark.parametrize("shape", [(2, 12, 0), (5, 30, 2), (10, 60, 3)], ids=str)
+def test_separable_classes_are_told_before_a_proof_is_tried(shape, guide):
+    fitted = fit(separable_in(*shape), guide, key=KEY)
+    assert fitted.status is Status.IMPROPER
+    assert "beta" in fitted.message
+    assert fitted.cost.gradient_evaluations < 200_000
+
+
+@pytest.mark.parametrize("guide", THREE)
 def test_a_scale_that_runs_to_zero_at_a_pole(guide):
     fitted = fit(spike(2.0), guide, key=KEY, max_gradients=BUDGET)
     assert fitted.status is Status.UNBOUNDED
@@ -176,7 +281,9 @@ def test_separable_classes_are_told_by_svi_too():
 
 
 @pytest.mark.parametrize("guide", BOTH)
-@pytest.mark.parametrize("model", [lambda: ridge(1e3), lambda: separable(10.0), pair])
+@pytest.mark.parametrize(
+    "model", [lambda: ridge(1e3), lambda: separable(10.0), pair, lambda: one_datum(10.0), lambda: one_datum(100.0)]
+)
 def test_vague_priors_and_raw_units_are_not_failures(model, guide):
     fitted = fit(model(), guide, key=KEY)
     assert fitted.status is Status.ARRIVED
@@ -207,6 +314,57 @@ def test_a_vague_prior_on_a_ridge_is_not_flat_and_no_prior_is():
     loc = np.array([1.0, 1.0])
     assert at(loc, precision, ridge(1e3), FULL) is None
     assert at(loc, precision, ridge(), FULL).status is Status.FLAT
+
+
+def test_all_of_an_endless_row_of_gaussians_are_told_and_no_end_is():
+    # The ELBO is stationary at any mean m of log sigma, with sds of e^(m - 1/2) and sqrt(1/2).
+    member = Member(np.array([1.7, 2.0]), np.array([math.exp(1.5), math.sqrt(0.5)]))
+    assert find_ridge(LogDensity(one_datum()), member, key=KEY).status is Status.IMPROPER
+    for prior_sd in (1.0, 10.0, 300.0):
+        assert find_ridge(LogDensity(one_datum(prior_sd)), member, key=KEY) is None
+
+
+def test_the_elbo_of_one_datum_has_a_bound():
+    fitted = fit(one_datum(), "mean_field", key=KEY)
+    # E log p = -log(2 pi) / 2 - m - s^2 exp(2 t^2 - 2 m) / 2, plus the entropy: highest at t^2 = 1/2, log s = m - 1/2.
+    highest = 0.5 * math.log(2 * math.pi) + 0.5 * math.log(0.5) - 0.5 + 0.5
+    assert fitted.elbo.value == pytest.approx(highest, abs=0.03 + 5 * fitted.elbo.se)
+
+
+def test_the_foot_of_a_steep_wall_is_no_pole():
+    fitted = fit(box(3, 1e12), "mean_field", key=KEY, starts=1, max_gradients=BUDGET)
+    assert fitted.status is not Status.UNBOUNDED
+
+
+def test_too_few_draws_for_a_family_are_told_with_their_number():
+    fitted = fit(box(10, 1e6), "mean_field", key=KEY, starts=1)
+    assert fitted.status is Status.TOO_FEW_DRAWS
+    assert not fitted.status.ok
+    assert fitted.message.endswith(" nats: 16,384 draws are too few for 20 parameters")
+    assert fitted.message.startswith(f"up to {fitted.certificate.limit:.2g}")
+    assert fitted.certificate.limit > 2
+    assert fitted.usable  # it may be looked at, and is not judged
+
+
+@pytest.mark.parametrize(
+    ("limit", "why", "status"),
+    [
+        (0.05, "", Status.ARRIVED),
+        (0.3, "up to 0.3 nats: 512 draws are too few for 9 parameters", Status.UNPROVEN),
+        (1.99, "up to 2 nats: more than 8 rounds of it", Status.UNPROVEN),
+        (2.01, "up to 2 nats: 512 draws are too few for 9 parameters", Status.TOO_FEW_DRAWS),
+        (37.0, "up to 37 nats: 900 gradients, the budget, do not suffice", Status.BUDGET),
+        (37.0, "up to 37 nats: more than 8 rounds of it", Status.BUDGET),
+        (37.0, "up to 37 nats, an estimate: 100 natural-gradient steps were taken", Status.BUDGET),
+        (math.inf, "up to inf nats, an estimate: 100 natural-gradient steps were taken", Status.BUDGET),
+        (None, "no bound: 900 gradients, the budget, do not suffice", Status.BUDGET),
+        (None, "no bound: 512 draws are too few for 9 parameters", Status.TOO_FEW_DRAWS),
+    ],
+)
+def test_a_limit_that_says_nothing_leaves_no_verdict(limit, why, status):
+    certificate = None if limit is None else Certificate(Estimate(limit, 0.0), limit, Scope.LOCAL, 512, 4)
+    assert _status(certificate, why) is status
+    assert status.ok == (limit is not None and limit <= 2)
 
 
 def test_coordinates_are_named_by_site_and_place():

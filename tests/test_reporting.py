@@ -401,17 +401,19 @@ def test_exact_courses_have_marks_and_no_band() -> None:
     assert first.lines[0].get_marker() == "o"
 
 
-@pytest.mark.parametrize("status", [Status.UNPROVEN, Status.TOO_FEW_DRAWS])
-def test_a_fit_without_proof_says_why(status: Status) -> None:
+@pytest.mark.parametrize(
+    ("status", "limit"), [(Status.UNPROVEN, 0.31), (Status.TOO_FEW_DRAWS, None), (Status.TOO_FEW_DRAWS, 37.0)]
+)
+def test_a_fit_without_proof_says_why(status: Status, limit: float | None) -> None:
     study = studies.make_study(3, focus=False)
-    why = "up to 0.31 nats: 16,384 draws are too few for 9 parameters"
-    certificate = Certificate(Estimate(0.2, 0.05), 0.31, Scope.LOCAL, 16_384, 4) if status.ok else None
+    why = f"up to {limit} nats: 16,384 draws are too few for 9 parameters" if limit else "no bound: too few draws"
+    certificate = Certificate(Estimate(0.2, 0.05), limit, Scope.LOCAL, 16_384, 4) if limit else None
     fit = SimpleNamespace(**{**vars(study.fits[2]), "status": status, "message": why, "certificate": certificate})
     study.fits = (*study.fits[:2], fit)
     report = render(study)
     assert f"{status.value} ({why})" in report.markdown
     row = report.summary["guides"][2]
-    assert (row["gap_limit"], row["gap_scope"]) == ((0.31, "local bound") if status.ok else (None, ""))
+    assert (row["gap_limit"], row["gap_scope"]) == ((limit, "local bound") if limit else (None, ""))
     assert (row["optima"], row["solver"]) == (2, "fixed_draws")
     assert row["optima_spread"] == pytest.approx(1.41)
 

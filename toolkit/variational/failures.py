@@ -8,6 +8,11 @@ draws of its own: an optimum ends this, and only a climb that covers decades wit
 rises tells the kinds apart: the density (`UNBOUNDED`) or only the Gaussian's volume (`IMPROPER`). A density that is the
 same all along a line is `FLAT`, whether or not the family at hand can follow it.
 
+An ELBO may also have a bound where log p(x) has none: of one datum with flat priors on a mean and a log scale every
+Gaussian may be stretched about the datum without end, and its ELBO stays what it is. Of a proper posterior that cannot
+be: the mass that it has outside of a bounded set goes to zero as the set grows, and so KL(q || p) to infinity as q
+leaves them all. An ELBO that stays the same along a path without end is therefore `IMPROPER`, too.
+
 A scale alone cannot run to zero: its entropy falls without end, and the ELBO rises only if the mean log density does so
 faster. A collapse is therefore a density without a bound, and its sentence names the coordinate.
 """
@@ -15,7 +20,7 @@ faster. A collapse is therefore a density without a bound, and its sentence name
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import jax
@@ -28,7 +33,7 @@ from toolkit.status import Status
 from toolkit.variational.autoguides import GaussianForm
 from toolkit.variational.density import LogDensity
 from toolkit.variational.draws import matched_draws
-from toolkit.variational.gaussians import Family, Frame, Member, Quadratic
+from toolkit.variational.gaussians import Diagonal, Family, Frame, Member, Quadratic, Triangular
 from toolkit.variational.solvers.fixed_draws import FixedDrawsELBO, climb
 from toolkit.variational.space import Space
 
@@ -48,6 +53,15 @@ _FLAT_CHANGE = 1e-6  # nats
 _NAMED = 0.3  # of the largest: coordinates with so much of a direction are named with it
 _MOST_NAMED = 4
 _LARGEST = 1e150  # whose square is still a number
+_ROOT_2 = math.sqrt(2.0)  # a diagonal Gaussian's parameter for each unit of a scale's logarithm
+_RIDGE_DRAWS = 256
+_RIDGE_SIZE = _RIDGE_DRAWS // 4  # dimensions: in more, a few draws leave flat directions of their own
+_RIDGE_STEPS = 30  # of Lanczos's method
+_RIDGE_DIFFERENCE = 1e-3  # working parameters
+_RIDGE_CURVATURE = 0.02  # below which it is walked along: in these parameters, others are about one
+_RIDGE = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # logarithms of factors: beyond the last, squares are no numbers
+_RIDGE_CHANGE = 0.05  # nats, by which even a prior with an sd of 900 on a logarithm ends the walk
+_OUTWARDS = (10.0, 100.0, 1e3)  # times as far from the origin
 _NARROWINGS = 4
 _RESOLUTION = 1e-14  # of a location: narrower Gaussians have draws that are no longer distinct numbers
 _LEAST = 1e-100
@@ -98,6 +112,71 @@ def find_failure(
             or _running_off(density, form, member, key=jax.random.fold_in(key, 1))
             or _collapsing(density, member, key=jax.random.fold_in(key, 2))
         )
+
+
+def find_ridge(density: LogDensity, member: Member, *, key: jax.Array) -> Failure | None:
+    """Why a Gaussian fit is one of an endless row that are all as good; None where no such row is found.
+
+    A row is made by a map that leaves the posterior as it is, along which no mode can have a curvature in all
+    directions: where a search has found such a mode, there is nothing to look for. Rows of diagonal Gaussians are
+    looked for whatever the family of the fit, in up to 64 dimensions, by the flattest direction of their ELBO on 256
+    draws; that takes at most some 30,000 gradients.
+
+    Args:
+        density: Log p(x, z).
+        member: Where the fit is.
+        key: Random key.
+    """
+    frame = _own_frame(member)
+    if frame is None or density.size > _RIDGE_SIZE:
+        return None
+    family = Diagonal(Frame.of(member.loc, frame.diagonal))
+    size = density.size
+    base = matched_draws(_RIDGE_DRAWS, size, key=key)
+    objective = FixedDrawsELBO(density, family, Quadratic(member.loc, np.zeros(size), frame.diagonal), base)
+    with np.errstate(all="ignore"):
+        top = climb(objective, np.zeros(family.parameters), residual=_RIDGE_CHANGE / 10, max_evaluations=_EVALUATIONS)
+        curvature, line = _flattest(objective, top.x)
+        growth = line[size:] / _ROOT_2  # of the scales' logarithms
+        if not (abs(curvature) < _RIDGE_CURVATURE and np.abs(growth).max() > 0):
+            return None
+        line = line / growth[np.argmax(np.abs(growth))]
+        for far in _RIDGE:
+            x = top.x + far * line
+            if not objective(x)[0] > top.elbo - _RIDGE_CHANGE:
+                walked = climb(objective, x, residual=_RIDGE_CHANGE / 10, max_evaluations=_EVALUATIONS)
+                reached = (walked.x - top.x)[size:].max() / _ROOT_2
+                if not (walked.elbo > top.elbo - _RIDGE_CHANGE and reached > far / 2):
+                    return None
+                line = (walked.x - top.x) / reached
+    names = _largest(density.space, np.maximum(np.abs(line[:size]), line[size:] / _ROOT_2))
+    return Failure(Status.IMPROPER, f"the ELBO stays the same as {names} go on without end")
+
+
+def _flattest(objective: FixedDrawsELBO, x: np.ndarray) -> tuple[float, np.ndarray]:
+    """The least curvature of minus the ELBO and its direction (parameters,), by Lanczos's method."""
+
+    def curved(vector: np.ndarray) -> np.ndarray:
+        step = _RIDGE_DIFFERENCE * vector
+        return (objective(x - step)[1] - objective(x + step)[1]) / (2 * _RIDGE_DIFFERENCE)
+
+    first = np.random.default_rng(0).standard_normal(len(x))
+    basis, products = [first / np.linalg.norm(first)], list[np.ndarray]()
+    while True:
+        products.append(curved(basis[-1]))
+        rest = products[-1]
+        for _ in range(2):  # rounding leaves something of the others after one
+            rest = rest - np.stack(basis).T @ (np.stack(basis) @ rest)
+        length = np.linalg.norm(rest)
+        if len(basis) == min(len(x), _RIDGE_STEPS) or not length > 1e-8:
+            break
+        basis.append(rest / length)
+    matrix = np.stack(basis) @ np.stack(products).T
+    if not np.isfinite(matrix).all():
+        return math.inf, first
+    values, vectors = scipy.linalg.eigh((matrix + matrix.T) / 2)
+    flattest = int(np.argmin(np.abs(values)))
+    return float(values[flattest]), np.stack(basis).T @ vectors[:, flattest]
 
 
 def describe_edge(
@@ -262,18 +341,20 @@ def _largest(space: Space, weights: np.ndarray) -> str:
 def _running_off(density: LogDensity, form: GaussianForm, member: Member, *, key: jax.Array) -> Failure | None:
     """What a climb that covers decades and still gains is a sign of; None where there is none."""
     first, sds = member, _sds(member)
-    energy = volume = 0.0
+    # What low rank can gain full rank can, without columns that run off by themselves.
+    family: Callable[[Frame], Family]
+    family = Triangular if member.factor is not None and density.size <= _DENSE and not form.concave else form.family
     for number in range(1, _STAGES + 1):
-        stage = _stage(density, form, member, key=jax.random.fold_in(key, number))
+        stage = _stage(density, family, member, key=jax.random.fold_in(key, number))
         if stage is None:
             return None
         member = stage.member
-        energy, volume = energy + stage.energy, volume + stage.volume
         logs = np.log(_sds(member) / sds)
         moved = np.abs(member.loc - first.loc) / sds
         far = max(np.exp(np.abs(logs).max()), moved.max())
         if not far < (_FAR if number >= _LEAST_STAGES else _FAR**2):
-            return _named(density.space, energy, volume, logs, moved)
+            # By the last stage: the first ones may rise by what the fit was short of, as on the way into a cone.
+            return _named(density.space, stage.energy, stage.volume, logs, moved)
     return None
 
 
@@ -309,6 +390,8 @@ def _collapsing(density: LogDensity, member: Member, *, key: jax.Array) -> Failu
             energies.append(density.over(cloud)[0])
             if len(energies) > 1:
                 rise = energies[-1] - energies[-2] - math.log(10)
+                if not np.quantile(rise, 0.25) > -0.5 * math.log(10):  # at the foot of a wall only those outside rise
+                    break
                 if not (is_sound(rise) and rise.mean() > max(_WORTH / 4, 2 * rise.std() / math.sqrt(_DRAWS))):
                     break
         else:
@@ -339,12 +422,14 @@ class _Stage:
     volume: float
 
 
-def _stage(density: LogDensity, form: GaussianForm, member: Member, *, key: jax.Array) -> _Stage | None:
+def _stage(
+    density: LogDensity, family_in: Callable[[Frame], Family], member: Member, *, key: jax.Array
+) -> _Stage | None:
     """A climb in units of the member; None where it gains nothing on draws of its own or leaves the numbers."""
     frame = _own_frame(member)
     if frame is None:
         return None
-    family = form.family(frame)
+    family = family_in(frame)
     quadratic = Quadratic(frame.loc, np.zeros(family.size), frame.precision)
     before = family.member(family.near(member))
     draws = max(_DRAWS, 1 << (4 * family.base - 1).bit_length())
@@ -356,32 +441,45 @@ def _stage(density: LogDensity, form: GaussianForm, member: Member, *, key: jax.
     def measured(x: np.ndarray) -> _Stage | None:
         after = family.member(x)
         change, volume = density.over(family.points(after, fresh))[0] - begun, family.entropy(after) - entropy
-        if not (is_sound(change) and math.isfinite(volume)):
-            return None
-        gain, se = change.mean() + volume, change.std() / math.sqrt(draws)
-        return _Stage(after, float(change.mean()), volume) if gain > max(_WORTH, 2 * se) else None
+        return _Stage(after, float(change.mean()), volume) if _is_gain(change, volume) else None
 
     # On a cone's way out, location and scale grow together, and a climb on few draws widens until others fall outside.
-    away = (np.abs(before.loc) > _sds(before)).any()
-    outward = measured(family.near(_outward(before))) if away else None
-    if outward:
-        return outward
+    if (np.abs(before.loc) > _sds(before)).any():
+        for times in _OUTWARDS:
+            outward = measured(family.near(_outward(before, times)))
+            if outward:
+                return outward
     return measured(climb(objective, family.near(before), residual=_WORTH / 5, max_evaluations=_EVALUATIONS).x)
 
 
-def _outward(member: Member) -> Member:
-    """A Gaussian ten times as far from the origin, and as much wider as leaves it three times as clear of it."""
+def _is_gain(change: np.ndarray, volume: float) -> bool:
+    """Whether changes of the log density at draws and one of the entropy add up to a gain, beyond their noise.
+
+    Where a few draws fall outside of a cone, what they gain is all the noise; where even without that there is a gain,
+    there is one.
+    """
+    if not (is_sound(change) and math.isfinite(volume)):
+        return False
+    return any(
+        terms.mean() + volume > max(_WORTH, 2 * terms.std() / math.sqrt(len(terms)))
+        for terms in (change, np.minimum(change, 0.0))
+    )
+
+
+def _outward(member: Member, times: float) -> Member:
+    """A Gaussian so many times as far from the origin, and three times as wide: clearer of a cone's edges."""
     wider = math.sqrt(10)
     scale, factor = (None if part is None else wider * part for part in (member.scale, member.factor))
-    return replace(member, loc=10 * member.loc, scale=scale, factor=factor)
+    return replace(member, loc=times * member.loc, scale=scale, factor=factor)
 
 
 def _is_suspicious(density: LogDensity, form: GaussianForm, member: Member, *, key: jax.Array) -> bool:
-    """Whether a location or a scale is far from where the ELBO is stationary.
+    """Whether a location or a scale is far from where the ELBO is stationary, or all of it gains far out.
 
     Every Gaussian family here is closed under shifting and under stretching a single coordinate; at its best member
     therefore E[g_i] = 0 and E[g_i (z_i - loc_i)] = -1 for each coordinate i, with g the gradient of log p. A location
-    is also measured by itself: where there is no end to go to, it is far off in its own size though not in sds.
+    is also measured by itself: where there is no end to go to, it is far off in its own size though not in sds. Near
+    the edges of a cone all of this may hold by the few draws that fall outside; clear of them nothing holds it.
     """
     if _is_far_out(member):
         return True
@@ -392,8 +490,14 @@ def _is_suspicious(density: LogDensity, form: GaussianForm, member: Member, *, k
     base = matched_draws(max(_DRAWS, 1 << (4 * family.base - 1).bit_length()), family.base, key=key)
     member = family.member(family.near(member))
     apart = family.points(member, base) - member.loc
-    left = density.over(member.loc + apart)[1] + family.scores(member, base)
+    values, gradients = density.over(member.loc + apart)
     sds = _sds(member)
+    if (np.abs(member.loc) > sds).any():
+        outward = family.member(family.near(_outward(member, _OUTWARDS[-1])))
+        change = density.over(family.points(outward, base))[0] - values
+        if _is_gain(change, family.entropy(outward) - family.entropy(member)):
+            return True
+    left = gradients + family.scores(member, base)
     terms = np.concatenate([np.maximum(sds, np.abs(member.loc)) * left, left * apart], axis=1)
     offs, ses = np.abs(terms.mean(0)), terms.std(0) / math.sqrt(len(base))
     return bool(not ((offs < _SUSPICIOUS) | (offs < 3 * ses)).all())
@@ -409,11 +513,22 @@ def _own_frame(member: Member) -> Frame | None:
     sds = np.sqrt(np.diag(covariance))
     if not (is_sound(covariance) and is_sound(1 / sds**2)):
         return None
-    try:
-        inverse = scipy.linalg.inv(covariance / np.outer(sds, sds), assume_a="pos")
-        return Frame.of(member.loc, (inverse + inverse.T) / 2 / np.outer(sds, sds))
-    except (scipy.linalg.LinAlgError, scipy.linalg.LinAlgWarning):
+    inverse = _inverse(covariance / np.outer(sds, sds))
+    return None if inverse is None else Frame.of(member.loc, inverse / np.outer(sds, sds))
+
+
+def _inverse(correlation: np.ndarray) -> np.ndarray | None:
+    """The inverse, symmetric; None where rounding leaves nothing of it.
+
+    SciPy's `inv` only warns of that, and what a warning does is the user's to choose.
+    """
+    root, failed = scipy.linalg.lapack.dpotrf(correlation, lower=1)
+    if failed:
         return None
+    condition, _ = scipy.linalg.lapack.dpocon(root, np.linalg.norm(correlation, 1), uplo="L")
+    if not condition > np.finfo(float).eps:
+        return None
+    return np.asarray(scipy.linalg.cho_solve((root, True), np.eye(len(root))))
 
 
 def _named(space: Space, energy: float, volume: float, logs: np.ndarray, moved: np.ndarray) -> Failure:
@@ -422,7 +537,8 @@ def _named(space: Space, energy: float, volume: float, logs: np.ndarray, moved: 
         if moved.max() < _FAR and -logs.min() > math.log1p(moved.max()):
             what = f"the scale of {_largest(space, np.maximum(-logs, 0.0))} runs to zero"
         else:
-            what = f"{_largest(space, np.log1p(moved))} runs away"
+            names = _largest(space, np.log1p(moved))
+            what = f"{names} {'run' if ' and ' in names else 'runs'} away"
         return Failure(Status.UNBOUNDED, f"{what}, and the log density rises without end")
     growing: Sequence[float] = np.maximum(np.maximum(logs, np.log1p(moved)), 0.0)
     return Failure(Status.IMPROPER, f"{_largest(space, np.asarray(growing))} without end")

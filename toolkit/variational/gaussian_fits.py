@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
-import scipy.linalg
 
 from toolkit.estimate import Estimate
 from toolkit.status import Status
@@ -24,7 +23,7 @@ from toolkit.variational.autoguides import GaussianForm
 from toolkit.variational.certificates import SETS, Bounded, Certificate, Scope, bound_gap, estimate_gap, project
 from toolkit.variational.density import LogDensity
 from toolkit.variational.draws import generator, matched_draws
-from toolkit.variational.failures import Failure, find_failure, is_sound
+from toolkit.variational.failures import Failure, find_failure, find_ridge, is_sound
 from toolkit.variational.gaussians import Family, Frame, Member, Quadratic
 from toolkit.variational.solvers.fixed_draws import FixedDrawsELBO, climb
 from toolkit.variational.solvers.natural import Gaussian, averaged_steps
@@ -48,6 +47,10 @@ _OPTIMISM = 0.4  # of the tolerance, that a certificate may be too high by: what
 _EVALUATIONS_EXPECTED = 6  # of a certificate's climb
 _UNKNOWN_SCALE = 0.1  # of a posterior of which no curvature is known, in unconstrained units
 _BUDGET = "the budget, do not suffice"
+_TOO_FEW = "draws are too few"
+# Nats of a certificate's limit above which a fit without proof is no longer usable. Probabilities under two
+# distributions differ by at most the root of half their KL (Pinsker), which says nothing from 2 nats on.
+_USABLE_LIMIT = 2.0
 _SAME_OPTIMUM = 0.5  # posterior sds between locations of one optimum
 
 
@@ -130,10 +133,11 @@ def fit_gaussian(
         report: Called with what is done, of how many evaluations, and the ELBO.
     """
     begun, spent_before = time.perf_counter(), density.evaluations
-    climbed = [
-        _solved(density, form, start, solver, key=jax.random.fold_in(key, number), tolerance=tolerance, report=report)
-        for number, start in enumerate(starts)
-    ]
+    with np.errstate(over="ignore", invalid="ignore"):  # a run-off ends where floating-point numbers do
+        climbed = [
+            _solved(density, form, start, solver, key=jax.random.fold_in(key, i), tolerance=tolerance, report=report)
+            for i, start in enumerate(starts)
+        ]
     optima = _distinct([optimum for optimum in climbed if math.isfinite(optimum.elbo.value)])
     if not optima:
         first = climbed[0]
@@ -143,6 +147,8 @@ def fit_gaussian(
     best = _not_below(density, optima[0], smaller, key=jax.random.fold_in(key, 1_000), report=report)
     optima = (replace(best, found=optima[0].found), *optima[1:])
     failure = find_failure(density, form, best.member, best.quadratic, key=jax.random.fold_in(key, 1_003))
+    if failure is None and not any(start.is_mode for start in starts):
+        failure = find_ridge(density, best.member, key=jax.random.fold_in(key, 1_005))
     if failure:
         return _without_optimum(density, best, optima, failure, begun, key=jax.random.fold_in(key, 1_002))
     budget = max_gradients - (density.evaluations - spent_before)
@@ -168,11 +174,14 @@ def fit_gaussian(
 
 
 def _status(certificate: Certificate | None, message: str) -> Status:
+    """How it ended: a limit above the tolerance still leaves a fit usable, but not one that says nothing."""
     if not message:
         return Status.ARRIVED
-    if certificate:
+    if certificate and certificate.limit <= _USABLE_LIMIT:
         return Status.UNPROVEN
-    return Status.BUDGET if _BUDGET in message else Status.TOO_FEW_DRAWS
+    if _TOO_FEW in message or not (certificate or _BUDGET in message):
+        return Status.TOO_FEW_DRAWS
+    return Status.BUDGET
 
 
 def _solved(
@@ -251,8 +260,8 @@ def _own_quadratic(member: Member) -> tuple[Quadratic, ...]:
     if member.factor is None:
         return (Quadratic(member.loc, nothing, 1 / member.variances),)
     try:
-        inverse = scipy.linalg.inv(member.covariance(), assume_a="pos")
-    except (scipy.linalg.LinAlgError, scipy.linalg.LinAlgWarning, ValueError):
+        inverse = np.linalg.inv(member.covariance())
+    except np.linalg.LinAlgError:
         return ()
     return (Quadratic(member.loc, nothing, (inverse + inverse.T) / 2),)
 
@@ -419,7 +428,8 @@ def _without_optimum(
     density: LogDensity, best: Optimum, optima: Sequence[Optimum], failure: Failure, begun: float, *, key: jax.Array
 ) -> GaussianFit:
     """A fit whose family has no best member: where it stopped means nothing, and no certificate is asked for."""
-    elbo, weights = _measured(density, best, key=key)
+    with np.errstate(over="ignore", invalid="ignore"):
+        elbo, weights = _measured(density, best, key=key)
     seconds = time.perf_counter() - begun
     return GaussianFit(failure.status, failure.message, best.member, elbo, weights, None, tuple(optima), seconds)
 
