@@ -240,7 +240,6 @@ def test_the_share_of_draws_beyond_an_edge():
         (interpolated, Status.IMPROPER, ["beta[0]", "sigma"]),
         (ramp, Status.UNBOUNDED, ["a"]),
         (ties, Status.UNBOUNDED, ["mu"]),
-        (ridge, Status.FLAT, "ab"),
         (unused, Status.FLAT, ["a"]),
     ],
 )
@@ -253,10 +252,13 @@ def test_a_posterior_that_cannot_be_normalised(model, status, names, guide):
 
 
 @pytest.mark.parametrize("guide", BOTH)
-def test_a_column_twice_is_flat(guide):
-    fitted = fit(duplicated(), guide, key=KEY, max_gradients=BUDGET)
+@pytest.mark.parametrize(("model", "names"), [(ridge, "a and b"), (duplicated, "beta[0] and beta[1]")])
+def test_what_only_a_sum_is_known_of_is_flat(model, names, guide):
+    fitted = fit(model(), guide, key=KEY, max_gradients=BUDGET)
     assert fitted.status is Status.FLAT
-    assert "beta[0] and beta[1] together" in fitted.message
+    assert not fitted.status.ok
+    assert fitted.certificate is None
+    assert f"{names} together" in fitted.message
 
 
 @pytest.mark.parametrize("guide", THREE)
