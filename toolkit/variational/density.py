@@ -135,12 +135,12 @@ def _compiled(model: Model, chart: str, space: Space, arrays: Any, holds: tuple[
     def log_density(vector: Any, arrays: Any) -> Any:
         return model.log_density(space.unravel(vector), arrays, chart)
 
-    both = jax.value_and_grad(log_density)
+    both = jax.jit(jax.value_and_grad(log_density))  # traced once for the two programs
     scalars = sum(math.prod(site.shape) for site in model.sites.values())
     batch = int(np.clip(_BATCH_SCALARS // scalars, 8, _BATCH))
     batch = 1 << (batch.bit_length() - 1)
     # Tracing shares NumPyro's one stack of handlers; compiling does not.
-    one = jax.jit(both).lower(np.zeros(space.size), arrays)
+    one = both.lower(np.zeros(space.size), arrays)
     many = jax.jit(jax.vmap(both, in_axes=(0, None))).lower(np.zeros((batch, space.size)), arrays)
     with ThreadPoolExecutor(2) as pool:
         compiled_one, compiled_many = pool.map(lambda lowered: lowered.compile(QUICK), (one, many))

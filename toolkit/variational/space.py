@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,16 @@ class Space:
 
 def latent_space(model: Model, chart: str | None = None) -> Space:
     """The model's latent sites in a chart and their unconstrained shapes, in program order."""
+    known, chart = _known.setdefault(model, {}), model.chart if chart is None else chart
+    if chart not in known:
+        known[chart] = _traced(model, chart)
+    return known[chart]
+
+
+_known: WeakKeyDictionary[Model, dict[str, Space]] = WeakKeyDictionary()
+
+
+def _traced(model: Model, chart: str) -> Space:
     names: list[str] = []
 
     def point() -> dict[str, Any]:

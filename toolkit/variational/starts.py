@@ -21,6 +21,7 @@ from toolkit.variational.space import Space
 
 _TRIES = 50
 _STEPS = 12
+_NEAR, _WIDE = 2.0, 10.0  # half the boxes' widths: NumPyro's own, and one for modes that it does not reach
 _GROWN = 3  # modes from which a Gaussian is grown: the best by the evidence that their curvature gives them
 _SAME_HEIGHT = 1e-3  # nats between two searches that ended at one mode
 _SAME_PLACE = 0.5  # posterior sds between them, or unconstrained units where no curvature is known
@@ -267,9 +268,13 @@ def _grown(
     density: LogDensity, end: _End, loc: np.ndarray, precision: np.ndarray, is_mode: bool, *, key: jax.Array
 ) -> Start:
     base = matched_draws(_draws(density.size), density.size, key=key)
-    gaussian = natural_steps(density, loc, precision, base=base, steps=_STEPS)
+    nothing = Start(loc, None, -np.inf, -end.loss, is_mode)
+    try:
+        gaussian = natural_steps(density, loc, precision, base=base, steps=_STEPS)
+    except np.linalg.LinAlgError:  # a curvature of so many decades that rounding has made some of it negative
+        return nothing
     if not np.isfinite(gaussian.elbo):
-        return Start(loc, None, -np.inf, -end.loss, is_mode)
+        return nothing
     return Start(gaussian.loc, gaussian.precision, gaussian.elbo, -end.loss, is_mode)
 
 
@@ -279,10 +284,13 @@ def _draws(size: int) -> int:
 
 
 def _valid_points(density: LogDensity, key: jax.Array, count: int) -> list[np.ndarray]:
-    """Points with a finite density and gradient, uniform in ever smaller boxes around the origin."""
+    """Points with a finite density and gradient, uniform in boxes around the origin, some of them wide.
+
+    Where many are invalid the boxes become ever smaller.
+    """
     points: list[np.ndarray] = []
     for number in range(_TRIES):
-        radius = 2.0 * 0.8 ** max(0, number - count)
+        radius = (_WIDE if number % 4 == 3 else _NEAR) * 0.8 ** max(0, number - count)
         point = generator(jax.random.fold_in(key, number)).uniform(-radius, radius, density.size)
         value, gradient = density.at(point)
         if np.isfinite(value) and np.isfinite(gradient).all():
