@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 import jax
 import numpy as np
 import scipy.linalg
+from scipy.special import ndtri
 
 from toolkit.modelling.density import invalid_sites
 from toolkit.modelling.model import Model
@@ -40,6 +41,8 @@ from toolkit.variational.space import Space
 _DRAWS = 256
 _DRAWS_AN_EDGE = 4_096
 _SUSPICIOUS = 0.3  # sds from where a location should be, or nats that a scale's logarithm is short of a stationary ELBO
+_NOT_NEAR = 10.0  # unconstrained units from the origin, farther than which a location is measured by itself as well
+_FALSE_ALARMS = 0.001  # the chance of a suspicion where there is nothing
 _STAGES = 12
 _EVALUATIONS = 40  # of a stage's climb
 _WORTH = 0.25  # nats that a stage must gain
@@ -478,8 +481,9 @@ def _is_suspicious(density: LogDensity, form: GaussianForm, member: Member, *, k
 
     Every Gaussian family here is closed under shifting and under stretching a single coordinate; at its best member
     therefore E[g_i] = 0 and E[g_i (z_i - loc_i)] = -1 for each coordinate i, with g the gradient of log p. A location
-    is also measured by itself: where there is no end to go to, it is far off in its own size though not in sds. Near
-    the edges of a cone all of this may hold by the few draws that fall outside; clear of them nothing holds it.
+    far from the origin is also measured by itself: where there is no end to go to, it is far off in its own size though
+    not in sds. Near the edges of a cone all of this may hold by the few draws that fall outside; clear of them nothing
+    holds it.
     """
     if _is_far_out(member):
         return True
@@ -498,9 +502,11 @@ def _is_suspicious(density: LogDensity, form: GaussianForm, member: Member, *, k
         if _is_gain(change, family.entropy(outward) - family.entropy(member)):
             return True
     left = gradients + family.scores(member, base)
-    terms = np.concatenate([np.maximum(sds, np.abs(member.loc)) * left, left * apart], axis=1)
+    sizes = np.where(np.abs(member.loc) > _NOT_NEAR, np.abs(member.loc), 0.0)
+    terms = np.concatenate([np.maximum(sds, sizes) * left, left * apart], axis=1)
     offs, ses = np.abs(terms.mean(0)), terms.std(0) / math.sqrt(len(base))
-    return bool(not ((offs < _SUSPICIOUS) | (offs < 3 * ses)).all())
+    by_chance = -ndtri(_FALSE_ALARMS / (2 * len(offs)))  # standard errors that the largest of so many may be off
+    return bool(not ((offs < _SUSPICIOUS) | (offs < by_chance * ses)).all())
 
 
 def _own_frame(member: Member) -> Frame | None:

@@ -42,6 +42,7 @@ _ELBO_DRAWS = 4_096
 _NATURAL_DRAWS = 1_024
 _SCREENED = 80  # evaluations from each start; the proof goes on from the best one
 _DECREMENT_DRAWS = 4_096
+_WORTH_STEPS = 100.0  # nats below the best start, from which natural-gradient steps are too dear to be followed
 _ROUNDS = 8
 _OPTIMISM = 0.4  # of the tolerance, that a certificate may be too high by: what draws are enough for
 _EVALUATIONS_EXPECTED = 6  # of a certificate's climb
@@ -137,6 +138,7 @@ def fit_gaussian(
         climbed = [
             _solved(density, form, start, solver, key=jax.random.fold_in(key, i), tolerance=tolerance, report=report)
             for i, start in enumerate(starts)
+            if solver == FIXED_DRAWS or start.elbo >= starts[0].elbo - _WORTH_STEPS
         ]
     optima = _distinct([optimum for optimum in climbed if math.isfinite(optimum.elbo.value)])
     if not optima:
@@ -160,7 +162,7 @@ def fit_gaussian(
             density, best, scope, key=jax.random.fold_in(key, 1_001), tolerance=tolerance, budget=budget, report=report
         )
     status = _status(certificate, message)
-    if message:
+    if message and not (certificate and certificate.limit <= _USABLE_LIMIT):
         own = jax.random.fold_in(key, 1_004)
         failure = find_failure(density, form, best.member, best.quadratic, key=own, suspected=True)
     if failure:
@@ -207,9 +209,9 @@ def _solved(
             density,
             begin,
             key=jax.random.fold_in(key, 0),
-            draws=_NATURAL_DRAWS,
+            draws=max(_NATURAL_DRAWS, _power_of_two(2 * density.size)),
             tolerance=tolerance,
-            report=lambda steps, elbo: report("natural-gradient steps", steps, 100, elbo),
+            report=lambda steps, elbo: report("natural-gradient steps", steps, 150, elbo),
         )
         frame = Frame.of(averaged.gaussian.loc, averaged.gaussian.precision)
         steps, course = np.arange(1, len(averaged.course) + 1), averaged.course[:, 0]

@@ -23,6 +23,7 @@ _TRIES = 50
 _STEPS = 12
 _NEAR, _WIDE = 2.0, 10.0  # half the boxes' widths: NumPyro's own, and one for modes that it does not reach
 _GROWN = 3  # modes from which a Gaussian is grown: the best by the evidence that their curvature gives them
+_CHEAP = 300  # dimensions
 _SAME_HEIGHT = 1e-3  # nats between two searches that ended at one mode
 _SAME_PLACE = 0.5  # posterior sds between them, or unconstrained units where no curvature is known
 _SAME_ELBO = 3.0  # nats between two Gaussians that are on their way to one optimum
@@ -112,7 +113,8 @@ def _searched(model: Model, density: LogDensity, key: jax.Array, chart: str, cou
     if dense:
         modes = sorted((one for one in distinct if one.is_mode), key=lambda one: -_laplace(one))[:_GROWN]
         points = [_from_mode(density, one, key=own) for one in modes]
-        strays = [one for one in distinct if not one.is_mode]
+        # In high dimension a Gaussian takes minutes to grow, and searches that lead nowhere are many.
+        strays = [one for one in distinct if not one.is_mode] if density.size <= _CHEAP or not modes else []
         points += _from_beginnings(density, [one.end for one in strays], key=own)
         if not any(np.isfinite(point.elbo) for point in points):
             points = [_from_mode(density, one, key=own) for one in distinct[:1]]

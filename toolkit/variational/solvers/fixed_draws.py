@@ -153,5 +153,8 @@ def remaining(objective: FixedDrawsELBO, x: np.ndarray, gradient: np.ndarray) ->
         return bent + _FLATTEST * vector
 
     operator = LinearOperator((len(x), len(x)), matvec=curved, dtype=float)
-    solved, _ = cg(operator, gradient, rtol=0.1, maxiter=_CG_STEPS)
+    try:
+        solved, _ = cg(operator, gradient, rtol=0.1, maxiter=_CG_STEPS)
+    except np.linalg.LinAlgError:  # at a member that rounding has made singular nothing is known of what is left
+        return np.inf
     return float(max(gradient @ solved, gradient @ gradient))

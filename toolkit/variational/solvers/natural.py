@@ -25,6 +25,8 @@ from toolkit.variational.gaussians import inverse_factor
 _LEAST, _MOST = 0.05, 20.0  # by how much a step may change a variance, before it is weighed by its rate
 _SLOWEST = 0.01  # a rate at which steps are no longer worth their draws
 _WORTH = 0.01  # nats
+_NEAR = 2.0  # times the gap that noise alone keeps up at a constant rate
+_ENOUGH = 0.5  # of the tolerance, since the estimate has an error
 _SMOOTHED = 6  # products of gradients, over which the estimate of what is left to gain is averaged
 
 
@@ -102,7 +104,7 @@ class Averaged:
 
     Attributes:
         gaussian: The last iterate, which is a mean over all steps; its ELBO is the last step's, on that step's draws.
-        gap: Newton's decrement there, in nats: an estimate of what the family's best still gains, its noise included.
+        gap: Newton's decrement there, in nats: an estimate of what the family's best still gains.
         course: The ELBO at each step, in nats, and the gradients computed by then, (steps, 2).
     """
 
@@ -118,49 +120,57 @@ def averaged_steps(
     key: jax.Array,
     draws: int,
     tolerance: float,
-    most: int = 100,
+    most: int = 150,
     report: Callable[[int, float], None] | None = None,
 ) -> Averaged:
-    """The Gaussian to which steps on ever new draws converge, at rates that fall as 1 / step.
+    """The Gaussian to which steps on ever new draws converge, at rates that fall as 1 / step once they have come near.
 
-    At such rates precision and location are means over all steps, and their noise falls with the number of all draws,
-    not with those of one step: the way to a full-rank optimum in dimensions in which no affordable set of fixed draws
-    pins it.
+    At such rates precision and location are means over all these steps, and their noise falls with the number of all
+    draws, not with those of one step: the way to a full-rank optimum in dimensions in which no affordable set of fixed
+    draws pins it. A mean over steps from afar would keep some of where they began; so the rate stays what it is until
+    what is left to gain is less than the noise.
 
     Args:
         density: What to approximate.
         begin: Where to begin.
         key: Random key.
         draws: In each step, a power of two.
-        tolerance: In nats: steps end when the decrement, noise included, is below half of it.
+        tolerance: In nats: steps end when the decrement is well below it.
         most: The most steps.
         report: Called at each step with its number and ELBO.
     """
     loc, factor = begin.loc, begin.factor
     course: list[tuple[float, float]] = []
     products: list[float] = []
-    before: _Slope | None = None
-    gap, elbo = np.inf, begin.elbo
+    taken = 0.0  # the last step's rate
+    last: tuple[np.ndarray, np.ndarray, _Slope] | None = None
+    gap, elbo, near = np.inf, begin.elbo, 0
     for number in range(1, most + 1):
         base = base_draws(draws, len(loc), key=jax.random.fold_in(key, number))
         slope = _slope(density, loc, factor, base)
         course.append((slope.elbo, density.evaluations))
         if report:
             report(number, slope.elbo)
-        rate = 1 / (number + 2)
         if not np.isfinite(slope.elbo):
-            break
-        if before is not None:
-            # The product of two steps' gradients is free of noise; what it leaves of the squares is noise, of which
-            # the average over the steps keeps about half the rate.
-            products.append(_product(before, slope))
-            product = float(np.mean(products[-_SMOOTHED:]))
-            gap = product + rate / 2 * max(0.0, _product(slope, slope) - product)
+            if last is None:
+                break
+            near = 2 * near + 3  # a shorter step from where the last one set out
+            taken = 1 / (near + 3)
+            loc, factor = _step(*last, taken)
+            continue
+        if last is not None:
+            # The draws of two steps are independent, but the later iterate has moved by a share of the earlier noise.
+            square = _product(last[2], last[2])
+            products.append(_product(last[2], slope) + taken * square)
+            noise = max(0.0, square - products[-1])
+            if near or products[-1] < max(_NEAR * taken / (2 - taken) * noise, tolerance / 4):
+                near += 1
+            gap = float(np.mean(products[-min(_SMOOTHED, max(near, 1)) :]))
         elbo = slope.elbo
-        if len(products) >= _SMOOTHED and gap < tolerance / 2:
+        if near >= _SMOOTHED and gap < _ENOUGH * tolerance:
             break
-        loc, factor = _step(loc, factor, slope, rate)
-        before = slope
+        last, taken = (loc, factor, slope), 1 / (near + 3)
+        loc, factor = _step(*last, taken)
     return Averaged(Gaussian(loc, factor, elbo), float(gap), np.array(course))
 
 
