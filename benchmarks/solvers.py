@@ -20,10 +20,10 @@ yardstick's optimum (`yardsticks.csv`) minus that. Not in the seconds.
 tutorials write it (Adam 1e-2, one draw, float32). `numpyro_grid_*`: up to 200,000 steps at each of four step sizes in
 float64, looked at after 1,000, 2,000, 4,000, ... steps; `numpyro_grid_best` is the member that came within 0.1 nats of
 the optimum first, and the other members and all looking are free; once one has, others run no longer than it took
-(status `outrun`), for none of them could be the first. The grid has no warm rows. `blackjax_*`: mean-field and full-rank VI with
-Adam 1e-2 and 10,000 steps of 100 draws, and Pathfinder. `pymc_*`: ADVI, full-rank ADVI, DADVI and Pathfinder at their
-defaults, for posteriors with a PyMC program, whose density is compared with the model's in each cell. Pathfinder's
-Gaussians are in no family of ours but full rank, and stand there.
+(status `outrun`), for none of them could be the first. The grid has no warm rows. `blackjax_*`: mean-field and
+full-rank VI with Adam 1e-2 and 10,000 steps of 100 draws, and Pathfinder. `pymc_*`: ADVI, full-rank ADVI, DADVI and
+Pathfinder at their defaults, for posteriors with a PyMC program, whose density is compared with the model's in each
+cell. Pathfinder's Gaussians are in no family of ours but full rank, and stand there.
 
 **Columns.** `seconds_to_target`: until within 0.1 nats of the optimum, or, with `>`, how long it ran without getting
 there. `gradient_evaluations`: draws times steps (for elbowroom, its starts included). `peak_mb`: the process's largest

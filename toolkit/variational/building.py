@@ -66,27 +66,37 @@ def _set_up(built: AutoGuide, arrays: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
+class _Latent:
+    """A latent site: where it may lie, its shapes, the plates around it, and where it begins, constrained."""
+
+    support: Any
+    batch: tuple[int, ...]
+    event: tuple[int, ...]
+    plates: tuple[Any, ...]
+    value: jax.Array
+
+
+@dataclass(frozen=True)
 class _Outline:
-    """What a Gaussian autoguide reads of a model: its latent sites, where each may lie, and its plates.
+    """What a Gaussian autoguide reads of a model: latent sites by name, and deterministic ones, which have none."""
 
-    Attributes:
-        sites: Name, type, support, batch and event shape, and plates of each latent or deterministic site, in order.
-        values: Where each latent begins, constrained.
-    """
+    sites: Mapping[str, _Latent | None]
 
-    sites: tuple[tuple[str, str, Any, tuple[int, ...], tuple[int, ...], tuple[Any, ...]], ...]
-    values: dict[str, jax.Array]
+    @property
+    def values(self) -> dict[str, jax.Array]:
+        """Where each latent begins."""
+        return {name: site.value for name, site in self.sites.items() if site}
 
     def __call__(self, **arrays: Any) -> None:
         """A program with the same latent sites and none of the model's work."""
-        for name, kind, support, batch, event, plates in self.sites:
+        for name, site in self.sites.items():
+            if site is None:
+                numpyro.deterministic(name, jnp.zeros(()))
+                continue
             with ExitStack() as stack:
-                for frame in plates:
+                for frame in site.plates:
                     stack.enter_context(numpyro.plate(frame.name, frame.size, dim=frame.dim))
-                if kind == "sample":
-                    numpyro.sample(name, dist.ImproperUniform(support, batch, event))
-                else:
-                    numpyro.deterministic(name, jnp.zeros(()))
+                numpyro.sample(name, dist.ImproperUniform(site.support, site.batch, site.event))
 
 
 def _outline(program: Callable[..., Any], arrays: Mapping[str, Any], start: Mapping[str, Any]) -> _Outline | None:
@@ -94,50 +104,41 @@ def _outline(program: Callable[..., Any], arrays: Mapping[str, Any], start: Mapp
 
     That is a program with parameters of its own or subsampled plates.
     """
-    found: dict[str, Any] = {}
-    kinds: set[str] = set()
+    trace: dict[str, Any] = {}
 
-    def look(point: Mapping[str, Any]) -> dict[str, Any]:
+    def supports(point: Mapping[str, Any]) -> dict[str, Any]:
         def placed(site: dict[str, Any]) -> Any:
             if site["type"] == "sample" and site["name"] in point:
                 return biject_to(site["fn"].support)(point[site["name"]])
             return None
 
         seeded = handlers.seed(handlers.substitute(program, substitute_fn=placed), rng_seed=0)
-        trace = handlers.trace(seeded).get_trace(**arrays)
-        kinds.update(site["type"] for site in trace.values())
-        found.clear()
-        found.update(
-            (name, site)
-            for name, site in trace.items()
-            if site["type"] == "deterministic" or (site["type"] == "sample" and not site["is_observed"])
-        )
-        supports = {name: site["fn"].support for name, site in found.items() if site["type"] == "sample"}
-        return supports
+        trace.clear()
+        trace.update(handlers.trace(seeded).get_trace(**arrays))
+        return {name: site["fn"].support for name, site in trace.items() if _is_latent(site)}
 
     with handlers.block():
-        supports = jax.eval_shape(look, dict(start))
-        frames = [frame for site in found.values() for frame in site.get("cond_indep_stack", ())]
-        if not kinds <= {"sample", "deterministic", "plate"} or any(
-            frame.size != frame.full_size if hasattr(frame, "full_size") else False for frame in frames
-        ):
+        jax.eval_shape(supports, dict(start))
+        plates = [site for site in trace.values() if site["type"] == "plate"]
+        others = {site["type"] for site in trace.values()} - {"sample", "deterministic", "plate"}
+        if others or any(part not in (None, size) for size, part in (plate["args"] for plate in plates)):
             return None
-        live = {name: site["fn"].support for name, site in found.items() if site["type"] == "sample"}
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(live)):
-            live = jax.jit(look)(dict(start))
-    del supports
-    sites = tuple(
-        (
-            name,
-            site["type"],
-            live.get(name),
-            tuple(site["fn"].batch_shape) if name in live else (),
-            tuple(site["fn"].event_shape) if name in live else (),
-            tuple(site.get("cond_indep_stack", ())),
-        )
-        for name, site in found.items()
-    )
-    return _Outline(sites, {name: jnp.asarray(biject_to(live[name])(start[name])) for name in live})
+        within = {name: site["fn"].support for name, site in trace.items() if _is_latent(site)}
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(within)):  # one site's depends on another
+            within = jax.jit(supports)(dict(start))
+    sites: dict[str, _Latent | None] = {}
+    for name, site in trace.items():
+        if _is_latent(site):
+            shapes = tuple(site["fn"].batch_shape), tuple(site["fn"].event_shape)
+            value = jnp.asarray(biject_to(within[name])(start[name]))
+            sites[name] = _Latent(within[name], *shapes, tuple(site["cond_indep_stack"]), value)
+        elif site["type"] == "deterministic":
+            sites[name] = None
+    return _Outline(sites)
+
+
+def _is_latent(site: Mapping[str, Any]) -> bool:
+    return site["type"] == "sample" and not site["is_observed"]
 
 
 def _set_up_on_outline(built: AutoGuide, outline: _Outline, arrays: Mapping[str, Any]) -> None:
