@@ -13,7 +13,9 @@ import argparse
 import importlib
 import importlib.util
 import json
+import os
 import pickle
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -110,6 +112,15 @@ def measured(problem: Problem, outcome: Run, seconds: float, peak: float | None,
     return row
 
 
+def _without_runs(arguments: list[str]) -> list[str]:
+    """The same arguments, with nothing to run."""
+    kept = list(arguments)
+    if "--runs" in kept:
+        place = kept.index("--runs")
+        del kept[place : place + 2]
+    return [*kept, "--runs", ""]
+
+
 def main() -> None:
     """Run the solver, then measure every result that the folder has."""
     from competitors import SOLVERS
@@ -130,6 +141,9 @@ def main() -> None:
     runs = [run for run in given.runs.split(",") if run]
     if runs:
         run_solver(solver, problem, given.folder, runs=runs, limit=given.limit, seed=given.seed)
+        # Measured in a process that has never seen float32: JAX 0.12 hands constants of one precision to programs of
+        # the other where a model is traced in both.
+        os.execv(sys.executable, [sys.executable, "-m", "competitors.cells", *_without_runs(sys.argv[1:])])
     if solver.verify:
         solver.verify(problem)
     measure = measurer(model, problem.space, draws=given.draws)
