@@ -32,7 +32,7 @@ from toolkit.estimate import Estimate
 from toolkit.variational.density import LogDensity
 from toolkit.variational.draws import base_draws, matched_draws
 from toolkit.variational.gaussians import Family, Member, Quadratic
-from toolkit.variational.solvers.fixed_draws import Climbed, FixedDrawsELBO, climb
+from toolkit.variational.solvers.fixed_draws import EVALUATIONS, Climbed, FixedDrawsELBO, climb
 from toolkit.variational.solvers.natural import decrement
 
 SETS = 4
@@ -99,6 +99,7 @@ def bound_gap(
     scope: Scope,
     sets: int = SETS,
     hopeless: float = math.inf,
+    max_evaluations: int = EVALUATIONS,
     report: Callable[[int, float], None] | None = None,
 ) -> Bounded:
     """An upper bound on what the family's best gains over a member.
@@ -115,6 +116,7 @@ def bound_gap(
         scope: `GLOBAL` or `LOCAL`.
         sets: Independent sets of draws, at least two.
         hopeless: A gain in nats; if the first climb gains more, no bound is asked for.
+        max_evaluations: The most evaluations of a climb; what it leaves is added to the bound.
         report: Called at each evaluation with its number and the ELBO.
     """
     ends = list[Climbed]()
@@ -122,7 +124,7 @@ def bound_gap(
     for number in range(sets):
         base = matched_draws(draws, family.base, key=jax.random.fold_in(key, number))
         objective = FixedDrawsELBO(density, family, quadratic, base)
-        end = climb(objective, x, residual=residual, report=report)
+        end = climb(objective, x, residual=residual, max_evaluations=max_evaluations, report=report)
         ends.append(end)
         gains.append(end.elbo - end.begun + max(end.residual, residual))
         if gains[0] > hopeless:

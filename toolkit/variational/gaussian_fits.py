@@ -25,7 +25,7 @@ from toolkit.variational.density import LogDensity
 from toolkit.variational.draws import generator, matched_draws
 from toolkit.variational.failures import Failure, find_failure, find_ridge, is_sound
 from toolkit.variational.gaussians import Family, Frame, Member, Quadratic
-from toolkit.variational.solvers.fixed_draws import FixedDrawsELBO, climb
+from toolkit.variational.solvers.fixed_draws import EVALUATIONS, FixedDrawsELBO, climb
 from toolkit.variational.solvers.natural import Gaussian, averaged_steps
 from toolkit.variational.solvers.svi import Trace
 from toolkit.variational.starts import Start
@@ -345,6 +345,7 @@ def _proved(
             residual=tolerance / 100,
             scope=scope,
             hopeless=math.inf if insists else tolerance,
+            max_evaluations=min(EVALUATIONS, _EVALUATIONS_EXPECTED * affordable // draws),
             report=lambda steps, elbo: report("certificate", steps, steps + 1, elbo),
         )
         found = bounded.certificate
@@ -358,9 +359,10 @@ def _proved(
         moved, gain = _moved(density, best, bounded, draws, key=jax.random.fold_in(own, 1))
         # A climb gains what the fit lacks and what its draws can be fitted to; its end lacks the latter elsewhere, a
         # mean of ends one share of it. Only the latter shrinks as draws grow.
-        optimism = ((found.limit if found else bounded.gains[0]) - gain) / (1 + 1 / len(bounded.ends))
+        optimism = ((found.limit if found else bounded.gains[0]) - gain.value) / (1 + 1 / len(bounded.ends))
         wanted = draws * max(optimism, 0.0) / (_OPTIMISM * tolerance) if math.isfinite(optimism) else 4 * draws
-        if gain > 0:
+        # One that is better for certain; the limit of the one before holds for it as well.
+        if gain.value > 2 * gain.se:
             best = moved
         elif draws == _MOST_DRAWS and insists:
             why = f"{draws:,} draws are too few for {best.family.parameters:,} parameters"
@@ -375,7 +377,7 @@ def _proved(
 
 def _moved(
     density: LogDensity, best: Optimum, bounded: Bounded, draws: int, *, key: jax.Array
-) -> tuple[Optimum, float]:
+) -> tuple[Optimum, Estimate]:
     """The mean of what the certificate's sets of draws were fitted by, and its gain on draws of their own, in nats."""
     # Nearly as good as a member fitted to all sets of draws at once.
     x = best.family.mean([end.x for end in bounded.ends])
@@ -383,9 +385,9 @@ def _moved(
     objective = FixedDrawsELBO(density, best.family, best.quadratic, base)
     gain = objective.each(x) - objective.each(best.x)
     if not np.isfinite(gain).all():
-        return best, -math.inf
+        return best, Estimate(-math.inf, math.nan)
     moved = _looked_at(density, best.family, x, best.quadratic, best.trace, key=jax.random.fold_in(key, 1))
-    return moved, float(gain.mean())
+    return moved, Estimate.of_mean(gain)
 
 
 def _estimated(

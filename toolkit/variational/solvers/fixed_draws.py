@@ -18,7 +18,7 @@ from toolkit.variational.density import LogDensity
 from toolkit.variational.gaussians import Family, Quadratic
 
 _MEMORY = 20  # pairs of steps that L-BFGS remembers
-_EVALUATIONS = 200
+EVALUATIONS = 200  # of a climb, at most
 _DIFFERENCE = 1e-5  # of a curvature's difference quotient, in working parameters
 _FLATTEST = 1e-3
 _CG_STEPS = 100
@@ -88,7 +88,7 @@ def climb(
     x: np.ndarray,
     *,
     residual: float,
-    max_evaluations: int = _EVALUATIONS,
+    max_evaluations: int = EVALUATIONS,
     report: Callable[[int, float], None] | None = None,
 ) -> Climbed:
     """The best member on fixed draws, by L-BFGS, up to a residual in nats.
