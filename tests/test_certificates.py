@@ -24,6 +24,7 @@ from toolkit.variational.certificates import SETS, Bounded, Scope, _certificate,
 from toolkit.variational.density import LogDensity
 from toolkit.variational.draws import matched_draws
 from toolkit.variational.gaussians import Diagonal, Family, Frame, LowRank, Member, Quadratic, Triangular
+from toolkit.variational.solvers import natural
 from toolkit.variational.solvers.fixed_draws import FixedDrawsELBO, climb
 from toolkit.variational.starts import Starts, find_starts
 
@@ -506,3 +507,21 @@ def test_a_larger_family_is_not_left_below_a_smaller_one() -> None:
     # A family that does not contain another takes nothing from it.
     unrelated = fit(model, "diagonal", key=KEY, starts=lower, smaller=[nested])
     assert unrelated.elbo.value < smaller.elbo.value - 1
+
+
+def test_natural_gradient_steps_recover_from_a_bad_batch_far_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    density, loc, precision = five()
+    begin = natural.Gaussian(loc + 300 * np.diag(precision) ** -0.5, np.diag(np.diag(precision) ** -0.5), -np.inf)
+    slope, calls = natural._slope, []
+
+    def failing(density: LogDensity, loc: np.ndarray, factor: np.ndarray, base: np.ndarray) -> Any:
+        calls.append(len(base))
+        found = slope(density, loc, factor, base)
+        return replace(found, elbo=-np.inf) if len(calls) in (2, 7) else found
+
+    monkeypatch.setattr(natural, "_slope", failing)
+    ended = natural.averaged_steps(density, begin, key=KEY, draws=256, tolerance=0.01)
+    assert len(calls) < 120
+    assert ended.gap < 0.01
+    np.testing.assert_allclose(ended.gaussian.loc, loc, atol=0.05 * np.diag(precision).min() ** -0.5)
+    np.testing.assert_allclose(ended.gaussian.precision, precision, rtol=0.1, atol=0.1 * np.abs(precision).max())

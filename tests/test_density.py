@@ -12,7 +12,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from numpyro.infer.reparam import LocScaleReparam
+from numpyro.infer.reparam import LocScaleReparam, Reparam
 
 from toolkit import Dataset, Model, fit
 from toolkit.variational import density as densities
@@ -281,3 +281,19 @@ def test_a_fit_of_another_family_compiles_no_density() -> None:
     assert first.cost.compile_seconds > 0
     assert [other.cost.compile_seconds for other in others] == [0, 0, 0]
     assert len(densities._programs) == 1
+
+
+def test_another_reparameteriser_of_the_same_name_compiles_again() -> None:
+    def make(sd: float) -> Model:
+        class Wider(Reparam):
+            def __call__(self, name: str, fn: Any, obs: Any) -> tuple[Any, Any]:
+                return dist.Normal(0.0, sd).expand(fn.shape()).to_event(fn.event_dim), obs
+
+        rows = normals_of(1)
+        return Model(several_normals, rows.dataset, charts={"wider": {"z": Wider()}})
+
+    models = make(1.0), make(100.0)
+    made = [LogDensity(model, "wider") for model in models]
+    assert made[1].compile_seconds > 0
+    point = points_of(made[0].size, 1)[0]
+    assert made[0].at(point)[0] != made[1].at(point)[0]

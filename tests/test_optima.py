@@ -112,7 +112,7 @@ def test_both_optima_are_found_with_their_heights_and_the_best_is_reported(guide
 def test_the_report_tells_them_as_different_optima() -> None:
     fitted = fit(two_modes(), "full_rank", key=KEY, starts=starts_of())
     assert optima_sentences([fitted]) == [
-        "full_rank: its starts led to 2 distinct optima, 0.8473 nats apart (ELBO −0.3567 and −1.204). The best one is "
+        "full_rank: its starts led to 2 distinct optima, 0.8473 nats apart (ELBO −0.3567 and −1.2040). The best one is "
         "reported and the lower ones are local optima; nothing is averaged. That no start found a better one does not "
         "exclude one."
     ]

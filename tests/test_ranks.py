@@ -142,3 +142,18 @@ def test_a_kept_fit_knows_its_rank(model: Model, tmp_path: Path) -> None:
     assert again.autoguide.rank == COLUMNS
     one, other = (which.draw(KEY, 4)["z"] for which in (fitted, again))
     np.testing.assert_array_equal(one, other)
+
+
+def test_more_columns_than_dimensions_are_refused(model: Model) -> None:
+    with pytest.raises(ValueError, match=r"Expected at most 12 columns for 'low_rank_20' in 12 dimensions; got 20"):
+        fit(model, "low_rank_20", key=KEY)
+
+
+def test_one_dimension_has_one_column() -> None:
+    found = rank_by_gain(np.array([[2.0]]), 0.1)
+    assert (found.rank, found.gain) == (1, 0.0)
+
+
+def test_a_guide_of_another_rank_is_kept_under_another_name() -> None:
+    by_gain = GUIDES["low_rank_auto"]
+    assert fit_key("fingerprint", by_gain, KEY, {}) != fit_key("fingerprint", by_gain.of_rank(5), KEY, {})

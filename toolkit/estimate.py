@@ -28,7 +28,7 @@ class Estimate(NamedTuple):
         return f"{value} ± {se}" if se else value
 
 
-_EXACT = 1e-9  # of a number: an error below it says how sums are rounded and nothing more
+_EXACT = 1e-14  # of a number: an error below it says how sums are rounded and nothing more
 
 
 def decimals(se: float) -> int:
@@ -45,6 +45,6 @@ def rounded(value: float, se: float) -> tuple[str, str]:
     if not math.isfinite(value):
         return ("not finite", "")
     if not math.isfinite(se) or se <= _EXACT * abs(value):
-        return (f"{value:.4g}", "")
+        return (f"{value:.4f}" if 0 < se < math.inf else f"{value:.4g}", "")
     places = decimals(se)
     return (f"{value:.{places}f}", f"{se:.{places}f}")

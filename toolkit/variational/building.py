@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -58,7 +59,7 @@ def _set_up(built: AutoGuide, arrays: Mapping[str, Any]) -> None:
     """
     program = built.model
     if isinstance(built, _GAUSSIAN):
-        hidden = handlers.block(program, hide_fn=lambda site: site.get("is_observed", False))
+        hidden = handlers.block(program, hide_fn=_is_observed)
         built.model = handlers.mask(hidden, mask=False)
     with handlers.block(), handlers.seed(rng_seed=0):
         built._setup_prototype(**arrays)
@@ -78,9 +79,15 @@ class _Latent:
 
 @dataclass(frozen=True)
 class _Outline:
-    """What a Gaussian autoguide reads of a model: latent sites by name, and deterministic ones, which have none."""
+    """What a Gaussian autoguide reads of a model.
+
+    Attributes:
+        sites: Latent sites by name, and deterministic ones, of which nothing but the name is read.
+        replays: Whether a draw's values follow from one another, so that only the model can constrain them.
+    """
 
     sites: Mapping[str, _Latent | None]
+    replays: bool
 
     @property
     def values(self) -> dict[str, jax.Array]:
@@ -124,7 +131,8 @@ def _outline(program: Callable[..., Any], arrays: Mapping[str, Any], start: Mapp
         if others or any(part not in (None, size) for size, part in (plate["args"] for plate in plates)):
             return None
         within = {name: site["fn"].support for name, site in trace.items() if _is_latent(site)}
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(within)):  # one site's depends on another
+        depends = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(within))
+        if depends:  # one site's support depends on another site
             within = jax.jit(supports)(dict(start))
     sites: dict[str, _Latent | None] = {}
     for name, site in trace.items():
@@ -134,7 +142,7 @@ def _outline(program: Callable[..., Any], arrays: Mapping[str, Any], start: Mapp
             sites[name] = _Latent(within[name], *shapes, tuple(site["cond_indep_stack"]), value)
         elif site["type"] == "deterministic":
             sites[name] = None
-    return _Outline(sites)
+    return _Outline(sites, depends or None in sites.values())
 
 
 def _is_latent(site: Mapping[str, Any]) -> bool:
@@ -153,8 +161,15 @@ def _set_up_on_outline(built: AutoGuide, outline: _Outline, arrays: Mapping[str,
     with handlers.block(), handlers.seed(rng_seed=0):
         built._setup_prototype(**arrays)
     built.model = program
-    hidden = handlers.block(program, hide_fn=lambda site: site.get("is_observed", False))
-    # Constrained values and deterministic sites come from the model.
-    built._postprocess_fn = handlers.seed(
-        lambda point: constrain_fn(hidden, (), arrays, point, return_deterministic=True), rng_seed=0
-    )
+    if outline.replays:
+        built._postprocess_fn = handlers.seed(partial(_replayed, program, arrays), rng_seed=0)
+
+
+def _replayed(program: Callable[..., Any], arrays: Mapping[str, Any], point: Mapping[str, Any]) -> dict[str, Any]:
+    """Constrained values and deterministic sites, from the model: only it knows how one follows from another."""
+    hidden = handlers.block(program, hide_fn=_is_observed)
+    return constrain_fn(hidden, (), arrays, jax.tree.map(jnp.asarray, dict(point)), return_deterministic=True)
+
+
+def _is_observed(site: Mapping[str, Any]) -> bool:
+    return bool(site.get("is_observed", False))

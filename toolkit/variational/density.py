@@ -125,7 +125,7 @@ def _identity(value: Any) -> Hashable:
     if isinstance(value, tuple | list):
         return (type(value).__name__, *(_identity(part) for part in value))
     if isinstance(value, Reparam | SummedOut):
-        return (type(value).__name__, *((name, _identity(part)) for name, part in sorted(vars(value).items())))
+        return (type(value), *((name, _identity(part)) for name, part in sorted(vars(value).items())))
     return id(value)
 
 

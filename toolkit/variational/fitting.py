@@ -94,6 +94,12 @@ def fit(
         if isinstance(starts, int):
             starts = find_starts(model, key=jax.random.fold_in(key, 0), chart=chart, count=starts)
         guide, columns = _with_columns(guide, starts, tolerance)
+        if guide.rank is not None and guide.rank > space.size:
+            raise ValueError(
+                f"Expected at most {space.size} columns for '{guide.name}' in {space.size} dimensions; "
+                f"got {guide.rank}: take full_rank."
+            )
+        prepared = prepared if prepared and prepared.guide == guide else None
         built = build_guide(model, guide, space.unravel(np.zeros(space.size)))
         chosen, why = choose_solver(model, guide, built, space, solver)
         why = f"{why}{columns}"

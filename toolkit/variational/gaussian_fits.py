@@ -49,8 +49,8 @@ _EVALUATIONS_EXPECTED = 6  # of a certificate's climb
 _UNKNOWN_SCALE = 0.1  # of a posterior of which no curvature is known, in unconstrained units
 _BUDGET = "the budget, do not suffice"
 _TOO_FEW = "draws are too few"
-# Nats of a certificate's limit above which a fit without proof is no longer usable. Probabilities under two
-# distributions differ by at most the root of half their KL (Pinsker), which says nothing from 2 nats on.
+# Nats of a certificate's limit above which a fit without proof is no longer usable: a convention. Where the posterior
+# is in the family so much room is a KL of 2 nats, from which on Pinsker's bound on probabilities says nothing.
 _USABLE_LIMIT = 2.0
 _SAME_OPTIMUM = 0.5  # posterior sds between locations of one optimum
 
@@ -362,6 +362,7 @@ def _proved(
         optimism = ((found.limit if found else bounded.gains[0]) - gain.value) / (1 + 1 / len(bounded.ends))
         wanted = draws * max(optimism, 0.0) / (_OPTIMISM * tolerance) if math.isfinite(optimism) else 4 * draws
         # One that is better for certain; the limit of the one before holds for it as well.
+        least = draws
         if gain.value > 2 * gain.se:
             best = moved
         elif draws == _MOST_DRAWS and insists:
@@ -369,7 +370,9 @@ def _proved(
             break
         elif draws == _MOST_DRAWS:
             insists = True
-        draws = int(np.clip(_power_of_two(wanted), draws, min(16 * draws, _MOST_DRAWS)))
+        else:
+            least = 2 * draws  # to ask again and again until one answer pleases would prove nothing
+        draws = int(np.clip(_power_of_two(wanted), least, min(16 * draws, _MOST_DRAWS)))
     if certificate is None or not math.isfinite(certificate.limit):
         return best, None, f"no bound: {why}"
     return best, certificate, f"up to {certificate.limit:.2g} nats: {why}"
@@ -384,7 +387,7 @@ def _moved(
     base = matched_draws(draws, best.family.base, key=jax.random.fold_in(key, 0))
     objective = FixedDrawsELBO(density, best.family, best.quadratic, base)
     gain = objective.each(x) - objective.each(best.x)
-    if not np.isfinite(gain).all():
+    if not is_sound(gain):
         return best, Estimate(-math.inf, math.nan)
     moved = _looked_at(density, best.family, x, best.quadratic, best.trace, key=jax.random.fold_in(key, 1))
     return moved, Estimate.of_mean(gain)

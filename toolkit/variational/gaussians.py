@@ -385,7 +385,7 @@ class LowRank:
         shift, stretch, columns = np.split(x, [self.size, 2 * self.size])
         scale = self._scale * _away_from_zero(1 + stretch / _ROOT_2)
         moved = self._columns + self._frame.move(columns.reshape(self.size, self.rank))
-        factor = scipy.linalg.cholesky(np.diag(scale**2) + moved @ moved.T, lower=True) if self._dense else None
+        factor = _cholesky(np.diag(scale**2) + moved @ moved.T) if self._dense else None
         return Member(self._frame.loc + self._frame.move(shift), scale, moved / scale[:, None], factor)
 
     def near(self, member: Member) -> np.ndarray:
@@ -496,6 +496,17 @@ def _factor(member: Member) -> np.ndarray:
     return member.factor
 
 
+def _cholesky(covariance: np.ndarray) -> np.ndarray:
+    """The lower factor of a covariance.
+
+    Raises:
+        numpy.linalg.LinAlgError: The covariance is not finite, or rounding has made it singular.
+    """
+    if not np.isfinite(covariance).all():
+        raise np.linalg.LinAlgError("a covariance that is not finite has no factor")
+    return scipy.linalg.cholesky(covariance, lower=True, check_finite=False)
+
+
 def by_covariance(factor: np.ndarray, gradient: np.ndarray) -> np.ndarray:
     """The gradient (size, size), symmetric, with respect to a covariance, from that with respect to its factor.
 
@@ -585,6 +596,8 @@ def rank_by_gain(precision: np.ndarray, worth: float) -> RankGain:
     losses = dict[int, float]()
 
     def loss(rank: int) -> float:
+        if rank > size:  # no more columns than there are directions
+            return loss(size)
         if rank not in losses:
             begin = scales[max(known for known in scales if known <= rank)]
             scales[rank], _, losses[rank] = _nearest_low_rank(precision, rank, 50, worth / 20, begin.copy())

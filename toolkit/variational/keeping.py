@@ -33,7 +33,7 @@ def fit_key(fingerprint: str, guide: Guide, key: jax.Array, settings: dict[str, 
     if not guide.is_named:
         return None
     versions = [importlib.metadata.version(package) for package in ("numpy", "optax", "scipy")]
-    chosen = (guide.name, guide.chart, jax.random.key_data(key).tolist(), sorted(settings.items()))
+    chosen = (guide.name, guide.rank, guide.chart, jax.random.key_data(key).tolist(), sorted(settings.items()))
     parts = (_VERSION, versions, fingerprint, *chosen)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 

@@ -55,7 +55,10 @@ class FixedDrawsELBO:
     def each(self, x: np.ndarray) -> np.ndarray:
         """Terms (draws,) whose mean is the ELBO, each with the quadratic's deviation from its mean taken out."""
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # a run-off's terms are not finite
-            member = self.family.member(x)
+            try:
+                member = self.family.member(x)
+            except np.linalg.LinAlgError:
+                return np.full(len(self.base), np.nan)
             points = self.family.points(member, self.base)
             values, _ = self.density.over(points)
             known, _ = self.quadratic.at(points)

@@ -144,7 +144,7 @@ def averaged_steps(
     products: list[float] = []
     taken = 0.0  # the last step's rate
     last: tuple[np.ndarray, np.ndarray, _Slope] | None = None
-    gap, elbo, near = np.inf, begin.elbo, 0
+    gap, elbo, near, damping = np.inf, begin.elbo, 0, 1.0
     for number in range(1, most + 1):
         base = base_draws(draws, len(loc), key=jax.random.fold_in(key, number))
         slope = _slope(density, loc, factor, base)
@@ -154,8 +154,8 @@ def averaged_steps(
         if not np.isfinite(slope.elbo):
             if last is None:
                 break
-            near = 2 * near + 3  # a shorter step from where the last one set out
-            taken = 1 / (near + 3)
+            damping /= 2  # a shorter step from where the last one set out
+            taken = damping / (near + 3)
             loc, factor = _step(*last, taken)
             continue
         if last is not None:
@@ -169,7 +169,7 @@ def averaged_steps(
         elbo = slope.elbo
         if near >= _SMOOTHED and gap < _ENOUGH * tolerance:
             break
-        last, taken = (loc, factor, slope), 1 / (near + 3)
+        last, taken, damping = (loc, factor, slope), damping / (near + 3), min(1.0, 1.5 * damping)
         loc, factor = _step(*last, taken)
     return Averaged(Gaussian(loc, factor, elbo), float(gap), np.array(course))
 
