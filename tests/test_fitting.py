@@ -483,3 +483,14 @@ def test_full_rank_takes_over_the_optimum_of_a_guide_in_another_order():
     # The posterior is Gaussian with the structure of `coupled`: both families hold it.
     assert fits[1].elbo.value == pytest.approx(fits[0].elbo.value, abs=2e-3)
     assert all(fitted.status is Status.ARRIVED for fitted in check_nesting(fits))
+
+
+@pytest.mark.parametrize("solver", ["svi", "fixed_draws"])
+def test_both_forms_of_a_key_give_the_same_fit(solver):
+    model = pair(0.5)
+    one, other = (
+        fit(model, "mean_field", key=key, solver=solver) for key in (jax.random.key(3), jax.random.PRNGKey(3))
+    )
+    assert one.elbo == other.elbo
+    for name, value in other.params.items():
+        np.testing.assert_array_equal(one.params[name], value)

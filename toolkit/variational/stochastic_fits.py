@@ -91,6 +91,7 @@ def fit_by_svi(
     progress: Progress,
 ) -> Fit:
     """The best of the fits from each start, which share one budget and, for a Gaussian guide, one set of programs."""
+    key = jax.random.key_data(key)  # JAX has two forms of a key, and programs are compiled for one of them
     progress(f"fit {guide.name}", 0, 1, "compiling")
     prepared = prepared or prepare(model, guide)
     cost = Cost()
