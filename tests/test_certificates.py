@@ -374,12 +374,17 @@ def few_draws(name: str, draws: int, displaced: float, keys: int) -> list[tuple[
 # -- estimates and projections ----------------------------------------------------------------------------------------
 
 
-def test_the_decrement_of_a_displaced_gaussian_is_its_closed_form() -> None:
-    density, loc, precision = five()
+def displaced(precision: np.ndarray, *, bent: float, moved: float) -> tuple[np.ndarray, np.ndarray]:
+    """A factor and a shift in five dimensions, so far from the target's as is said, in its own units."""
     root = np.linalg.cholesky(np.linalg.inv(precision))
     rng = np.random.default_rng(1)
-    factor = root @ np.tril(np.eye(5) + 0.15 * rng.standard_normal((5, 5)))
-    shift = root @ (0.2 * rng.standard_normal(5))
+    factor = root @ np.tril(np.eye(5) + bent * rng.standard_normal((5, 5)))
+    return factor, root @ (moved * rng.standard_normal(5))
+
+
+def test_the_decrement_of_a_displaced_gaussian_is_its_closed_form() -> None:
+    density, loc, precision = five()
+    factor, shift = displaced(precision, bent=0.15, moved=0.2)
     pulled = factor.T @ precision @ shift
     bent = np.eye(5) - factor.T @ precision @ factor
     expected = 0.5 * pulled @ pulled + 0.25 * (bent**2).sum()
@@ -393,10 +398,7 @@ def test_the_decrement_of_a_displaced_gaussian_is_its_closed_form() -> None:
 
 def test_near_the_optimum_the_decrement_is_the_gap() -> None:
     density, loc, precision = five()
-    root = np.linalg.cholesky(np.linalg.inv(precision))
-    rng = np.random.default_rng(1)
-    factor = root @ np.tril(np.eye(5) + 0.02 * rng.standard_normal((5, 5)))
-    shift = root @ (0.02 * rng.standard_normal(5))
+    factor, shift = displaced(precision, bent=0.02, moved=0.02)
     lacks = divergence(Member(loc + shift, factor=factor), loc, precision)
     certificate = estimate_gap(density, loc + shift, factor, key=KEY, draws=2_048, sets=16)
     assert lacks > 1e-3

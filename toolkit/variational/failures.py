@@ -123,7 +123,7 @@ def find_ridge(density: LogDensity, member: Member, *, key: jax.Array) -> Failur
     A row is made by a map that leaves the posterior as it is, along which no mode can have a curvature in all
     directions: where a search has found such a mode, there is nothing to look for. Rows of diagonal Gaussians are
     looked for whatever the family of the fit, in up to 64 dimensions, by the flattest direction of their ELBO on 256
-    draws; that takes at most some 30,000 gradients.
+    draws; that takes at most some 90,000 gradients.
 
     Args:
         density: Log p(x, z).

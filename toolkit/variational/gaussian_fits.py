@@ -26,7 +26,7 @@ from toolkit.variational.draws import generator, matched_draws
 from toolkit.variational.failures import Failure, find_failure, find_ridge, is_sound
 from toolkit.variational.gaussians import Family, Frame, Member, Quadratic
 from toolkit.variational.solvers.fixed_draws import EVALUATIONS, FixedDrawsELBO, climb
-from toolkit.variational.solvers.natural import Gaussian, averaged_steps
+from toolkit.variational.solvers.natural import STEPS, Gaussian, averaged_steps
 from toolkit.variational.solvers.svi import Trace
 from toolkit.variational.starts import Start
 
@@ -211,7 +211,7 @@ def _solved(
             key=jax.random.fold_in(key, 0),
             draws=max(_NATURAL_DRAWS, _power_of_two(2 * density.size)),
             tolerance=tolerance,
-            report=lambda steps, elbo: report("natural-gradient steps", steps, 150, elbo),
+            report=lambda steps, elbo: report("natural-gradient steps", steps, STEPS, elbo),
         )
         frame = Frame.of(averaged.gaussian.loc, averaged.gaussian.precision)
         steps, course = np.arange(1, len(averaged.course) + 1), averaged.course[:, 0]
@@ -257,7 +257,10 @@ def _looked_at(
 
 
 def _own_quadratic(member: Member) -> tuple[Quadratic, ...]:
-    """A Gaussian's own log density but for a constant; none where its covariance can no longer be inverted."""
+    """A Gaussian's own log density but for a constant; none where its covariance can no longer be inverted.
+
+    In dimensions beyond what dense matrices are for, only that of its margins.
+    """
     nothing = np.zeros(len(member.loc))
     if member.factor is None:
         return (Quadratic(member.loc, nothing, 1 / member.variances),)

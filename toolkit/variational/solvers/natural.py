@@ -23,6 +23,7 @@ from toolkit.variational.draws import base_draws
 from toolkit.variational.gaussians import inverse_factor
 
 _LEAST, _MOST = 0.05, 20.0  # by how much a step may change a variance, before it is weighed by its rate
+STEPS = 150  # averaged ones, at most
 _SLOWEST = 0.01  # a rate at which steps are no longer worth their draws
 _WORTH = 0.01  # nats
 _NEAR = 2.0  # times the gap that noise alone keeps up at a constant rate
@@ -120,7 +121,7 @@ def averaged_steps(
     key: jax.Array,
     draws: int,
     tolerance: float,
-    most: int = 150,
+    most: int = STEPS,
     report: Callable[[int, float], None] | None = None,
 ) -> Averaged:
     """The Gaussian to which steps on ever new draws converge, at rates that fall as 1 / step once they have come near.
