@@ -47,8 +47,6 @@ _ROUNDS = 8
 _OPTIMISM = 0.4  # of the tolerance, that a certificate may be too high by: what draws are enough for
 _EVALUATIONS_EXPECTED = 6  # of a certificate's climb
 _UNKNOWN_SCALE = 0.1  # of a posterior of which no curvature is known, in unconstrained units
-_BUDGET = "the budget, do not suffice"
-_TOO_FEW = "draws are too few"
 # Nats of a certificate's limit above which a fit without proof is no longer usable: a convention. Where the posterior
 # is in the family so much room is a KL of 2 nats, from which on Pinsker's bound on probabilities says nothing.
 _USABLE_LIMIT = 2.0
@@ -156,13 +154,13 @@ def fit_gaussian(
     budget = max_gradients - (density.evaluations - spent_before)
     scope = Scope.GLOBAL if log_concave and form.concave else Scope.LOCAL
     if solver == NATURAL_GRADIENT:
-        best, certificate, message = _estimated(density, best, key=jax.random.fold_in(key, 1_001), tolerance=tolerance)
+        best, proof = _estimated(density, best, key=jax.random.fold_in(key, 1_001), tolerance=tolerance)
     else:
-        best, certificate, message = _proved(
+        best, proof = _proved(
             density, best, scope, key=jax.random.fold_in(key, 1_001), tolerance=tolerance, budget=budget, report=report
         )
-    status = _status(certificate, message)
-    if message and not (certificate and certificate.limit <= _USABLE_LIMIT):
+    status, message, certificate = proof.status, proof.message, proof.certificate
+    if status not in (Status.ARRIVED, Status.UNPROVEN):
         own = jax.random.fold_in(key, 1_004)
         failure = find_failure(density, form, best.member, best.quadratic, key=own, suspected=True)
     if failure:
@@ -175,15 +173,35 @@ def fit_gaussian(
     return GaussianFit(status, message, best.member, elbo, weights, certificate, optima, seconds)
 
 
-def _status(certificate: Certificate | None, message: str) -> Status:
-    """How it ended: a limit above the tolerance still leaves a fit usable, but not one that says nothing."""
-    if not message:
-        return Status.ARRIVED
-    if certificate and certificate.limit <= _USABLE_LIMIT:
-        return Status.UNPROVEN
-    if _TOO_FEW in message or not (certificate or _BUDGET in message):
-        return Status.TOO_FEW_DRAWS
-    return Status.BUDGET
+@dataclass(frozen=True)
+class Proof:
+    """A certificate, and why it is not below the tolerance if it is not.
+
+    Attributes:
+        certificate: None where no limit was found.
+        ended: `ARRIVED` below the tolerance; else what ran out, `BUDGET` or `TOO_FEW_DRAWS`.
+        why: What ran out, in words.
+    """
+
+    certificate: Certificate | None
+    ended: Status = Status.ARRIVED
+    why: str = ""
+
+    @property
+    def status(self) -> Status:
+        """How the fit ended: a limit above the tolerance still leaves it usable, but not one that says nothing."""
+        usable = self.certificate and self.certificate.limit <= _USABLE_LIMIT
+        return Status.UNPROVEN if usable and self.ended is not Status.ARRIVED else self.ended
+
+    @property
+    def message(self) -> str:
+        """Such as `"up to 0.3 nats: 900 gradients, the budget, do not suffice"`; empty below the tolerance."""
+        if self.ended is Status.ARRIVED:
+            return ""
+        if self.certificate is None:
+            return f"no bound: {self.why}"
+        estimate = ", an estimate" if self.certificate.scope is Scope.ESTIMATE else ""
+        return f"up to {self.certificate.limit:.2g} nats{estimate}: {self.why}"
 
 
 def _solved(
@@ -323,17 +341,18 @@ def _proved(
     tolerance: float,
     budget: int,
     report: Report,
-) -> tuple[Optimum, Certificate | None, str]:
-    """The optimum, improved until its certificate is below the tolerance; if it is not, a sentence on why not."""
+) -> tuple[Optimum, Proof]:
+    """The optimum, improved until its certificate is below the tolerance, or draws, rounds or the budget run out."""
     spent_before = density.evaluations
     certificate: Certificate | None = None
     draws = _first_draws(best.family)
-    why, insists = f"more than {_ROUNDS} rounds of it", False
+    ended, why, insists = Status.BUDGET, f"more than {_ROUNDS} rounds of it", False
+    too_few = f"draws are too few for {best.family.parameters:,} parameters"
     for number in range(_ROUNDS):
         own = jax.random.fold_in(key, number)
         affordable = (budget - (density.evaluations - spent_before)) // (SETS * _EVALUATIONS_EXPECTED)
         if draws > affordable:
-            why = f"{budget:,} gradients, {_BUDGET}"
+            why = f"{budget:,} gradients, the budget, do not suffice"
             if certificate or affordable < _first_draws(best.family):
                 break
             draws = _power_of_two(affordable // 2 + 1)  # a limit above the tolerance is better than none
@@ -355,9 +374,9 @@ def _proved(
         if found and (certificate is None or found.limit < certificate.limit):
             certificate = found
         if certificate and certificate.limit <= tolerance:
-            return best, certificate, ""
+            return best, Proof(certificate)
         if found and certificate and draws == _MOST_DRAWS and number > 0 and not found.limit < 2 * certificate.limit:
-            why = f"{draws:,} draws are too few for {best.family.parameters:,} parameters"
+            ended, why = Status.TOO_FEW_DRAWS, f"{draws:,} {too_few}"
             break
         moved, gain = _moved(density, best, bounded, draws, key=jax.random.fold_in(own, 1))
         # A climb gains what the fit lacks and what its draws can be fitted to; its end lacks the latter elsewhere, a
@@ -369,16 +388,16 @@ def _proved(
         if gain.value > 2 * gain.se:
             best = moved
         elif draws == _MOST_DRAWS and insists:
-            why = f"{draws:,} draws are too few for {best.family.parameters:,} parameters"
+            ended, why = Status.TOO_FEW_DRAWS, f"{draws:,} {too_few}"
             break
         elif draws == _MOST_DRAWS:
             insists = True
         else:
             least = 2 * draws  # to ask again and again until one answer pleases would prove nothing
         draws = int(np.clip(_power_of_two(wanted), least, min(16 * draws, _MOST_DRAWS)))
-    if certificate is None or not math.isfinite(certificate.limit):
-        return best, None, f"no bound: {why}"
-    return best, certificate, f"up to {certificate.limit:.2g} nats: {why}"
+    if certificate and math.isfinite(certificate.limit):
+        return best, Proof(certificate, ended, why)
+    return best, Proof(None, ended, why)
 
 
 def _moved(
@@ -396,17 +415,14 @@ def _moved(
     return moved, Estimate.of_mean(gain)
 
 
-def _estimated(
-    density: LogDensity, best: Optimum, *, key: jax.Array, tolerance: float
-) -> tuple[Optimum, Certificate | None, str]:
-    """The optimum with Newton's decrement, and a sentence where that is above the tolerance."""
+def _estimated(density: LogDensity, best: Optimum, *, key: jax.Array, tolerance: float) -> tuple[Optimum, Proof]:
+    """The optimum with Newton's decrement."""
     member = best.member
     assert member.factor is not None
     certificate = estimate_gap(density, member.loc, member.factor, key=key, draws=_DECREMENT_DRAWS)
     if certificate.limit <= tolerance:
-        return best, certificate, ""
-    why = f"{len(best.trace.steps)} natural-gradient steps were taken"
-    return best, certificate, f"up to {certificate.limit:.2g} nats, an estimate: {why}"
+        return best, Proof(certificate)
+    return best, Proof(certificate, Status.BUDGET, f"{len(best.trace.steps)} natural-gradient steps were taken")
 
 
 def _measured(density: LogDensity, best: Optimum, *, key: jax.Array) -> tuple[Estimate, np.ndarray]:
