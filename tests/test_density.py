@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -96,21 +97,29 @@ def compilations() -> Iterator[list[str]]:
         jax.monitoring.unregister_event_duration_listener(note)
 
 
-def test_at_and_over_are_jaxs_own_value_and_gradient() -> None:
+def test_few_and_many_points_are_jaxs_own_value_and_gradient() -> None:
     model = rows_of(1)
     density = LogDensity(model)
     batch = next(iter(densities._programs.values())).batch
     assert density.compile_seconds > 0
     assert density.peak_bytes > 0
-    for count in (1, 7, batch, batch + 1, 2 * batch, 2 * batch + 3):
+    few = densities._FEW
+    for count in (0, 1, few - 1, few, few + 1, batch, batch + 1, batch + few, 2 * batch, 2 * batch + 3):
         assert_same(model, density, count)
-    point = points_of(density.size, 1, seed=4)
-    value, gradient = density.at(point[0])
-    expected, slope = expected_at(model, point)
-    assert isinstance(value, float)
-    assert value == pytest.approx(expected[0], rel=1e-12)
-    np.testing.assert_allclose(gradient, slope[0], rtol=1e-10)
-    assert gradient.dtype == np.float64
+
+
+def test_few_points_are_not_padded_to_a_whole_batch() -> None:
+    density = LogDensity(rows_of(1))
+    programs = next(iter(densities._programs.values()))
+    called: list[int] = []
+
+    def counted(program: Any) -> Any:
+        return lambda points, arrays: called.append(len(points)) or program(points, arrays)
+
+    density._programs = dataclasses.replace(programs, few=counted(programs.few), many=counted(programs.many))
+    density.over(points_of(density.size, 3))
+    density.over(points_of(density.size, programs.batch + 10))
+    assert called == [densities._FEW, programs.batch, densities._FEW, densities._FEW]
 
 
 def test_a_points_numbers_do_not_depend_on_those_beside_it() -> None:
@@ -127,7 +136,7 @@ def test_a_points_numbers_do_not_depend_on_those_beside_it() -> None:
 def test_evaluations_count_the_points_that_were_asked_for() -> None:
     density = LogDensity(rows_of(1))
     assert density.evaluations == 0
-    density.at(np.zeros(density.size))
+    density.over(np.zeros((1, density.size)))
     density.over(np.zeros((7, density.size)))
     assert density.evaluations == 8
 
@@ -156,8 +165,8 @@ def test_other_data_of_the_same_shape_use_the_programs_that_are_there() -> None:
     assert len(densities._programs) == 1
     assert_same(second, other)
     assert_same(first, one)
-    point = points_of(one.size, 1)[0]
-    assert one.at(point)[0] != other.at(point)[0]  # the data count
+    point = points_of(one.size, 1)
+    assert one.over(point)[0] != other.over(point)[0]  # the data count
 
 
 @pytest.mark.parametrize(
@@ -295,5 +304,5 @@ def test_another_reparameteriser_of_the_same_name_compiles_again() -> None:
     models = make(1.0), make(100.0)
     made = [LogDensity(model, "wider") for model in models]
     assert made[1].compile_seconds > 0
-    point = points_of(made[0].size, 1)[0]
-    assert made[0].at(point)[0] != made[1].at(point)[0]
+    point = points_of(made[0].size, 1)
+    assert made[0].over(point)[0] != made[1].over(point)[0]

@@ -33,6 +33,7 @@ from toolkit.variational.keeping import fit_key, keep_fit, kept_fit
 from toolkit.variational.nesting import check_nesting, smallest_first
 from toolkit.variational.starts import Starts, find_starts
 
+_ELBO_DRAWS = 4_096  # k-hat is had from these draws' weights, too
 _PACKAGES = ("elbowroom", "numpyro", "jax", "jaxlib", "arviz", "arviz-stats", "optax", "numpy", "scipy", "pandas")
 
 
@@ -225,6 +226,7 @@ class _Work:
                     solver=self.solver,
                     starts=starts,
                     smaller=smaller,
+                    elbo_draws=_ELBO_DRAWS,
                     progress=self.progress,
                 )
         except Exception as error:

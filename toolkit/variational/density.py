@@ -1,4 +1,4 @@
-"""A model's log density with its gradient, at one point or at many: all that the Gaussian solvers ask of a model.
+"""A model's log density with its gradient, at a few points or at many: all that the Gaussian solvers ask of a model.
 
 Everything else (draws, factors, entropies) is algebra outside the compiled programs. One pair of programs therefore
 serves all Gaussian guides, starts, seeds and tolerances, and every dataset of the same shapes.
@@ -24,6 +24,8 @@ from toolkit.modelling.model import Model
 from toolkit.variational.space import Space, latent_space
 
 _BATCH = 128  # points side by side: more no longer paid on the curated models
+_FEW = 8  # points that a search for starts or a set of differences asks for: hardly dearer than one
+_WORTH_MANY = 0.25  # of a batch, from which on the program for many is the cheaper one
 _BATCH_SCALARS = 2_000_000  # all sites counted, in one batch; 16 MB each
 _KEPT = 16  # pairs of programs in a process
 
@@ -32,7 +34,7 @@ _KEPT = 16  # pairs of programs in a process
 class _Programs:
     """The compiled pair, and what keeps the key's identities alive."""
 
-    one: Any
+    few: Any
     many: Any
     batch: int
     seconds: float
@@ -72,25 +74,26 @@ class LogDensity:
         """How many unconstrained coordinates there are."""
         return self.space.size
 
-    def at(self, point: np.ndarray) -> tuple[float, np.ndarray]:
-        """Value and gradient (size,) at a point (size,)."""
-        self.evaluations += 1
-        with jax.enable_x64(True):
-            value, gradient = self._programs.one(point, self._arrays)
-        return float(value), np.asarray(gradient)
-
     def over(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Values (n,) and gradients (n, size) at points (n, size)."""
-        count, batch = len(points), self._programs.batch
-        self.evaluations += count
-        missing = -count % batch
-        padded = np.concatenate([points, np.broadcast_to(points[:1], (missing, self.size))]) if missing else points
-        values, gradients = np.empty(len(padded)), np.empty(padded.shape)
+        self.evaluations += len(points)
+        values, gradients = np.empty(len(points)), np.empty(points.shape)
+        programs, begin = self._programs, 0
         with jax.enable_x64(True):
-            for begin in range(0, len(padded), batch):
-                rows = slice(begin, begin + batch)
-                values[rows], gradients[rows] = self._programs.many(padded[rows], self._arrays)
-        return values[:count], gradients[:count]
+            while begin < len(points):
+                left = len(points) - begin
+                many = left > _FEW and left > _WORTH_MANY * programs.batch
+                program, batch = (programs.many, programs.batch) if many else (programs.few, _FEW)
+                piece = points[begin : begin + batch]
+                missing = batch - len(piece)
+                if missing:
+                    piece = np.concatenate([piece, np.broadcast_to(piece[:1], (missing, self.size))])
+                found, slopes = program(piece, self._arrays)
+                rows = slice(begin, begin + batch - missing)
+                values[rows] = np.asarray(found)[: batch - missing]
+                gradients[rows] = np.asarray(slopes)[: batch - missing]
+                begin += batch
+        return values, gradients
 
 
 def _found(model: Model, chart: str, space: Space, arrays: Any) -> tuple[_Programs, bool]:
@@ -140,9 +143,8 @@ def _compiled(model: Model, chart: str, space: Space, arrays: Any, holds: tuple[
     batch = int(np.clip(_BATCH_SCALARS // scalars, 8, _BATCH))
     batch = 1 << (batch.bit_length() - 1)
     # Tracing shares NumPyro's one stack of handlers; compiling does not.
-    one = both.lower(np.zeros(space.size), arrays)
-    many = jax.jit(jax.vmap(both, in_axes=(0, None))).lower(np.zeros((batch, space.size)), arrays)
+    abreast = jax.jit(jax.vmap(both, in_axes=(0, None)))
+    lowered = [abreast.lower(np.zeros((count, space.size)), arrays) for count in (_FEW, batch)]
     with ThreadPoolExecutor(2) as pool:
-        compiled_one, compiled_many = pool.map(lambda lowered: lowered.compile(QUICK), (one, many))
-    seconds = time.perf_counter() - begun
-    return _Programs(compiled_one, compiled_many, batch, seconds, peak_bytes(compiled_many), holds)
+        few, many = pool.map(lambda lowered: lowered.compile(QUICK), lowered)
+    return _Programs(few, many, batch, time.perf_counter() - begun, peak_bytes(many), holds)

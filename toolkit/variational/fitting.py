@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import jax
 import numpy as np
@@ -33,6 +34,7 @@ AUTO, SVI = "auto", "svi"
 SOLVERS = (AUTO, FIXED_DRAWS, NATURAL_GRADIENT, SVI)
 _MAY_HIDE_AN_EDGE = (Status.UNPROVEN, Status.BUDGET, Status.TOO_FEW_DRAWS, Status.DIVERGED)
 MAX_GRADIENTS = 3_000_000
+_LEAST_ELBO_DRAWS = 100
 
 
 def fit(
@@ -46,6 +48,7 @@ def fit(
     starts: Starts | int = 8,
     smaller: Sequence[Fit] = (),
     prepared: Prepared | None = None,
+    elbo_draws: int | None = None,
     progress: Progress = silent,
 ) -> Fit:
     """The best member of a guide's family, and a certificate of how far it may still be from it.
@@ -67,6 +70,8 @@ def fit(
             guides may share.
         smaller: Fits of the same model; the guide is not left below those of families that it contains.
         prepared: The result of `prepare` for this model and guide, where the solver is SVI; made here if None.
+        elbo_draws: Fresh draws behind a Gaussian guide's ELBO and its log weights, from which k-hat is had. If None,
+            1,024 of them, doubled until the ELBO's standard error is a tenth of the tolerance, or 4,096.
         progress: Called between pieces of work.
 
     Raises:
@@ -78,6 +83,11 @@ def fit(
     if not (tolerance > 0 and max_gradients > 0):
         raise ValueError(
             f"Expected a positive tolerance in nats and a positive max_gradients; got {tolerance} and {max_gradients}."
+        )
+    if elbo_draws is not None and elbo_draws < _LEAST_ELBO_DRAWS:
+        raise ValueError(
+            f"Expected elbo_draws to be None or at least {_LEAST_ELBO_DRAWS}, so that its error is known; "
+            f"got {elbo_draws}."
         )
     if prepared and (prepared.model is not model or prepared.guide != guide):
         raise ValueError(
@@ -100,7 +110,7 @@ def fit(
                 f"got {guide.rank}: take full_rank."
             )
         prepared = prepared if prepared and prepared.guide == guide else None
-        built = build_guide(model, guide, space.unravel(np.zeros(space.size)))
+        built = _built(model, guide, space)
         chosen, why = choose_solver(model, guide, built, space, solver)
         why = f"{why}{columns}"
         cost = Cost(starts.compile_seconds, starts.seconds, starts.gradient_evaluations, starts.peak_bytes)
@@ -114,7 +124,9 @@ def fit(
         else:
             form = gaussian_form(built, space)
             assert form is not None
-            fitted = _by_gaussian(model, guide, built, form, starts, smaller, chosen, key, tolerance, budget, progress)
+            fitted = _by_gaussian(
+                model, guide, built, form, starts, smaller, chosen, key, tolerance, budget, elbo_draws, progress
+            )
     progress(f"fit {guide.name}", 1, 1, "done")
     return replace(fitted, cost=cost + fitted.cost, solver=chosen, why=why)
 
@@ -160,6 +172,20 @@ def choose_solver(model: Model, guide: Guide, built: Any, space: Space, asked: s
     return FIXED_DRAWS, "on fixed draws the ELBO of a Gaussian guide is a smooth function, which has a maximum to find"
 
 
+_set_up: WeakKeyDictionary[Model, dict[Guide, Any]] = WeakKeyDictionary()
+
+
+def _built(model: Model, guide: Guide, space: Space) -> Any:
+    """NumPyro's guide, set up at the origin; a Gaussian one, which no fit changes, once for a model."""
+    known = _set_up.setdefault(model, {})
+    if guide in known:
+        return known[guide]
+    built = build_guide(model, guide, space.unravel(np.zeros(space.size)))
+    if gaussian_form(built, space):
+        known[guide] = built
+    return built
+
+
 def _with_columns(guide: Guide, starts: Starts, tolerance: float) -> tuple[Guide, str]:
     """A guide whose rank is chosen by gain with that rank, and why it is that one; any other guide as it is."""
     if guide.rank is not None or guide.name.partition("@")[0] != BY_GAIN:
@@ -192,6 +218,7 @@ def _by_gaussian(
     key: jax.Array,
     tolerance: float,
     budget: int,
+    elbo_draws: int | None,
     progress: Progress,
 ) -> Fit:
     """The fit of a Gaussian guide outside of compiled programs."""
@@ -217,6 +244,7 @@ def _by_gaussian(
             log_concave=model.log_concave,
             tolerance=tolerance,
             max_gradients=budget,
+            elbo_draws=elbo_draws,
             report=report,
         )
     status, message = ended.status, ended.message

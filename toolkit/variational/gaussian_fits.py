@@ -28,7 +28,7 @@ from toolkit.variational.gaussians import Family, Frame, Member, Quadratic
 from toolkit.variational.solvers.fixed_draws import EVALUATIONS, FixedDrawsELBO, climb
 from toolkit.variational.solvers.natural import STEPS, Gaussian, averaged_steps
 from toolkit.variational.solvers.svi import Trace
-from toolkit.variational.starts import Start
+from toolkit.variational.starts import HOPELESS, Start
 
 Report = Callable[[str, int, int, float], None]
 
@@ -36,13 +36,14 @@ FIXED_DRAWS, NATURAL_GRADIENT = "fixed_draws", "natural_gradient"
 FIXED_LIMIT = 300  # dimensions from which fixed draws no longer pin a full-rank factor
 
 _LEAST_DRAWS, _FIRST_DRAWS, _MOST_DRAWS = 256, 1_024, 16_384
-_PROJECTION_DRAWS = 1_024
-_COMPARED_DRAWS = 1_024
-_ELBO_DRAWS = 4_096
+_PROJECTION_DRAWS, _PROJECTED = 256, 16  # at least, and for each dimension up to the many that a matrix asks for
+_COMPARED_DRAWS = 1_024  # where the ELBOs of two optima are compared
+_CHOSEN_DRAWS = 256  # where a control variate is
+_ELBO_DRAWS = (1_024, 4_096)  # doubled from the first to the second, until the error is small
+_SMALL = 0.1  # of the tolerance: the ELBO's standard error for which no more draws are asked
 _NATURAL_DRAWS = 1_024
 _SCREENED = 80  # evaluations from each start; the proof goes on from the best one
 _DECREMENT_DRAWS = 4_096
-_WORTH_STEPS = 100.0  # nats below the best start, from which natural-gradient steps are too dear to be followed
 _ROUNDS = 8
 _OPTIMISM = 0.4  # of the tolerance, that a certificate may be too high by: what draws are enough for
 _EVALUATIONS_EXPECTED = 6  # of a certificate's climb
@@ -115,6 +116,7 @@ def fit_gaussian(
     log_concave: bool,
     tolerance: float,
     max_gradients: int,
+    elbo_draws: int | None,
     report: Report,
 ) -> GaussianFit:
     """The best member of a Gaussian family, with its certificate.
@@ -129,14 +131,24 @@ def fit_gaussian(
         log_concave: Whether the posterior is log-concave.
         tolerance: Of the certificate's upper limit, in nats.
         max_gradients: The budget.
+        elbo_draws: Fresh ones behind the ELBO; if None, as many as make its error small.
         report: Called with what is done, of how many evaluations, and the ELBO.
     """
     begun, spent_before = time.perf_counter(), density.evaluations
     with np.errstate(over="ignore", invalid="ignore"):  # a run-off ends where floating-point numbers do
         climbed = [
-            _solved(density, form, start, solver, key=jax.random.fold_in(key, i), tolerance=tolerance, report=report)
+            _solved(
+                density,
+                form,
+                start,
+                solver,
+                key=jax.random.fold_in(key, i),
+                tolerance=tolerance,
+                compared=_COMPARED_DRAWS if len(starts) > 1 else _CHOSEN_DRAWS,
+                report=report,
+            )
             for i, start in enumerate(starts)
-            if solver == FIXED_DRAWS or start.elbo >= starts[0].elbo - _WORTH_STEPS
+            if start.elbo >= starts[0].elbo - HOPELESS or not (starts[0].is_mode or solver == NATURAL_GRADIENT)
         ]
     optima = _distinct([optimum for optimum in climbed if math.isfinite(optimum.elbo.value)])
     if not optima:
@@ -165,7 +177,9 @@ def fit_gaussian(
         failure = find_failure(density, form, best.member, best.quadratic, key=own, suspected=True)
     if failure:
         return _without_optimum(density, best, optima, failure, begun, key=jax.random.fold_in(key, 1_002))
-    elbo, weights = _measured(density, best, key=jax.random.fold_in(key, 1_002))
+    least, most = (elbo_draws, elbo_draws) if elbo_draws else _ELBO_DRAWS
+    own = jax.random.fold_in(key, 1_002)
+    elbo, weights = _measured(density, best, key=own, draws=least, most=most, enough=_SMALL * tolerance)
     if not math.isfinite(elbo.value):
         status, message = Status.DIVERGED, "draws of the Gaussian have no finite density"
     optima = (replace(best, elbo=elbo), *optima[1:])
@@ -212,9 +226,10 @@ def _solved(
     *,
     key: jax.Array,
     tolerance: float,
+    compared: int,
     report: Report,
 ) -> Optimum:
-    """Where a start leads, by the solver asked for."""
+    """Where a start leads, by the solver asked for, its ELBO on so many draws."""
     if start.precision is None:
         frame = Frame.of(start.loc, np.full(density.size, _UNKNOWN_SCALE**-2))
         quadratic = Quadratic(frame.loc, np.zeros(density.size), np.zeros(density.size))
@@ -249,19 +264,26 @@ def _solved(
         )
         x, steps, course = climbed.x, np.arange(1, climbed.evaluations + 1), climbed.course
     trace = Trace(steps.astype(float), course, np.zeros(len(course)))
-    return _looked_at(density, family, x, quadratic, trace, key=jax.random.fold_in(key, 1))
+    return _looked_at(density, family, x, quadratic, trace, key=jax.random.fold_in(key, 1), draws=compared)
 
 
 def _looked_at(
-    density: LogDensity, family: Family, x: np.ndarray, quadratic: Quadratic, trace: Trace, *, key: jax.Array
+    density: LogDensity,
+    family: Family,
+    x: np.ndarray,
+    quadratic: Quadratic,
+    trace: Trace,
+    *,
+    key: jax.Array,
+    draws: int = _CHOSEN_DRAWS,
 ) -> Optimum:
     """A member with the control variate that suits it, and its ELBO on draws of their own."""
-    draws = (
-        max(_PROJECTION_DRAWS, _power_of_two(4 * density.size)) if quadratic.precision.ndim > 1 else _PROJECTION_DRAWS
-    )
     member = family.member(x)
-    near = project(density, family, member, quadratic, key=jax.random.fold_in(key, 0), draws=draws)
-    points = family.points(member, matched_draws(_COMPARED_DRAWS, family.base, key=jax.random.fold_in(key, 1)))
+    wanted = min(_PROJECTED * density.size, max(4 * _PROJECTION_DRAWS, 4 * density.size))
+    projected = max(_PROJECTION_DRAWS, _power_of_two(wanted))
+    near = project(density, family, member, quadratic, key=jax.random.fold_in(key, 0), draws=projected)
+    base = matched_draws(max(draws, _power_of_two(2 * family.base)), family.base, key=jax.random.fold_in(key, 1))
+    points = family.points(member, base)
     values, _ = density.over(points)
     # Where gradients have heavy tails, what was fitted to few of them may be far from log p: then log q is nearer.
     chosen, least, elbo = near, math.inf, Estimate(-math.inf, math.nan)
@@ -326,7 +348,8 @@ def _not_below(
         objective = FixedDrawsELBO(density, best.family, best.quadratic, base)
         climbed = climb(objective, x, residual=0.01, report=lambda n, elbo: report("climbing", n, n + 1, elbo))
         trace = Trace(np.arange(1.0, climbed.evaluations + 1), climbed.course, np.zeros(climbed.evaluations))
-        other = _looked_at(density, best.family, climbed.x, best.quadratic, trace, key=jax.random.fold_in(own, 2))
+        own = jax.random.fold_in(own, 2)
+        other = _looked_at(density, best.family, climbed.x, best.quadratic, trace, key=own, draws=_COMPARED_DRAWS)
         if other.elbo.value > best.elbo.value:
             best = other
     return best
@@ -425,19 +448,29 @@ def _estimated(density: LogDensity, best: Optimum, *, key: jax.Array, tolerance:
     return best, Proof(certificate, Status.BUDGET, f"{len(best.trace.steps)} natural-gradient steps were taken")
 
 
-def _measured(density: LogDensity, best: Optimum, *, key: jax.Array) -> tuple[Estimate, np.ndarray]:
-    """The ELBO in nats on independent draws, the control variate used, and log p(x, z) - log q(z) at them."""
+def _measured(
+    density: LogDensity, best: Optimum, *, key: jax.Array, draws: int, most: int = 0, enough: float
+) -> tuple[Estimate, np.ndarray]:
+    """The ELBO in nats on independent draws, the control variate used, and log p(x, z) - log q(z) at them.
+
+    The draws are doubled until the standard error is small enough or there are as many as may be.
+    """
     family, member = best.family, best.member
-    base = generator(key).standard_normal((_ELBO_DRAWS, family.base))
-    points = family.points(member, base)
-    values, _ = density.over(points)
-    known, _ = best.quadratic.at(points)
+    rng = generator(key)
     exact, _ = family.exact(best.x, member, best.quadratic)
-    terms = values - known + exact
-    apart = np.einsum("ni,ni->n", points - member.loc, family.scores(member, base))
-    log_q = -0.5 * apart - (family.entropy(member) - 0.5 * family.size)
-    elbo = Estimate.of_mean(terms) if is_sound(terms) else Estimate(-math.inf, math.nan)
-    return elbo, values - log_q
+    log_scale = family.entropy(member) - 0.5 * family.size
+    terms, weights = np.empty(0), np.empty(0)
+    while True:
+        base = rng.standard_normal((draws - len(terms), family.base))
+        points = family.points(member, base)
+        values, _ = density.over(points)
+        apart = np.einsum("ni,ni->n", points - member.loc, family.scores(member, base))
+        terms = np.append(terms, values - best.quadratic.at(points)[0] + exact)
+        weights = np.append(weights, values + 0.5 * apart + log_scale)
+        elbo = Estimate.of_mean(terms) if is_sound(terms) else Estimate(-math.inf, math.nan)
+        if not elbo.se > enough or 2 * draws > most:
+            return elbo, weights
+        draws *= 2
 
 
 def _failed(climbed: Sequence[Optimum], failure: Failure | None, begun: float) -> GaussianFit:
@@ -455,7 +488,7 @@ def _without_optimum(
 ) -> GaussianFit:
     """A fit whose family has no best member: where it stopped means nothing, and no certificate is asked for."""
     with np.errstate(over="ignore", invalid="ignore"):
-        elbo, weights = _measured(density, best, key=key)
+        elbo, weights = _measured(density, best, key=key, draws=_ELBO_DRAWS[0], enough=math.inf)
     seconds = time.perf_counter() - begun
     return GaussianFit(failure.status, failure.message, best.member, elbo, weights, None, tuple(optima), seconds)
 

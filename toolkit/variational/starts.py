@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-from scipy.optimize import minimize
 
 from toolkit.modelling.model import Model
 from toolkit.threads import threads_for
@@ -16,6 +15,7 @@ from toolkit.variational.density import LogDensity
 from toolkit.variational.draws import generator, matched_draws
 from toolkit.variational.gaussians import DENSE_LIMIT, Diagonal, Frame, Quadratic
 from toolkit.variational.solvers.fixed_draws import FixedDrawsELBO, climb
+from toolkit.variational.solvers.lockstep import minimise_each
 from toolkit.variational.solvers.natural import is_safely_positive, natural_steps
 from toolkit.variational.space import Space
 
@@ -23,6 +23,7 @@ _TRIES = 50
 _STEPS = 12
 _NEAR, _WIDE = 2.0, 10.0  # half the boxes' widths: NumPyro's own, and one for modes that it does not reach
 _GROWN = 3  # modes from which a Gaussian is grown: the best by the evidence that their curvature gives them
+HOPELESS = 100.0  # nats below the best, from which a mode or a start is not followed
 _CHEAP = 300  # dimensions
 _SAME_HEIGHT = 1e-3  # nats between two searches that ended at one mode
 _SAME_PLACE = 0.5  # posterior sds between them, or unconstrained units where no curvature is known
@@ -103,7 +104,7 @@ def _found(model: Model, key: jax.Array, chart: str, count: int) -> Starts:
 def _searched(model: Model, density: LogDensity, key: jax.Array, chart: str, count: int) -> Starts:
     begun = time.perf_counter()
     dispersed = _valid_points(density, key, count)
-    ends = sorted((_climb(density, point) for point in dispersed), key=lambda end: end.loss)
+    ends = sorted(_searched_from(density, dispersed), key=lambda end: end.loss)
     distinct: list[_Found] = []
     dense = density.size <= DENSE_LIMIT
     for end in _relabelled_once(model, density.space, chart, ends):
@@ -112,9 +113,12 @@ def _searched(model: Model, density: LogDensity, key: jax.Array, chart: str, cou
     own = jax.random.fold_in(key, _TRIES)
     if dense:
         modes = sorted((one for one in distinct if one.is_mode), key=lambda one: -_laplace(one))[:_GROWN]
-        points = [_from_mode(density, one, key=own) for one in modes]
-        # In high dimension a Gaussian takes minutes to grow, and searches that lead nowhere are many.
-        strays = [one for one in distinct if not one.is_mode] if density.size <= _CHEAP or not modes else []
+        points = [_from_mode(density, one, key=own) for one in modes if _laplace(one) > _laplace(modes[0]) - HOPELESS]
+        # One that has run off stands high; one that is stuck far below a mode has nothing to give. In high dimension a
+        # Gaussian takes minutes to grow, and searches that lead nowhere are many.
+        least = -modes[0].end.loss - HOPELESS if modes else -np.inf
+        strays = [one for one in distinct if not one.is_mode and -one.end.loss > least]
+        strays = strays if density.size <= _CHEAP or not modes else []
         points += _from_beginnings(density, [one.end for one in strays], key=own)
         if not any(np.isfinite(point.elbo) for point in points):
             points = [_from_mode(density, one, key=own) for one in distinct[:1]]
@@ -290,30 +294,34 @@ def _valid_points(density: LogDensity, key: jax.Array, count: int) -> list[np.nd
 
     Where many are invalid the boxes become ever smaller.
     """
+    rng = generator(key)
     points: list[np.ndarray] = []
-    for number in range(_TRIES):
-        radius = (_WIDE if number % 4 == 3 else _NEAR) * 0.8 ** max(0, number - count)
-        point = generator(jax.random.fold_in(key, number)).uniform(-radius, radius, density.size)
-        value, gradient = density.at(point)
-        if np.isfinite(value) and np.isfinite(gradient).all():
-            points.append(point)
-        if len(points) == count:
+    for first in range(0, _TRIES, count):
+        tried = np.stack([_dispersed(density.size, number, count, rng) for number in range(first, first + count)])
+        values, gradients = density.over(tried)
+        valid = np.isfinite(values) & np.isfinite(gradients).all(1)
+        points += list(tried[valid])
+        if len(points) >= count:
             break
-    return points
+    return points[:count]
 
 
-def _climb(density: LogDensity, point: np.ndarray) -> _End:
-    """Where L-BFGS ends; an invalid step is a wall that it turns away from."""
+def _dispersed(size: int, number: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    radius = (_WIDE if number % 4 == 3 else _NEAR) * 0.8 ** max(0, number - count)
+    return rng.uniform(-radius, radius, size)
 
-    def walled(vector: np.ndarray) -> tuple[float, np.ndarray]:
-        value, gradient = density.at(vector)
-        if not np.isfinite(value) or not np.isfinite(gradient).all():
-            return 1e300, np.zeros_like(vector)
-        return -value, -gradient
 
-    limits = {"maxiter": 1_000, "maxcor": 20, "ftol": 1e-12, "gtol": 1e-6}
-    result = minimize(walled, point, jac=True, method="L-BFGS-B", options=limits)
-    return _End(np.asarray(result.x), float(result.fun), point)
+def _searched_from(density: LogDensity, points: list[np.ndarray]) -> list[_End]:
+    """Where searches by L-BFGS end."""
+    if not points:
+        return []
+
+    def losses(at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        values, gradients = density.over(at)
+        return -values, -gradients
+
+    found = minimise_each(losses, np.stack(points))
+    return [_End(*one) for one in zip(found.x, found.losses.tolist(), points, strict=True)]
 
 
 def positive_definite(matrix: np.ndarray) -> tuple[np.ndarray | None, bool]:
