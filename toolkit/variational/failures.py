@@ -352,6 +352,9 @@ def _running_off(density: LogDensity, form: GaussianForm, member: Member, *, key
         if stage is None:
             return None
         member = stage.member
+        narrow = _too_narrow(density.space, member)  # from there on draws are a handful of numbers, and stages stall
+        if narrow:
+            return narrow
         logs = np.log(_sds(member) / sds)
         moved = np.abs(member.loc - first.loc) / sds
         far = max(np.exp(np.abs(logs).max()), moved.max())
@@ -363,17 +366,26 @@ def _running_off(density: LogDensity, form: GaussianForm, member: Member, *, key
 
 def _beyond_numbers(density: LogDensity, form: GaussianForm, member: Member) -> Failure | None:
     """What a Gaussian is a sign of that has already gone further than any model's units can explain."""
+    narrow = _too_narrow(density.space, member)
+    if narrow:
+        return narrow
     sds = _sds(member)
     logs, moved = np.log(sds), np.abs(member.loc)
-    narrow = sds / np.maximum(moved, _LEAST)
-    if narrow.min() < _RESOLUTION and moved.max() < _LARGE:
-        where = f"the scale of {_largest(density.space, -np.minimum(np.log(narrow / _RESOLUTION), 0))} runs to zero"
-        return Failure(Status.UNBOUNDED, f"{where}, and the log density rises without end")
     if sds.max() < _BEYOND and moved.max() < _BEYOND:
         return None
     there, origin = density.over(np.stack([member.loc, np.zeros(density.size)]))[0]
     energy = there - origin if math.isfinite(origin) else there
     return _named(density.space, energy, float(np.log(np.maximum(sds, moved)).max()), logs, moved)
+
+
+def _too_narrow(space: Space, member: Member) -> Failure | None:
+    """What a Gaussian is a sign of that is so narrow, for where it lies, that its draws are no distinct numbers."""
+    far = np.abs(member.loc)
+    narrow = _sds(member) / np.maximum(far, _LEAST)
+    if not (narrow.min() < _RESOLUTION and far.max() < _LARGE):
+        return None
+    where = f"the scale of {_largest(space, -np.minimum(np.log(narrow / _RESOLUTION), 0))} runs to zero"
+    return Failure(Status.UNBOUNDED, f"{where}, and the log density rises without end")
 
 
 def _collapsing(density: LogDensity, member: Member, *, key: jax.Array) -> Failure | None:

@@ -163,7 +163,7 @@ def fit_gaussian(
         failure = find_ridge(density, best.member, key=jax.random.fold_in(key, 1_005))
     if failure:
         return _without_optimum(density, best, optima, failure, begun, key=jax.random.fold_in(key, 1_002))
-    budget = max_gradients - (density.evaluations - spent_before)
+    budget = max(max_gradients - (density.evaluations - spent_before), 0)
     scope = Scope.GLOBAL if log_concave and form.concave else Scope.LOCAL
     if solver == NATURAL_GRADIENT:
         best, proof = _estimated(density, best, key=jax.random.fold_in(key, 1_001), tolerance=tolerance)

@@ -97,7 +97,8 @@ def find_starts(model: Model, *, key: jax.Array, chart: str | None = None, count
 
 def _found(model: Model, key: jax.Array, chart: str, count: int) -> Starts:
     density = LogDensity(model, chart)
-    with threads_for(density.size):
+    # A run-off ends where floating-point numbers do.
+    with threads_for(density.size), np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         return _searched(model, density, key, chart, count)
 
 
@@ -230,9 +231,8 @@ def _differences(density: LogDensity, loc: np.ndarray, steps: np.ndarray) -> np.
     apart = np.diag(steps)
     _, gradients = density.over(np.concatenate([loc + apart, loc - apart]))
     above, below = np.split(gradients, 2)
-    with np.errstate(over="ignore", invalid="ignore"):  # far from any mode a gradient may be infinite
-        hessian = (above - below) / (2 * steps[:, None])
-        return (hessian + hessian.T) / 2
+    hessian = (above - below) / (2 * steps[:, None])
+    return (hessian + hessian.T) / 2
 
 
 def _from_mode(density: LogDensity, found: _Found, *, key: jax.Array) -> Start:

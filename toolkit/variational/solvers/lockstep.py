@@ -25,6 +25,7 @@ _ROUNDING = 1e-14  # of a loss
 _TRIALS = 40  # of a line search
 _INWARD = 0.1  # of a step that met a wall
 _FURTHER = 4.0
+_FAR, _NOWHERE = 1e10, 1e12  # coordinates beyond which a search has run off, and beyond which no point is tried
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class _Searches:
         self.inverse[kept, :-1] = self.inverse[kept, 1:]
         self.inverse[kept, -1] = 1 / product[known]
         self.pairs[kept] = np.minimum(self.pairs[kept] + 1, self.inverse.shape[1])
-        ended = small | (np.abs(gradient).max(1) <= self.least_gradient)
+        ended = small | (np.abs(gradient).max(1) <= self.least_gradient) | (np.abs(x).max(1) > _FAR)
         self.live[rows[ended]] = False
         self._set_out(rows[~ended])
 
@@ -167,7 +168,7 @@ class _Searches:
 
 
 def _walled(losses: Losses, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Losses and gradients; infinite, with no gradient, where one of them is not finite."""
-    found, gradients = losses(x)
-    sound = np.isfinite(found) & np.isfinite(gradients).all(1)
+    """Losses and gradients; infinite, with no gradient, where one of them is not finite, and very far out."""
+    found, gradients = losses(np.clip(x, -_NOWHERE, _NOWHERE))
+    sound = np.isfinite(found) & np.isfinite(gradients).all(1) & (np.abs(x) <= _NOWHERE).all(1)
     return np.where(sound, found, np.inf), np.where(sound[:, None], gradients, 0.0)
