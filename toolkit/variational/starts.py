@@ -20,6 +20,8 @@ from toolkit.variational.solvers.natural import is_safely_positive, natural_step
 from toolkit.variational.space import Space
 
 _TRIES = 50
+# Rounds of the searches, and whether in the coordinates of a curvature. Few that end at a mode take more than 150.
+_ROUNDS = ((25, False), (40, True), (60, True), (250, False))
 _STEPS = 12
 _NEAR, _WIDE = 2.0, 10.0  # half the boxes' widths: NumPyro's own, and one for modes that it does not reach
 _GROWN = 3  # modes from which a Gaussian is grown: the best by the evidence that their curvature gives them
@@ -312,16 +314,40 @@ def _dispersed(size: int, number: int, count: int, rng: np.random.Generator) -> 
 
 
 def _searched_from(density: LogDensity, points: list[np.ndarray]) -> list[_End]:
-    """Where searches by L-BFGS end."""
+    """Where searches by L-BFGS end.
+
+    After some rounds those under way go on in the coordinates of the curvature where the best of them is: most are by
+    then on their way to one mode, and the rounds halve. The last rounds are for those whom another's curvature misled.
+    """
     if not points:
         return []
+    x, losses = np.stack(points), np.full(len(points), np.inf)
+    under_way = np.arange(len(points))
+    for rounds, curved in _ROUNDS:
+        frame = _metric(density, x[under_way], losses[under_way] if curved else None)
 
-    def losses(at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        values, gradients = density.over(at)
-        return -values, -gradients
+        def lost(at: np.ndarray, frame: Frame = frame) -> tuple[np.ndarray, np.ndarray]:
+            values, gradients = density.over(frame.loc + frame.move(at.T).T)
+            return -values, -frame.pull(gradients.T).T
 
-    found = minimise_each(losses, np.stack(points))
-    return [_End(*one) for one in zip(found.x, found.losses.tolist(), points, strict=True)]
+        begin = frame.measure((x[under_way] - frame.loc).T).T
+        found = minimise_each(lost, begin, max_rounds=rounds)
+        x[under_way], losses[under_way] = frame.loc + frame.move(found.x.T).T, found.losses
+        under_way = under_way[~found.ended]
+        if not len(under_way):
+            break
+    return [_End(*one) for one in zip(x, losses.tolist(), points, strict=True)]
+
+
+def _metric(density: LogDensity, x: np.ndarray, losses: np.ndarray | None) -> Frame:
+    """The coordinates of the curvature at the best of several points, or the model's own where none is wanted."""
+    plain = Frame.of(np.zeros(density.size), np.ones(density.size))
+    if losses is None or density.size > _CHEAP:
+        return plain
+    best = x[int(np.argmin(losses))]
+    hessian = _differences(density, best, 1e-4 * np.maximum(np.abs(best), 1.0))
+    precision, _ = positive_definite(-hessian) if np.isfinite(hessian).all() else (None, False)
+    return plain if precision is None else Frame.of(best, precision)
 
 
 def positive_definite(matrix: np.ndarray) -> tuple[np.ndarray | None, bool]:

@@ -105,18 +105,25 @@ def climb(
     """
     best, course = (-np.inf, x, np.zeros_like(x)), list[float]()
     left = np.inf
+    with np.errstate(over="ignore", invalid="ignore"):
+        first = objective(x)
+    # L-BFGS-B's first step has length one, whatever the gradient. In these units it is the gradient itself, which is
+    # Newton's step wherever the curvature is about one.
+    slope = float(np.linalg.norm(first[1]))
+    unit = min(1.0, slope) if slope > 0 else 1.0
 
-    def loss(at: np.ndarray) -> tuple[float, np.ndarray]:
+    def loss(steps: np.ndarray) -> tuple[float, np.ndarray]:
         nonlocal best
-        elbo, gradient = objective(at)
+        at = x + unit * steps
+        elbo, gradient = objective(at) if course else first
         course.append(elbo)
         if report:
             report(len(course), elbo)
         if not np.isfinite(elbo):
             return 1e300, np.zeros_like(at)  # a wall, which the line search turns away from
         if elbo > best[0]:
-            best = elbo, at.copy(), gradient
-        return -elbo, -gradient
+            best = elbo, at, gradient
+        return -elbo, -unit * gradient
 
     def enough(intermediate_result: OptimizeResult) -> None:
         nonlocal left
@@ -127,7 +134,7 @@ def climb(
 
     limits = {"maxcor": _MEMORY, "maxfun": max_evaluations, "maxiter": max_evaluations, "ftol": 0.0, "gtol": 0.0}
     with np.errstate(over="ignore", invalid="ignore"):
-        minimize(loss, x, jac=True, method="L-BFGS-B", callback=enough, options=limits)
+        minimize(loss, np.zeros_like(x), jac=True, method="L-BFGS-B", callback=enough, options=limits)
         elbo, found, gradient = best
         left = remaining(objective, found, gradient) if np.isinf(left) and np.isfinite(elbo) else left
     return Climbed(found, course[0], elbo, left, len(course), np.array(course))

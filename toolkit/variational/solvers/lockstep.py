@@ -19,7 +19,7 @@ import numpy as np
 Losses = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 _MEMORY = 20  # pairs of steps that are remembered
-_ROUNDS = 500  # the curated models took up to 350; searches that run off would go on until numbers end
+_ROUNDS = 500
 _DECREASE, _CURVATURE = 1e-4, 0.9  # of the Wolfe conditions
 _ROUNDING = 1e-14  # of a loss
 _TRIALS = 40  # of a line search
@@ -35,15 +35,19 @@ class Minima:
     Attributes:
         x: Points, (searches, size).
         losses: There, (searches,); infinite where a search began at an invalid point.
+        ended: Which searches came to an end by themselves, (searches,).
         rounds: Batches that were evaluated.
     """
 
     x: np.ndarray
     losses: np.ndarray
+    ended: np.ndarray
     rounds: int
 
 
-def minimise_each(losses: Losses, begin: np.ndarray, *, decrease: float = 1e-10, gradient: float = 1e-6) -> Minima:
+def minimise_each(
+    losses: Losses, begin: np.ndarray, *, decrease: float = 1e-10, gradient: float = 1e-6, max_rounds: int = _ROUNDS
+) -> Minima:
     """Local minima near each of several points.
 
     Args:
@@ -53,13 +57,14 @@ def minimise_each(losses: Losses, begin: np.ndarray, *, decrease: float = 1e-10,
         decrease: A search ends when an iteration lowers its loss by less than this part of it (of one, where the loss
             is less than that),
         gradient: or when no component of the gradient is above this.
+        max_rounds: The most batches; searches that are still under way are left where they are.
     """
     searches = _Searches(losses, begin, decrease, gradient)
     rounds = 1
-    while searches.live.any() and rounds < _ROUNDS:
+    while searches.live.any() and rounds < max_rounds:
         searches.advance()
         rounds += 1
-    return Minima(searches.x, searches.loss, rounds)
+    return Minima(searches.x, searches.loss, ~searches.live, rounds)
 
 
 class _Searches:
