@@ -116,10 +116,18 @@ def test_few_points_are_not_padded_to_a_whole_batch() -> None:
     def counted(program: Any) -> Any:
         return lambda points, arrays: called.append(len(points)) or program(points, arrays)
 
+    assert programs.width == densities._FEW
     density._programs = dataclasses.replace(programs, few=counted(programs.few), many=counted(programs.many))
     density.over(points_of(density.size, 3))
     density.over(points_of(density.size, programs.batch + 10))
     assert called == [densities._FEW, programs.batch, densities._FEW, densities._FEW]
+
+
+def test_tall_data_are_asked_for_one_point_at_a_time() -> None:
+    """There a batch of eight takes eight times as long as a point, whether all eight are wanted or not."""
+    density = LogDensity(rows_of(1, rows=200_000))
+    assert next(iter(densities._programs.values())).width == 1
+    assert_same(rows_of(1, rows=200_000), density, 3)
 
 
 def test_a_points_numbers_do_not_depend_on_those_beside_it() -> None:

@@ -1,4 +1,5 @@
 import math
+import re
 from dataclasses import replace
 
 import jax
@@ -15,6 +16,7 @@ from numpyro.infer.reparam import TransformReparam
 from targets import SCALES, impossible, line, pair
 
 from toolkit import Dataset, Estimate, Fit, Guide, Model, Status, Storage, fit
+from toolkit.variational import starts as starting
 from toolkit.variational.building import build_guide
 from toolkit.variational.density import LogDensity
 from toolkit.variational.draws import matched_draws
@@ -214,11 +216,82 @@ def test_a_short_budget_is_told():
     by_svi = fit(line(), "mean_field", key=KEY, solver="svi", max_gradients=2_500)
     assert by_svi.status is Status.BUDGET
     assert by_svi.usable
-    unproved = fit(line(), "mean_field", key=KEY, max_gradients=100)
+    starts = find_starts(line(), key=KEY, count=4)
+    budget = starts.gradient_evaluations + 700
+    unproved = fit(line(), "mean_field", key=KEY, max_gradients=budget, starts=starts)
     assert unproved.status is Status.BUDGET
-    assert "the budget, do not suffice" in unproved.message
+    assert re.fullmatch(r"no bound: of the budget [\d,]+ gradients are left, which do not suffice", unproved.message)
     assert unproved.certificate is None
     assert unproved.usable
+
+
+def test_climbs_keep_to_the_budget():
+    model = pair(CORRELATION)
+    starts = find_starts(model, key=KEY, count=4)
+    for room in (1, 20_000):
+        fitted = fit(model, "low_rank", key=KEY, starts=starts, max_gradients=starts.gradient_evaluations + room)
+        diagnosed = 5_000  # by which failure, and the ELBO
+        assert fitted.cost.gradient_evaluations - starts.gradient_evaluations < room + diagnosed
+
+
+@pytest.mark.parametrize("guide", ["mean_field", "full_rank"])
+def test_the_elbo_is_had_from_as_many_draws_as_were_asked_for(guide):
+    fitted = fit(pair(CORRELATION), guide, key=KEY, elbo_draws=300)
+    assert fitted.fresh_log_weights.shape == (300,)
+    least = fit(pair(CORRELATION), guide, key=KEY)
+    assert least.fresh_log_weights.shape == (1_024,)
+    assert least.elbo.se < 0.01
+    assert fit(pair(CORRELATION), guide, key=KEY, tolerance=1e-3).fresh_log_weights.size in (1_024, 2_048, 4_096)
+    with pytest.raises(ValueError, match="Expected elbo_draws to be None or at least 100, so that its error is known"):
+        fit(pair(CORRELATION), guide, key=KEY, elbo_draws=3)
+
+
+def test_what_is_done_to_one_fits_guide_is_not_done_to_the_next():
+    model = pair(CORRELATION)
+    first = fit(model, "mean_field", key=KEY)
+    first.autoguide.prefix = "mine"
+    second = fit(model, "mean_field", key=KEY)
+    assert second.autoguide is not first.autoguide
+    assert second.autoguide.prefix == "auto"
+    assert first.params.keys() == second.params.keys()
+
+
+def test_a_guide_need_not_be_hashable():
+    mine = Guide("mine", AutoNormal, contains=["map"])
+    assert fit(pair(CORRELATION), mine, key=KEY).status is Status.ARRIVED
+
+
+@pytest.mark.parametrize("count", [1, 8, 60])
+def test_starts_are_found_in_a_small_ball_however_many_are_asked_for(count):
+    def ball():
+        z = numpyro.sample("z", dist.ImproperUniform(dist.constraints.real_vector, (), (6,)))
+        numpyro.factor("ball", jnp.log1p(-(z**2).sum()))
+
+    starts = find_starts(Model(ball, Dataset("ball", {})), key=KEY, count=count)
+    assert starts.searches == count
+
+
+def test_starts_that_cannot_be_searched_are_refused():
+    with pytest.raises(ValueError, match="Expected at least one search for a start; got 0"):
+        fit(pair(CORRELATION), "mean_field", key=KEY, starts=0)
+
+    def nothing(y=None):
+        z = numpyro.sample("z", dist.Normal(0, 1).expand([0]).to_event(1))
+        numpyro.sample("y", dist.Normal(z.sum(), 1), obs=y)
+
+    with pytest.raises(ValueError, match="Expected a model with latent scalars; 'nothing' has none"):
+        fit(Model(nothing, Dataset("one", {"y": np.array(0.3)})), "mean_field", key=KEY)
+
+
+def test_a_place_with_a_slope_is_no_mode():
+    """Whatever its curvature says: a search may have been cut on its way."""
+    density = LogDensity(pair(CORRELATION))
+    mode = find_starts(pair(CORRELATION), key=KEY, count=1).points[0].loc
+    _, is_mode = starting._curvature(density, mode)
+    precision, elsewhere = starting._curvature(density, mode + 3.0)
+    assert is_mode
+    assert precision is not None
+    assert not elsewhere
 
 
 def test_a_users_guide_and_every_named_one_fit():

@@ -87,6 +87,20 @@ def test_rounding_of_a_large_loss_does_not_keep_a_search_going():
     assert found.rounds < 60
 
 
+def test_a_linear_run_off_ends_far_out_and_not_where_it_began():
+    found = minimise_each(lambda points: (-points[:, 0], np.tile([[-1.0, 0.0]], (len(points), 1))), np.ones((1, 2)))
+    assert found.ended.all()
+    assert found.losses[0] < -1e10
+    assert found.rounds < 60
+
+
+def test_searches_that_are_cut_are_told_from_those_that_ended():
+    begin = np.array([[1.0, 1.0], [-1.2, 1.0]])  # the first begins at the minimum
+    found = minimise_each(rosenbrock, begin, max_rounds=5)
+    assert found.ended.tolist() == [True, False]
+    assert found.rounds == 5
+
+
 def test_a_run_off_comes_to_an_end():
     calls = 0
 

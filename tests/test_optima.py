@@ -233,3 +233,19 @@ def test_an_error_of_rounding_is_no_error() -> None:
     assert str(Estimate(-0.35667495926915727, 5e-18)) == "-0.3567"
     assert str(Estimate(0.0, 5e-18)) == "0.000000000000000000 ± 0.000000000000000005"
     assert str(Estimate(2e6, 0.3)) == "2000000.0 ± 0.3"
+
+
+def test_which_mode_is_the_better_one_may_depend_on_the_family():
+    """The heavy mode's pairs are so correlated that a mean field loses more there than at a mode 105 nats lighter."""
+    pairs, correlation = 26, 1 - 1e-4
+    tight = np.kron(np.eye(pairs), np.array([[1, correlation], [correlation, 1]]))
+    apart = np.full(2 * pairs, 4.0)
+    model = gaussians(np.array([1.0, np.exp(-105.0)]), np.stack([-apart, apart]), np.stack([tight, 2e-4 * np.eye(52)]))
+    starts = find_starts(model, key=KEY)
+    assert len(starts.ends) == 2
+    fitted = {guide: fit(model, guide, key=KEY, starts=starts) for guide in ("mean_field", "full_rank")}
+    loss = -0.5 * pairs * np.log1p(-(correlation**2))
+    assert loss > 105
+    assert fitted["mean_field"].elbo.value == pytest.approx(-105.0, abs=0.1)
+    assert [round(optimum.value) for optimum in fitted["mean_field"].optima] == [-105, round(-loss)]
+    assert fitted["full_rank"].elbo.value == pytest.approx(0.0, abs=0.1)

@@ -24,7 +24,7 @@ from toolkit.modelling.model import Model
 from toolkit.variational.space import Space, latent_space
 
 _BATCH = 128  # points side by side: more no longer paid on the curated models
-_FEW = 8  # points that a search for starts or a set of differences asks for: hardly dearer than one
+_FEW, _FEW_SCALARS = 8, 128_000  # the same where few are asked for: with so many scalars a point alone is as cheap
 _WORTH_MANY = 0.25  # of a batch, from which on the program for many is the cheaper one
 _BATCH_SCALARS = 2_000_000  # all sites counted, in one batch; 16 MB each
 _KEPT = 16  # pairs of programs in a process
@@ -36,6 +36,7 @@ class _Programs:
 
     few: Any
     many: Any
+    width: int
     batch: int
     seconds: float
     peak_bytes: int
@@ -54,7 +55,7 @@ class LogDensity:
 
     Attributes:
         space: The latent sites that a vector holds.
-        evaluations: Gradients computed so far.
+        evaluations: Gradients asked for so far.
         compile_seconds: Spent on tracing and compiling; 0 where programs of these shapes were there already.
         peak_bytes: What the larger program holds at once.
     """
@@ -82,8 +83,8 @@ class LogDensity:
         with jax.enable_x64(True):
             while begin < len(points):
                 left = len(points) - begin
-                many = left > _FEW and left > _WORTH_MANY * programs.batch
-                program, batch = (programs.many, programs.batch) if many else (programs.few, _FEW)
+                many = left > programs.width and left > _WORTH_MANY * programs.batch
+                program, batch = (programs.many, programs.batch) if many else (programs.few, programs.width)
                 piece = points[begin : begin + batch]
                 missing = batch - len(piece)
                 if missing:
@@ -140,11 +141,13 @@ def _compiled(model: Model, chart: str, space: Space, arrays: Any, holds: tuple[
 
     both = jax.jit(jax.value_and_grad(log_density))  # traced once for the two programs
     scalars = sum(math.prod(site.shape) for site in model.sites.values())
-    batch = int(np.clip(_BATCH_SCALARS // scalars, 8, _BATCH))
-    batch = 1 << (batch.bit_length() - 1)
+    width, batch = (
+        1 << (int(np.clip(at_once // scalars, least, most)).bit_length() - 1)
+        for at_once, least, most in ((_FEW_SCALARS, 1, _FEW), (_BATCH_SCALARS, _FEW, _BATCH))
+    )
     # Tracing shares NumPyro's one stack of handlers; compiling does not.
     abreast = jax.jit(jax.vmap(both, in_axes=(0, None)))
-    lowered = [abreast.lower(np.zeros((count, space.size)), arrays) for count in (_FEW, batch)]
+    lowered = [abreast.lower(np.zeros((count, space.size)), arrays) for count in (width, batch)]
     with ThreadPoolExecutor(2) as pool:
         few, many = pool.map(lambda lowered: lowered.compile(QUICK), lowered)
-    return _Programs(few, many, batch, time.perf_counter() - begun, peak_bytes(many), holds)
+    return _Programs(few, many, width, batch, time.perf_counter() - begun, peak_bytes(many), holds)

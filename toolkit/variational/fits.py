@@ -58,7 +58,8 @@ class Fit:
         autoguide: NumPyro's guide; everything that NumPyro does with a guide works with it and `params`.
         params: Its parameters, constrained, and the model's own parameters where its chart has any; empty if the fit
             failed.
-        start: Where the search began, unconstrained, by site; the autoguide was set up there.
+        start: A point at which the autoguide can be set up again, unconstrained, by site: a Gaussian's location, and
+            where the best search began for other guides.
     """
 
     guide: Guide

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -62,16 +63,17 @@ def fit(
         key: Random key; the same key gives the same fit.
         tolerance: In nats: the optimisation gap that is good enough. Gaussian guides are worked on until their
             certificate's upper limit is below it; others until a step no longer gains a fraction of it.
-        max_gradients: The budget, in gradients of the log density at one point each, all starts and the certificate
-            counted.
+        max_gradients: The budget, in gradients of the log density at one point each, the starts counted. Climbs and
+            certificate keep to it; the search for starts and the diagnosis of a failure always run to their end.
         solver: `"fixed_draws"` (a quasi-Newton method on the ELBO of common draws), `"natural_gradient"` (full-rank
             Gaussians in high dimension), `"svi"` (NumPyro's, for any guide), or `"auto"`, which chooses and says why.
         starts: How many dispersed searches for a mode to begin with, or their result (`find_starts`), which several
             guides may share.
         smaller: Fits of the same model; the guide is not left below those of families that it contains.
         prepared: The result of `prepare` for this model and guide, where the solver is SVI; made here if None.
-        elbo_draws: Fresh draws behind a Gaussian guide's ELBO and its log weights, from which k-hat is had. If None,
-            1,024 of them, doubled until the ELBO's standard error is a tenth of the tolerance, or 4,096.
+        elbo_draws: Fresh draws behind the ELBO of a guide that is not fitted by SVI, and behind its log weights, from
+            which k-hat is had. If None, as many as make the ELBO's standard error a tenth of the tolerance, from 1,024
+            to 4,096. SVI has a number of its own, which its test of arrival takes.
         progress: Called between pieces of work.
 
     Raises:
@@ -172,18 +174,20 @@ def choose_solver(model: Model, guide: Guide, built: Any, space: Space, asked: s
     return FIXED_DRAWS, "on fixed draws the ELBO of a Gaussian guide is a smooth function, which has a maximum to find"
 
 
-_set_up: WeakKeyDictionary[Model, dict[Guide, Any]] = WeakKeyDictionary()
+_set_up: WeakKeyDictionary[Model, dict[Hashable, Any]] = WeakKeyDictionary()
 
 
 def _built(model: Model, guide: Guide, space: Space) -> Any:
-    """NumPyro's guide, set up at the origin; a Gaussian one, which no fit changes, once for a model."""
-    known = _set_up.setdefault(model, {})
-    if guide in known:
-        return known[guide]
-    built = build_guide(model, guide, space.unravel(np.zeros(space.size)))
-    if gaussian_form(built, space):
-        known[guide] = built
-    return built
+    """NumPyro's guide, set up at the origin; a Gaussian one that has a name is set up once for a model, and copied."""
+    if not guide.is_named:
+        return build_guide(model, guide, space.unravel(np.zeros(space.size)))
+    known, name = _set_up.setdefault(model, {}), (guide.name, guide.rank)
+    if name not in known:
+        built = build_guide(model, guide, space.unravel(np.zeros(space.size)))
+        if gaussian_form(built, space) is None:
+            return built
+        known[name] = built
+    return copy.copy(known[name])
 
 
 def _with_columns(guide: Guide, starts: Starts, tolerance: float) -> tuple[Guide, str]:

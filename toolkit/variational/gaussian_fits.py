@@ -24,7 +24,7 @@ from toolkit.variational.certificates import SETS, Bounded, Certificate, Scope, 
 from toolkit.variational.density import LogDensity
 from toolkit.variational.draws import generator, matched_draws
 from toolkit.variational.failures import Failure, find_failure, find_ridge, is_sound
-from toolkit.variational.gaussians import Family, Frame, Member, Quadratic
+from toolkit.variational.gaussians import Family, Frame, Member, Quadratic, Triangular
 from toolkit.variational.solvers.fixed_draws import EVALUATIONS, FixedDrawsELBO, climb
 from toolkit.variational.solvers.natural import STEPS, Gaussian, averaged_steps
 from toolkit.variational.solvers.svi import Trace
@@ -39,7 +39,7 @@ _LEAST_DRAWS, _FIRST_DRAWS, _MOST_DRAWS = 256, 1_024, 16_384
 _PROJECTION_DRAWS, _PROJECTED = 256, 16  # at least, and for each dimension up to the many that a matrix asks for
 _COMPARED_DRAWS = 1_024  # where the ELBOs of two optima are compared
 _CHOSEN_DRAWS = 256  # where a control variate is
-_ELBO_DRAWS = (1_024, 4_096)  # doubled from the first to the second, until the error is small
+_ELBO_DRAWS = (1_024, 4_096)  # at least and at most
 _SMALL = 0.1  # of the tolerance: the ELBO's standard error for which no more draws are asked
 _NATURAL_DRAWS = 1_024
 _SCREENED = 80  # evaluations from each start; the proof goes on from the best one
@@ -63,16 +63,16 @@ class Optimum:
         x: The parameters.
         quadratic: The control variate found there.
         elbo: On draws that no climb has seen, in nats.
+        spread: The sd in nats of what one such draw says of it.
         trace: The course.
-        found: How many starts ended there.
     """
 
     family: Family
     x: np.ndarray
     quadratic: Quadratic
     elbo: Estimate
+    spread: float
     trace: Trace
-    found: int = 1
 
     @property
     def member(self) -> Member:
@@ -135,7 +135,12 @@ def fit_gaussian(
         report: Called with what is done, of how many evaluations, and the ELBO.
     """
     begun, spent_before = time.perf_counter(), density.evaluations
+
+    def left() -> int:
+        return max(max_gradients - (density.evaluations - spent_before), 0)
+
     with np.errstate(over="ignore", invalid="ignore"):  # a run-off ends where floating-point numbers do
+        followed = _followed(form, starts, solver)
         climbed = [
             _solved(
                 density,
@@ -144,11 +149,11 @@ def fit_gaussian(
                 solver,
                 key=jax.random.fold_in(key, i),
                 tolerance=tolerance,
-                compared=_COMPARED_DRAWS if len(starts) > 1 else _CHOSEN_DRAWS,
+                budget=left() // (len(followed) - i),
+                compared=_COMPARED_DRAWS if len(followed) > 1 else _CHOSEN_DRAWS,
                 report=report,
             )
-            for i, start in enumerate(starts)
-            if start.elbo >= starts[0].elbo - HOPELESS or not (starts[0].is_mode or solver == NATURAL_GRADIENT)
+            for i, start in enumerate(followed)
         ]
     optima = _distinct([optimum for optimum in climbed if math.isfinite(optimum.elbo.value)])
     if not optima:
@@ -156,35 +161,60 @@ def fit_gaussian(
         own = jax.random.fold_in(key, 1_003)
         failure = find_failure(density, form, first.member, first.quadratic, key=own, suspected=True)
         return _failed(climbed, failure, begun)
-    best = _not_below(density, optima[0], smaller, key=jax.random.fold_in(key, 1_000), report=report)
-    optima = (replace(best, found=optima[0].found), *optima[1:])
+    best = _not_below(density, optima[0], smaller, key=jax.random.fold_in(key, 1_000), left=left, report=report)
+    optima = (best, *optima[1:])
     failure = find_failure(density, form, best.member, best.quadratic, key=jax.random.fold_in(key, 1_003))
     if failure is None and not any(start.is_mode for start in starts):
         failure = find_ridge(density, best.member, key=jax.random.fold_in(key, 1_005))
+    own = jax.random.fold_in(key, 1_002)
     if failure:
-        return _without_optimum(density, best, optima, failure, begun, key=jax.random.fold_in(key, 1_002))
-    budget = max(max_gradients - (density.evaluations - spent_before), 0)
+        return _without_optimum(density, best, optima, failure, elbo_draws or _ELBO_DRAWS[0], begun, key=own)
     scope = Scope.GLOBAL if log_concave and form.concave else Scope.LOCAL
     if solver == NATURAL_GRADIENT:
         best, proof = _estimated(density, best, key=jax.random.fold_in(key, 1_001), tolerance=tolerance)
     else:
         best, proof = _proved(
-            density, best, scope, key=jax.random.fold_in(key, 1_001), tolerance=tolerance, budget=budget, report=report
+            density, best, scope, key=jax.random.fold_in(key, 1_001), tolerance=tolerance, left=left, report=report
         )
     status, message, certificate = proof.status, proof.message, proof.certificate
     if status not in (Status.ARRIVED, Status.UNPROVEN):
-        own = jax.random.fold_in(key, 1_004)
-        failure = find_failure(density, form, best.member, best.quadratic, key=own, suspected=True)
+        closely = jax.random.fold_in(key, 1_004)
+        failure = find_failure(density, form, best.member, best.quadratic, key=closely, suspected=True)
     if failure:
-        return _without_optimum(density, best, optima, failure, begun, key=jax.random.fold_in(key, 1_002))
-    least, most = (elbo_draws, elbo_draws) if elbo_draws else _ELBO_DRAWS
-    own = jax.random.fold_in(key, 1_002)
-    elbo, weights = _measured(density, best, key=own, draws=least, most=most, enough=_SMALL * tolerance)
+        return _without_optimum(density, best, optima, failure, elbo_draws or _ELBO_DRAWS[0], begun, key=own)
+    elbo, weights = _measured(density, best, key=own, draws=elbo_draws or _draws_for(best, _SMALL * tolerance))
     if not math.isfinite(elbo.value):
         status, message = Status.DIVERGED, "draws of the Gaussian have no finite density"
     optima = (replace(best, elbo=elbo), *optima[1:])
     seconds = time.perf_counter() - begun
     return GaussianFit(status, message, best.member, elbo, weights, certificate, optima, seconds)
+
+
+def _followed(form: GaussianForm, starts: Sequence[Start], solver: str) -> list[Start]:
+    """The starts that are not far below the best for this family, the best first, then those of unknown height.
+
+    Where the best is no mode its height may still rise by much, and all are followed, unless that is too dear.
+    """
+    promises = np.array([_promise(form, start) for start in starts])
+    order = np.argsort(-promises, kind="stable")
+    everyone = not starts[order[0]].is_mode and solver != NATURAL_GRADIENT
+    return [starts[i] for i in order if everyone or not promises[i] < promises[order[0]] - HOPELESS]
+
+
+def _promise(form: GaussianForm, start: Start) -> float:
+    """The family's ELBO in nats at a start, were the density the Gaussian that has grown there; NaN without one."""
+    if start.precision is None:
+        return math.nan
+    if form.full:
+        return start.elbo
+    frame = Frame.of(start.loc, start.precision)
+    quadratic = Quadratic(start.loc, np.zeros(len(start.loc)), frame.precision)
+
+    def height(family: Family) -> float:
+        x = np.zeros(family.parameters)
+        return family.exact(x, family.member(x), quadratic)[0]
+
+    return start.elbo + height(form.family(frame)) - height(Triangular(frame))
 
 
 @dataclass(frozen=True)
@@ -226,6 +256,7 @@ def _solved(
     *,
     key: jax.Array,
     tolerance: float,
+    budget: int,
     compared: int,
     report: Report,
 ) -> Optimum:
@@ -259,7 +290,7 @@ def _solved(
             FixedDrawsELBO(density, family, quadratic, base),
             np.zeros(family.parameters),
             residual=tolerance / 100,
-            max_evaluations=_SCREENED,
+            max_evaluations=int(np.clip(budget // draws, 1, _SCREENED)),
             report=lambda steps, elbo: report("climbing", steps, steps + 1, elbo),
         )
         x, steps, course = climbed.x, np.arange(1, climbed.evaluations + 1), climbed.course
@@ -293,7 +324,7 @@ def _looked_at(
             spread = float(terms.std())
         if is_sound(terms) and spread < least:
             chosen, least, elbo = tried, spread, Estimate.of_mean(terms)
-    return Optimum(family, x, chosen, elbo, trace)
+    return Optimum(family, x, chosen, elbo, least, trace)
 
 
 def _own_quadratic(member: Member) -> tuple[Quadratic, ...]:
@@ -315,11 +346,7 @@ def _distinct(optima: Sequence[Optimum]) -> tuple[Optimum, ...]:
     """The optima, the best first, each one once."""
     kept: list[Optimum] = []
     for optimum in sorted(optima, key=lambda optimum: -optimum.elbo.value):
-        for number, other in enumerate(kept):
-            if _is_same(optimum, other):
-                kept[number] = replace(other, found=other.found + 1)
-                break
-        else:
+        if not any(_is_same(optimum, other) for other in kept):
             kept.append(optimum)
     return tuple(kept)
 
@@ -333,26 +360,39 @@ def _is_same(first: Optimum, second: Optimum) -> bool:
 
 
 def _not_below(
-    density: LogDensity, best: Optimum, smaller: Sequence[Member], *, key: jax.Array, report: Report
+    density: LogDensity,
+    best: Optimum,
+    smaller: Sequence[Member],
+    *,
+    key: jax.Array,
+    left: Callable[[], int],
+    report: Report,
 ) -> Optimum:
     """The optimum, or one climbed from the best of a smaller family where that lies above it on common draws."""
     for number, member in enumerate(smaller):
         own = jax.random.fold_in(key, number)
         x = best.family.near(member)
-        base = matched_draws(_COMPARED_DRAWS, best.family.base, key=jax.random.fold_in(own, 0))
-        objective = FixedDrawsELBO(density, best.family, best.quadratic, base)
-        gain = objective.each(x) - objective.each(best.x)
-        if not np.isfinite(gain).all() or Estimate.of_mean(gain).value <= 0:
+        if _gain(density, best, x, _COMPARED_DRAWS, key=jax.random.fold_in(own, 0)).value <= 0:
             continue
         base = matched_draws(_MOST_DRAWS // 4, best.family.base, key=jax.random.fold_in(own, 1))
-        objective = FixedDrawsELBO(density, best.family, best.quadratic, base)
-        climbed = climb(objective, x, residual=0.01, report=lambda n, elbo: report("climbing", n, n + 1, elbo))
-        trace = Trace(np.arange(1.0, climbed.evaluations + 1), climbed.course, np.zeros(climbed.evaluations))
-        own = jax.random.fold_in(own, 2)
-        other = _looked_at(density, best.family, climbed.x, best.quadratic, trace, key=own, draws=_COMPARED_DRAWS)
-        if other.elbo.value > best.elbo.value:
-            best = other
+        climbed = climb(
+            FixedDrawsELBO(density, best.family, best.quadratic, base),
+            x,
+            residual=0.01,
+            max_evaluations=int(np.clip(left() // len(base), 1, EVALUATIONS)),
+            report=lambda n, elbo: report("climbing", n, n + 1, elbo),
+        )
+        if _gain(density, best, climbed.x, _COMPARED_DRAWS, key=jax.random.fold_in(own, 2)).value > 0:
+            trace = Trace(np.arange(1.0, climbed.evaluations + 1), climbed.course, np.zeros(climbed.evaluations))
+            best = _looked_at(density, best.family, climbed.x, best.quadratic, trace, key=jax.random.fold_in(own, 3))
     return best
+
+
+def _gain(density: LogDensity, best: Optimum, x: np.ndarray, draws: int, *, key: jax.Array) -> Estimate:
+    """How far a member of the family lies above an optimum, in nats, on common draws of their own."""
+    objective = FixedDrawsELBO(density, best.family, best.quadratic, matched_draws(draws, best.family.base, key=key))
+    gain = objective.each(x) - objective.each(best.x)
+    return Estimate.of_mean(gain) if is_sound(gain) else Estimate(-math.inf, math.nan)
 
 
 def _proved(
@@ -362,20 +402,19 @@ def _proved(
     *,
     key: jax.Array,
     tolerance: float,
-    budget: int,
+    left: Callable[[], int],
     report: Report,
 ) -> tuple[Optimum, Proof]:
     """The optimum, improved until its certificate is below the tolerance, or draws, rounds or the budget run out."""
-    spent_before = density.evaluations
     certificate: Certificate | None = None
     draws = _first_draws(best.family)
     ended, why, insists = Status.BUDGET, f"more than {_ROUNDS} rounds of it", False
     too_few = f"draws are too few for {best.family.parameters:,} parameters"
     for number in range(_ROUNDS):
         own = jax.random.fold_in(key, number)
-        affordable = (budget - (density.evaluations - spent_before)) // (SETS * _EVALUATIONS_EXPECTED)
+        affordable = left() // (SETS * _EVALUATIONS_EXPECTED)
         if draws > affordable:
-            why = f"{budget:,} gradients, the budget, do not suffice"
+            why = f"of the budget {left():,} gradients are left, which do not suffice"
             if certificate or affordable < _first_draws(best.family):
                 break
             draws = _power_of_two(affordable // 2 + 1)  # a limit above the tolerance is better than none
@@ -429,13 +468,10 @@ def _moved(
     """The mean of what the certificate's sets of draws were fitted by, and its gain on draws of their own, in nats."""
     # Nearly as good as a member fitted to all sets of draws at once.
     x = best.family.mean([end.x for end in bounded.ends])
-    base = matched_draws(draws, best.family.base, key=jax.random.fold_in(key, 0))
-    objective = FixedDrawsELBO(density, best.family, best.quadratic, base)
-    gain = objective.each(x) - objective.each(best.x)
-    if not is_sound(gain):
-        return best, Estimate(-math.inf, math.nan)
-    moved = _looked_at(density, best.family, x, best.quadratic, best.trace, key=jax.random.fold_in(key, 1))
-    return moved, Estimate.of_mean(gain)
+    gain = _gain(density, best, x, draws, key=jax.random.fold_in(key, 0))
+    if not math.isfinite(gain.value):
+        return best, gain
+    return _looked_at(density, best.family, x, best.quadratic, best.trace, key=jax.random.fold_in(key, 1)), gain
 
 
 def _estimated(density: LogDensity, best: Optimum, *, key: jax.Array, tolerance: float) -> tuple[Optimum, Proof]:
@@ -448,29 +484,29 @@ def _estimated(density: LogDensity, best: Optimum, *, key: jax.Array, tolerance:
     return best, Proof(certificate, Status.BUDGET, f"{len(best.trace.steps)} natural-gradient steps were taken")
 
 
-def _measured(
-    density: LogDensity, best: Optimum, *, key: jax.Array, draws: int, most: int = 0, enough: float
-) -> tuple[Estimate, np.ndarray]:
-    """The ELBO in nats on independent draws, the control variate used, and log p(x, z) - log q(z) at them.
+def _draws_for(best: Optimum, se: float) -> int:
+    """The draws by which the ELBO's standard error falls to so many nats, within limits.
 
-    The draws are doubled until the standard error is small enough or there are as many as may be.
+    Chosen by other draws than the ELBO is then taken from: to stop where an error has come out small would be to stop
+    where the tail has been missed.
     """
+    wanted = (best.spread / se) ** 2 if math.isfinite(best.spread) else math.inf
+    return int(np.clip(_power_of_two(min(wanted, _ELBO_DRAWS[1])), *_ELBO_DRAWS))
+
+
+def _measured(density: LogDensity, best: Optimum, *, key: jax.Array, draws: int) -> tuple[Estimate, np.ndarray]:
+    """The ELBO in nats on independent draws, the control variate used, and log p(x, z) - log q(z) at them."""
     family, member = best.family, best.member
-    rng = generator(key)
+    base = generator(key).standard_normal((draws, family.base))
+    points = family.points(member, base)
+    values, _ = density.over(points)
+    known, _ = best.quadratic.at(points)
     exact, _ = family.exact(best.x, member, best.quadratic)
-    log_scale = family.entropy(member) - 0.5 * family.size
-    terms, weights = np.empty(0), np.empty(0)
-    while True:
-        base = rng.standard_normal((draws - len(terms), family.base))
-        points = family.points(member, base)
-        values, _ = density.over(points)
-        apart = np.einsum("ni,ni->n", points - member.loc, family.scores(member, base))
-        terms = np.append(terms, values - best.quadratic.at(points)[0] + exact)
-        weights = np.append(weights, values + 0.5 * apart + log_scale)
-        elbo = Estimate.of_mean(terms) if is_sound(terms) else Estimate(-math.inf, math.nan)
-        if not elbo.se > enough or 2 * draws > most:
-            return elbo, weights
-        draws *= 2
+    terms = values - known + exact
+    apart = np.einsum("ni,ni->n", points - member.loc, family.scores(member, base))
+    log_q = -0.5 * apart - (family.entropy(member) - 0.5 * family.size)
+    elbo = Estimate.of_mean(terms) if is_sound(terms) else Estimate(-math.inf, math.nan)
+    return elbo, values - log_q
 
 
 def _failed(climbed: Sequence[Optimum], failure: Failure | None, begun: float) -> GaussianFit:
@@ -484,11 +520,18 @@ def _failed(climbed: Sequence[Optimum], failure: Failure | None, begun: float) -
 
 
 def _without_optimum(
-    density: LogDensity, best: Optimum, optima: Sequence[Optimum], failure: Failure, begun: float, *, key: jax.Array
+    density: LogDensity,
+    best: Optimum,
+    optima: Sequence[Optimum],
+    failure: Failure,
+    draws: int,
+    begun: float,
+    *,
+    key: jax.Array,
 ) -> GaussianFit:
     """A fit whose family has no best member: where it stopped means nothing, and no certificate is asked for."""
     with np.errstate(over="ignore", invalid="ignore"):
-        elbo, weights = _measured(density, best, key=key, draws=_ELBO_DRAWS[0], enough=math.inf)
+        elbo, weights = _measured(density, best, key=key, draws=draws)
     seconds = time.perf_counter() - begun
     return GaussianFit(failure.status, failure.message, best.member, elbo, weights, None, tuple(optima), seconds)
 

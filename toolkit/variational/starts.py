@@ -19,13 +19,16 @@ from toolkit.variational.solvers.lockstep import minimise_each
 from toolkit.variational.solvers.natural import is_safely_positive, natural_steps
 from toolkit.variational.space import Space
 
-_TRIES = 50
+_BATCHES, _SHRINK = 20, 0.7  # of points to begin at, each batch from smaller boxes
 # Rounds of the searches, and whether in the coordinates of a curvature. Few that end at a mode take more than 150.
 _ROUNDS = ((25, False), (40, True), (60, True), (250, False))
+_LARGE_ROUNDS = ((500, False),)  # where a curvature is dear
 _STEPS = 12
 _NEAR, _WIDE = 2.0, 10.0  # half the boxes' widths: NumPyro's own, and one for modes that it does not reach
 _GROWN = 3  # modes from which a Gaussian is grown: the best by the evidence that their curvature gives them
 HOPELESS = 100.0  # nats below the best, from which a mode or a start is not followed
+_VOLUME = 5.0  # nats for each dimension, that a place may have in volume: 150 times the best mode's sds
+_STATIONARY = 0.1  # nats that Newton's step would gain, from which on a point is no mode
 _CHEAP = 300  # dimensions
 _SAME_HEIGHT = 1e-3  # nats between two searches that ended at one mode
 _SAME_PLACE = 0.5  # posterior sds between them, or unconstrained units where no curvature is known
@@ -92,13 +95,20 @@ def find_starts(model: Model, *, key: jax.Array, chart: str | None = None, count
     Each search climbs the log density by L-BFGS; the curvature where it ends gives the scale, and a few
     natural-gradient steps move both towards the best full-rank Gaussian. No point at all means that no search had a
     beginning with a finite density and gradient.
+
+    Raises:
+        ValueError: `count` is below one, or the model has no latent scalar.
     """
+    if count < 1:
+        raise ValueError(f"Expected at least one search for a start; got {count}.")
     with jax.enable_x64(True):
         return _found(model, key, model.chart if chart is None else chart, count)
 
 
 def _found(model: Model, key: jax.Array, chart: str, count: int) -> Starts:
     density = LogDensity(model, chart)
+    if density.size == 0:
+        raise ValueError(f"Expected a model with latent scalars; '{model.name}' has none: there is nothing to fit.")
     # A run-off ends where floating-point numbers do.
     with threads_for(density.size), np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         return _searched(model, density, key, chart, count)
@@ -113,13 +123,13 @@ def _searched(model: Model, density: LogDensity, key: jax.Array, chart: str, cou
     for end in _relabelled_once(model, density.space, chart, ends):
         if not _at_another(end, distinct):
             distinct.append(_Found(end, *(_curvature(density, end.loc) if dense else (None, False))))
-    own = jax.random.fold_in(key, _TRIES)
+    own = jax.random.fold_in(key, 50)
     if dense:
         modes = sorted((one for one in distinct if one.is_mode), key=lambda one: -_laplace(one))[:_GROWN]
-        points = [_from_mode(density, one, key=own) for one in modes if _laplace(one) > _laplace(modes[0]) - HOPELESS]
+        points = [_from_mode(density, one, key=own) for one in _hopeful(modes)]
         # One that has run off stands high; one that is stuck far below a mode has nothing to give. In high dimension a
         # Gaussian takes minutes to grow, and searches that lead nowhere are many.
-        least = -modes[0].end.loss - HOPELESS if modes else -np.inf
+        least = -modes[0].end.loss - HOPELESS - _VOLUME * density.size if modes else -np.inf
         strays = [one for one in distinct if not one.is_mode and -one.end.loss > least]
         strays = strays if density.size <= _CHEAP or not modes else []
         points += _from_beginnings(density, [one.end for one in strays], key=own)
@@ -214,27 +224,52 @@ def _laplace(found: _Found) -> float:
     return float(-found.end.loss - 0.5 * np.linalg.slogdet(found.precision / (2 * np.pi))[1])
 
 
+def _hopeful(modes: list[_Found]) -> list[_Found]:
+    """The modes that are not far below the best, either for a full-rank Gaussian or for a factorised one.
+
+    Which mode is the better one may depend on the family: all others lie between these two.
+    """
+    if len(modes) < 2:
+        return modes
+    heights = np.array([[_laplace(one), _factorised(one)] for one in modes])
+    hopeful = (heights > heights.max(0) - HOPELESS).any(1)
+    return [one for one, follow in zip(modes, hopeful, strict=True) if follow]
+
+
+def _factorised(found: _Found) -> float:
+    """The ELBO in nats of the best factorised Gaussian at a mode, were the density Gaussian."""
+    assert found.precision is not None
+    return float(-found.end.loss - 0.5 * np.log(np.diag(found.precision) / (2 * np.pi)).sum())
+
+
 def _curvature(density: LogDensity, loc: np.ndarray) -> tuple[np.ndarray | None, bool]:
-    """Minus the Hessian at a point, its eigenvalues bounded away from zero, and whether it needed no bounding.
+    """Minus the Hessian at a point, its eigenvalues bounded away from zero, and whether the point is a mode.
+
+    That it is where the Hessian needs no bounding and Newton's step would gain next to nothing.
 
     By central differences of the gradient, first with steps of a ten-thousandth of the coordinate, then of a hundredth
     of the sd that these found: exact to about six digits, and without a program of its own.
     """
-    hessian = _differences(density, loc, 1e-4 * np.maximum(np.abs(loc), 1.0))
+    hessian, _ = _differences(density, loc, 1e-4 * np.maximum(np.abs(loc), 1.0))
     diagonal = -np.diag(hessian)
     known = np.isfinite(diagonal) & (diagonal > 0)
     steps = np.where(known, 1e-2 / np.sqrt(np.where(known, diagonal, 1.0)), 1e-4 * np.maximum(np.abs(loc), 1.0))
-    hessian = _differences(density, loc, steps)
-    return positive_definite(-hessian) if np.isfinite(hessian).all() else (None, False)
+    hessian, gradient = _differences(density, loc, steps)
+    if not np.isfinite(hessian).all():
+        return None, False
+    precision, definite = positive_definite(-hessian)
+    if precision is None or not definite:
+        return precision, False
+    return precision, bool(gradient @ np.linalg.solve(precision, gradient) < 2 * _STATIONARY)
 
 
-def _differences(density: LogDensity, loc: np.ndarray, steps: np.ndarray) -> np.ndarray:
-    """The Hessian (size, size) at a point, by central differences."""
+def _differences(density: LogDensity, loc: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The Hessian (size, size) at a point and the gradient (size,), by central differences."""
     apart = np.diag(steps)
     _, gradients = density.over(np.concatenate([loc + apart, loc - apart]))
     above, below = np.split(gradients, 2)
     hessian = (above - below) / (2 * steps[:, None])
-    return (hessian + hessian.T) / 2
+    return (hessian + hessian.T) / 2, (above + below).mean(0) / 2
 
 
 def _from_mode(density: LogDensity, found: _Found, *, key: jax.Array) -> Start:
@@ -298,19 +333,15 @@ def _valid_points(density: LogDensity, key: jax.Array, count: int) -> list[np.nd
     """
     rng = generator(key)
     points: list[np.ndarray] = []
-    for first in range(0, _TRIES, count):
-        tried = np.stack([_dispersed(density.size, number, count, rng) for number in range(first, first + count)])
+    for batch in range(_BATCHES):
+        radii = _SHRINK**batch * np.where(np.arange(count) % 4 == 3, _WIDE, _NEAR)
+        tried = rng.uniform(-1, 1, (count, density.size)) * radii[:, None]
         values, gradients = density.over(tried)
         valid = np.isfinite(values) & np.isfinite(gradients).all(1)
         points += list(tried[valid])
         if len(points) >= count:
             break
     return points[:count]
-
-
-def _dispersed(size: int, number: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    radius = (_WIDE if number % 4 == 3 else _NEAR) * 0.8 ** max(0, number - count)
-    return rng.uniform(-radius, radius, size)
 
 
 def _searched_from(density: LogDensity, points: list[np.ndarray]) -> list[_End]:
@@ -323,7 +354,7 @@ def _searched_from(density: LogDensity, points: list[np.ndarray]) -> list[_End]:
         return []
     x, losses = np.stack(points), np.full(len(points), np.inf)
     under_way = np.arange(len(points))
-    for rounds, curved in _ROUNDS:
+    for rounds, curved in _ROUNDS if density.size <= _CHEAP else _LARGE_ROUNDS:
         frame = _metric(density, x[under_way], losses[under_way] if curved else None)
 
         def lost(at: np.ndarray, frame: Frame = frame) -> tuple[np.ndarray, np.ndarray]:
@@ -332,7 +363,9 @@ def _searched_from(density: LogDensity, points: list[np.ndarray]) -> list[_End]:
 
         begin = frame.measure((x[under_way] - frame.loc).T).T
         found = minimise_each(lost, begin, max_rounds=rounds)
-        x[under_way], losses[under_way] = frame.loc + frame.move(found.x.T).T, found.losses
+        sound = np.isfinite(found.losses)
+        kept = under_way[sound]
+        x[kept], losses[kept] = frame.loc + frame.move(found.x[sound].T).T, found.losses[sound]
         under_way = under_way[~found.ended]
         if not len(under_way):
             break
@@ -342,10 +375,10 @@ def _searched_from(density: LogDensity, points: list[np.ndarray]) -> list[_End]:
 def _metric(density: LogDensity, x: np.ndarray, losses: np.ndarray | None) -> Frame:
     """The coordinates of the curvature at the best of several points, or the model's own where none is wanted."""
     plain = Frame.of(np.zeros(density.size), np.ones(density.size))
-    if losses is None or density.size > _CHEAP:
+    if losses is None:
         return plain
     best = x[int(np.argmin(losses))]
-    hessian = _differences(density, best, 1e-4 * np.maximum(np.abs(best), 1.0))
+    hessian, _ = _differences(density, best, 1e-4 * np.maximum(np.abs(best), 1.0))
     precision, _ = positive_definite(-hessian) if np.isfinite(hessian).all() else (None, False)
     return plain if precision is None else Frame.of(best, precision)
 

@@ -59,11 +59,12 @@ def minimise_each(
         gradient: or when no component of the gradient is above this.
         max_rounds: The most batches; searches that are still under way are left where they are.
     """
-    searches = _Searches(losses, begin, decrease, gradient)
-    rounds = 1
-    while searches.live.any() and rounds < max_rounds:
-        searches.advance()
-        rounds += 1
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # a run-off ends where numbers do
+        searches = _Searches(losses, begin, decrease, gradient)
+        rounds = 1
+        while searches.live.any() and rounds < max_rounds:
+            searches.advance()
+            rounds += 1
     return Minima(searches.x, searches.loss, ~searches.live, rounds)
 
 
@@ -81,6 +82,8 @@ class _Searches:
         self.pairs, self.trials = np.zeros(count, int), np.zeros(count, int)
         self.direction, self.slope = np.zeros((count, size)), np.zeros(count)
         self.length, self.short, self.long = np.zeros(count), np.zeros(count), np.full(count, np.inf)
+        # The farthest point of each line search that was low enough.
+        self.low, self.low_loss, self.low_gradient = self.x.copy(), self.loss.copy(), self.gradient.copy()
         self.live = np.isfinite(self.loss) & (np.abs(self.gradient).max(1) > gradient)
         self._set_out(np.flatnonzero(self.live))
 
@@ -95,35 +98,38 @@ class _Searches:
         # Where rounding hides a decrease, slopes tell it.
         level = loss <= before + _ROUNDING * np.abs(before)
         lower |= level & (there <= (2 * _DECREASE - 1) * slope)
-        enough = lower & (there >= _CURVATURE * slope)
-        self._narrow(rows[~enough], length[~enough], lower[~enough], np.isfinite(loss[~enough]), loss[~enough])
-        self._accept(rows[enough], x[enough], loss[enough], gradient[enough])
+        kept = rows[lower]
+        self.low[kept], self.low_loss[kept], self.low_gradient[kept] = x[lower], loss[lower], gradient[lower]
+        enough = lower & ((there >= _CURVATURE * slope) | (np.abs(x).max(1) > _FAR))
+        self._narrow(rows[~enough], length[~enough], lower[~enough], loss[~enough])
+        tired = self.trials[rows] >= _TRIALS
+        self._give_up(rows[tired & (self.short[rows] == 0)])
+        self._accept(rows[enough | (tired & (self.short[rows] > 0))])
 
-    def _narrow(
-        self, rows: np.ndarray, length: np.ndarray, lower: np.ndarray, finite: np.ndarray, loss: np.ndarray
-    ) -> None:
+    def _narrow(self, rows: np.ndarray, length: np.ndarray, lower: np.ndarray, loss: np.ndarray) -> None:
         """The next trial of line searches that go on: between one that was too short and one that was too long."""
         self.trials[rows] += 1
         self.short[rows] = np.where(lower, length, self.short[rows])
         self.long[rows] = np.where(lower, self.long[rows], length)
         short, long = self.short[rows], self.long[rows]
-        with np.errstate(invalid="ignore", over="ignore"):
-            halved = (short + long) / 2
-            # The parabola through the first loss, its slope and the loss at the end.
-            parabola = -self.slope[rows] * length**2 / (2 * (loss - self.loss[rows] - self.slope[rows] * length))
-            inner = np.where(short == 0, np.clip(parabola, 0.1 * long, 0.5 * long), halved)
-            inner = np.where(finite | lower, inner, short + _INWARD * (long - short))
+        # The parabola through the first loss, its slope and the loss at the end.
+        parabola = -self.slope[rows] * length**2 / (2 * (loss - self.loss[rows] - self.slope[rows] * length))
+        inner = np.where(short == 0, np.clip(parabola, 0.1 * long, 0.5 * long), (short + long) / 2)
+        inner = np.where(np.isfinite(loss) | lower, inner, short + _INWARD * (long - short))
         self.length[rows] = np.where(np.isfinite(long), inner, _FURTHER * length)
-        lost = rows[self.trials[rows] >= _TRIALS]
-        again = lost[self.pairs[lost] > 0]  # what was remembered may mislead: once more, straight down
-        self.live[lost[self.pairs[lost] == 0]] = False
-        self._forget(again)
-        self._set_out(again)
 
-    def _accept(self, rows: np.ndarray, x: np.ndarray, loss: np.ndarray, gradient: np.ndarray) -> None:
-        """The end of line searches, and the next direction."""
+    def _give_up(self, rows: np.ndarray) -> None:
+        """The end of line searches that found nothing lower: once more, straight down, or of the search."""
+        again = self.pairs[rows] > 0  # what was remembered may have misled
+        self.live[rows[~again]] = False
+        self._forget(rows[again])
+        self._set_out(rows[again])
+
+    def _accept(self, rows: np.ndarray) -> None:
+        """The end of line searches at the points that were low enough, and the next direction."""
         if not len(rows):
             return
+        x, loss, gradient = self.low[rows], self.low_loss[rows], self.low_gradient[rows]
         step, bend = x - self.x[rows], gradient - self.gradient[rows]
         fallen = self.loss[rows] - loss
         small = fallen <= self.decrease * np.maximum(np.maximum(np.abs(self.loss[rows]), np.abs(loss)), 1.0)
