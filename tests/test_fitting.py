@@ -16,6 +16,7 @@ from numpyro.infer.reparam import TransformReparam
 from targets import SCALES, impossible, line, pair
 
 from toolkit import Dataset, Estimate, Fit, Guide, Model, Status, Storage, fit
+from toolkit.variational import fitting, gaussian_fits
 from toolkit.variational import starts as starting
 from toolkit.variational.building import build_guide
 from toolkit.variational.density import LogDensity
@@ -225,13 +226,16 @@ def test_a_short_budget_is_told():
     assert unproved.usable
 
 
-def test_climbs_keep_to_the_budget():
-    model = pair(CORRELATION)
+def test_climbs_keep_to_the_budget(monkeypatch):
+    """What a diagnosis takes, which always runs to its end, is left out here."""
+    monkeypatch.setattr(gaussian_fits, "find_failure", lambda *given, **named: None)
+    monkeypatch.setattr(fitting, "describe_edge", lambda *given, **named: None)
+    model = line()
     starts = find_starts(model, key=KEY, count=4)
-    for room in (1, 20_000):
-        fitted = fit(model, "low_rank", key=KEY, starts=starts, max_gradients=starts.gradient_evaluations + room)
-        diagnosed = 5_000  # by which failure, and the ELBO
-        assert fitted.cost.gradient_evaluations - starts.gradient_evaluations < room + diagnosed
+    begun = starts.gradient_evaluations
+    fitted = fit(model, "low_rank", key=KEY, starts=starts, max_gradients=begun + 1)
+    assert fitted.status is Status.BUDGET
+    assert fitted.cost.gradient_evaluations - begun < 4_096  # a first look at the start, and the ELBO
 
 
 @pytest.mark.parametrize("guide", ["mean_field", "full_rank"])

@@ -21,7 +21,8 @@ class Estimate(NamedTuple):
         values = np.asarray(draws, dtype=float).ravel()
         if values.size < 2:
             raise ValueError(f"Expected at least 2 draws to give a mean its error; got {values.size}.")
-        return cls(float(values.mean()), float(values.std(ddof=1) / math.sqrt(values.size)))
+        with np.errstate(over="ignore"):  # a run-off's squares are no numbers, and its error is infinite
+            return cls(float(values.mean()), float(values.std(ddof=1) / math.sqrt(values.size)))
 
     def __str__(self) -> str:
         value, se = rounded(self.value, self.se)

@@ -13,7 +13,7 @@ from toolkit.threads import threads_for
 from toolkit.variational.certificates import project
 from toolkit.variational.density import LogDensity
 from toolkit.variational.draws import generator, matched_draws
-from toolkit.variational.gaussians import DENSE_LIMIT, Diagonal, Frame, Quadratic
+from toolkit.variational.gaussians import DENSE_LIMIT, Diagonal, Frame, Member, Quadratic
 from toolkit.variational.solvers.fixed_draws import FixedDrawsELBO, climb
 from toolkit.variational.solvers.lockstep import minimise_each
 from toolkit.variational.solvers.natural import is_safely_positive, natural_steps
@@ -21,7 +21,7 @@ from toolkit.variational.space import Space
 
 _BATCHES, _SHRINK = 20, 0.7  # of points to begin at, each batch from smaller boxes
 # Rounds of the searches, and whether in the coordinates of a curvature. Few that end at a mode take more than 150.
-_ROUNDS = ((25, False), (40, True), (60, True), (250, False))
+_ROUNDS = ((25, False), (40, True), (60, True), (200, False))
 _LARGE_ROUNDS = ((500, False),)  # where a curvature is dear
 _STEPS = 12
 _NEAR, _WIDE = 2.0, 10.0  # half the boxes' widths: NumPyro's own, and one for modes that it does not reach
@@ -283,28 +283,68 @@ def _from_beginnings(density: LogDensity, ends: list[_End], *, key: jax.Array) -
     """The Gaussians that grow from where searches began, past what drew them away for ever.
 
     The density of a centred hierarchy has no upper bound; the ELBO has. A mean field climbs it on a few draws, in any
-    units; log p's mean curvature under it then gives the scale for natural-gradient steps.
+    units, and another from elsewhere until two have come to the same place; log p's mean curvature there then gives
+    the scale for natural-gradient steps.
     """
-    climbed = []
+    climbed = list[_Escape]()
     for number, end in enumerate(ends[:_ESCAPES]):
-        family = Diagonal(Frame.of(end.begin, np.full(density.size, _BOX_PRECISION)))
-        nothing = Quadratic(end.begin, np.zeros(density.size), np.zeros(density.size))
-        base = matched_draws(_ESCAPE_DRAWS, density.size, key=jax.random.fold_in(key, number))
-        start = np.concatenate([np.zeros(density.size), np.full(density.size, _NARROW)])
-        best = climb(FixedDrawsELBO(density, family, nothing, base), start, residual=0.1, max_evaluations=_ESCAPE_STEPS)
-        if np.isfinite(best.elbo):
-            climbed.append((best.elbo, number, end, family, best.x))
+        escape = _escaped(density, end, key=jax.random.fold_in(key, number))
+        if escape is None:
+            continue
+        known = next((i for i, other in enumerate(climbed) if _is_same(escape, other)), None)
+        if known is None:
+            climbed.append(escape)
+            continue
+        climbed[known] = max(escape, climbed[known], key=lambda one: one.elbo)
+        break
     starts = []
-    for _, number, end, family, x in sorted(climbed, key=lambda one: -one[0])[:_GROWN]:
-        member = family.member(x)
+    for number, one in enumerate(sorted(climbed, key=lambda one: -one.elbo)[:_GROWN]):
         own = jax.random.fold_in(key, _ESCAPES + number)
-        around = Quadratic(member.loc, np.zeros(density.size), np.diag(member.variances**-1))
-        near = project(density, family, member, around, key=own, draws=_draws(density.size))
+        around = Quadratic(one.member.loc, np.zeros(density.size), np.diag(one.member.variances**-1))
+        near = project(density, one.family, one.member, around, key=own, draws=_draws(density.size))
         precision, _ = positive_definite(near.precision)
-        for tried in (precision, around.precision):
-            if tried is not None:
-                starts.append(_grown(density, end, member.loc, tried, is_mode=False, key=own))
+        tried = [matrix for matrix in (precision, around.precision) if matrix is not None]
+        heights = [_height(density, one.member.loc, matrix, key=own) for matrix in tried] if len(tried) > 1 else [0.0]
+        for index in np.argsort(-np.array(heights)):  # the other one where the better leads nowhere
+            start = _grown(density, one.end, one.member.loc, tried[index], is_mode=False, key=own)
+            if np.isfinite(start.elbo):
+                break
+        starts.append(start)
     return starts
+
+
+@dataclass(frozen=True)
+class _Escape:
+    """Where a mean field climbed to from where a search had begun, and its ELBO in nats on the draws it climbed on."""
+
+    end: _End
+    family: Diagonal
+    member: Member
+    elbo: float
+
+
+def _escaped(density: LogDensity, end: _End, *, key: jax.Array) -> _Escape | None:
+    """The climb of a mean field from a search's beginning; None where no ELBO is finite."""
+    family = Diagonal(Frame.of(end.begin, np.full(density.size, _BOX_PRECISION)))
+    nothing = Quadratic(end.begin, np.zeros(density.size), np.zeros(density.size))
+    base = matched_draws(_ESCAPE_DRAWS, density.size, key=key)
+    start = np.concatenate([np.zeros(density.size), np.full(density.size, _NARROW)])
+    best = climb(FixedDrawsELBO(density, family, nothing, base), start, residual=0.1, max_evaluations=_ESCAPE_STEPS)
+    return _Escape(end, family, family.member(best.x), best.elbo) if np.isfinite(best.elbo) else None
+
+
+def _is_same(one: _Escape, other: _Escape) -> bool:
+    """Whether two mean fields have come to the same place: in a typical coordinate, and in height."""
+    apart = (one.member.loc - other.member.loc) / np.sqrt(other.member.variances)
+    return bool(np.mean(apart**2) < _SAME_PLACE**2 and abs(one.elbo - other.elbo) < _SAME_ELBO)
+
+
+def _height(density: LogDensity, loc: np.ndarray, precision: np.ndarray, *, key: jax.Array) -> float:
+    """The ELBO of N(loc, precision^-1) but for a constant, in nats; -inf where it is not a number."""
+    factor = Frame.of(loc, precision).factor
+    values, _ = density.over(loc + matched_draws(_LEAST_DRAWS, density.size, key=key) @ factor.T)
+    height = float(values.mean() + np.log(np.diag(factor)).sum())
+    return height if np.isfinite(height) else -np.inf
 
 
 def _grown(
