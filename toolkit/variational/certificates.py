@@ -24,13 +24,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-import jax
 import numpy as np
 from scipy import stats
 
 from toolkit.estimate import Estimate
 from toolkit.variational.density import LogDensity
-from toolkit.variational.draws import base_draws, matched_draws
+from toolkit.variational.draws import Key, base_draws, branch, matched_draws
 from toolkit.variational.gaussians import Family, Member, Quadratic
 from toolkit.variational.solvers.fixed_draws import EVALUATIONS, Climbed, FixedDrawsELBO, climb
 from toolkit.variational.solvers.natural import decrement
@@ -93,7 +92,7 @@ def bound_gap(
     x: np.ndarray,
     quadratic: Quadratic,
     *,
-    key: jax.Array,
+    key: Key,
     draws: int,
     residual: float,
     scope: Scope,
@@ -122,7 +121,7 @@ def bound_gap(
     ends = list[Climbed]()
     gains = list[float]()
     for number in range(sets):
-        base = matched_draws(draws, family.base, key=jax.random.fold_in(key, number))
+        base = matched_draws(draws, family.base, key=branch(key, number))
         objective = FixedDrawsELBO(density, family, quadratic, base)
         end = climb(objective, x, residual=residual, max_evaluations=max_evaluations, report=report)
         ends.append(end)
@@ -133,7 +132,7 @@ def bound_gap(
 
 
 def estimate_gap(
-    density: LogDensity, loc: np.ndarray, factor: np.ndarray, *, key: jax.Array, draws: int, sets: int = SETS
+    density: LogDensity, loc: np.ndarray, factor: np.ndarray, *, key: Key, draws: int, sets: int = SETS
 ) -> Certificate:
     """Newton's decrement of a full-rank Gaussian: an estimate of its gap, for dimensions in which no bound closes.
 
@@ -145,7 +144,7 @@ def estimate_gap(
         draws: In each set.
         sets: Pairs of sets; each pair gives one estimate.
     """
-    bases = [base_draws(draws, len(loc), key=jax.random.fold_in(key, number)) for number in range(2 * sets)]
+    bases = [base_draws(draws, len(loc), key=branch(key, number)) for number in range(2 * sets)]
     return _certificate(decrement(density, loc, factor, bases), Scope.ESTIMATE, draws)
 
 
@@ -157,7 +156,7 @@ def _certificate(gains: np.ndarray, scope: Scope, draws: int) -> Certificate:
 
 
 def project(
-    density: LogDensity, family: Family, member: Member, around: Quadratic, *, key: jax.Array, draws: int
+    density: LogDensity, family: Family, member: Member, around: Quadratic, *, key: Key, draws: int
 ) -> Quadratic:
     """The quadratic nearest to log p under a member, from draws of it: the best control variate for it.
 

@@ -8,13 +8,25 @@ import scipy.linalg
 from scipy.special import betainc, gammaincinv, ndtri
 from scipy.stats import qmc
 
-
-def generator(key: jax.Array) -> np.random.Generator:
-    """NumPy's generator for a JAX key; the same key gives the same numbers."""
-    return np.random.default_rng(np.asarray(jax.random.key_data(key), dtype=np.uint32).ravel().tolist())
+type Key = jax.Array | tuple[int, ...]
+"""A JAX key, or the numbers that it became: a key of JAX's own takes half a millisecond to split."""
 
 
-def base_draws(count: int, size: int, *, key: jax.Array) -> np.ndarray:
+def branch(key: Key, number: int) -> Key:
+    """An independent key, one for each number from 0."""
+    return (*_numbers(key), number + 1)  # to NumPy a zero at the end is as good as nothing
+
+
+def generator(key: Key) -> np.random.Generator:
+    """NumPy's generator for a key; the same key gives the same numbers."""
+    return np.random.default_rng(_numbers(key))
+
+
+def _numbers(key: Key) -> tuple[int, ...]:
+    return key if isinstance(key, tuple) else tuple(np.asarray(jax.random.key_data(key), np.uint32).ravel().tolist())
+
+
+def base_draws(count: int, size: int, *, key: Key) -> np.ndarray:
     """Standard normal numbers (count, size): scrambled Sobol points through the normal quantile.
 
     Each row alone is a standard normal draw; together they fill the space more evenly than independent ones, so that
@@ -35,7 +47,7 @@ def base_draws(count: int, size: int, *, key: jax.Array) -> np.ndarray:
     return np.asarray(ndtri(points + 2.0**-31))
 
 
-def matched_draws(count: int, size: int, *, key: jax.Array) -> np.ndarray:
+def matched_draws(count: int, size: int, *, key: Key) -> np.ndarray:
     """Base draws (count, size) whose own mean is zero and whose own covariance is the identity, but for O(1 / count).
 
     Means of quadratics over a Gaussian's draws are then exact, whatever its location and factor: a maximum over

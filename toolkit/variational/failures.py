@@ -23,7 +23,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import jax
 import numpy as np
 import scipy.linalg
 from scipy.special import ndtri
@@ -33,7 +32,7 @@ from toolkit.modelling.model import Model
 from toolkit.status import Status
 from toolkit.variational.autoguides import GaussianForm
 from toolkit.variational.density import LogDensity
-from toolkit.variational.draws import matched_draws
+from toolkit.variational.draws import Key, branch, matched_draws
 from toolkit.variational.gaussians import Diagonal, Family, Frame, Member, Quadratic, Triangular
 from toolkit.variational.solvers.fixed_draws import FixedDrawsELBO, climb
 from toolkit.variational.space import Space
@@ -88,7 +87,7 @@ def find_failure(
     member: Member,
     quadratic: Quadratic,
     *,
-    key: jax.Array,
+    key: Key,
     suspected: bool = False,
 ) -> Failure | None:
     """Why a Gaussian fit has no optimum to arrive at; None where nothing speaks for that.
@@ -107,17 +106,17 @@ def find_failure(
         found = _flat_nearby(density, member, quadratic)
         if found:
             return found
-        if not (suspected or _is_suspicious(density, form, member, key=jax.random.fold_in(key, 0))):
+        if not (suspected or _is_suspicious(density, form, member, key=branch(key, 0))):
             return None
         return (
             _flat_anywhere(density, member)
             or _beyond_numbers(density, form, member)
-            or _running_off(density, form, member, key=jax.random.fold_in(key, 1))
-            or _collapsing(density, member, key=jax.random.fold_in(key, 2))
+            or _running_off(density, form, member, key=branch(key, 1))
+            or _collapsing(density, member, key=branch(key, 2))
         )
 
 
-def find_ridge(density: LogDensity, member: Member, *, key: jax.Array) -> Failure | None:
+def find_ridge(density: LogDensity, member: Member, *, key: Key) -> Failure | None:
     """Why a Gaussian fit is one of an endless row that are all as good; None where no such row is found.
 
     A row is made by a map that leaves the posterior as it is, along which no mode can have a curvature in all
@@ -183,7 +182,7 @@ def _flattest(objective: FixedDrawsELBO, x: np.ndarray) -> tuple[float, np.ndarr
 
 
 def describe_edge(
-    density: LogDensity, model: Model, chart: str, family: Family, member: Member, *, key: jax.Array
+    density: LogDensity, model: Model, chart: str, family: Family, member: Member, *, key: Key
 ) -> Failure | None:
     """The share of a Gaussian's draws that have no finite density, and which site breaks it; None where all have.
 
@@ -341,14 +340,14 @@ def _largest(space: Space, weights: np.ndarray) -> str:
 # -- run-offs ---------------------------------------------------------------------------------------------------------
 
 
-def _running_off(density: LogDensity, form: GaussianForm, member: Member, *, key: jax.Array) -> Failure | None:
+def _running_off(density: LogDensity, form: GaussianForm, member: Member, *, key: Key) -> Failure | None:
     """What a climb that covers decades and still gains is a sign of; None where there is none."""
     first, sds = member, _sds(member)
     # What low rank can gain full rank can, without columns that run off by themselves.
     family: Callable[[Frame], Family]
     family = Triangular if member.factor is not None and density.size <= _DENSE and not form.concave else form.family
     for number in range(1, _STAGES + 1):
-        stage = _stage(density, family, member, key=jax.random.fold_in(key, number))
+        stage = _stage(density, family, member, key=branch(key, number))
         if stage is None:
             return None
         member = stage.member
@@ -388,7 +387,7 @@ def _too_narrow(space: Space, member: Member) -> Failure | None:
     return Failure(Status.UNBOUNDED, f"{where}, and the log density rises without end")
 
 
-def _collapsing(density: LogDensity, member: Member, *, key: jax.Array) -> Failure | None:
+def _collapsing(density: LogDensity, member: Member, *, key: Key) -> Failure | None:
     """A coordinate along which the density has a spike that no narrower Gaussian ever fills."""
     base = matched_draws(_DRAWS, density.size, key=key)
     sds = _sds(member)
@@ -437,9 +436,7 @@ class _Stage:
     volume: float
 
 
-def _stage(
-    density: LogDensity, family_in: Callable[[Frame], Family], member: Member, *, key: jax.Array
-) -> _Stage | None:
+def _stage(density: LogDensity, family_in: Callable[[Frame], Family], member: Member, *, key: Key) -> _Stage | None:
     """A climb in units of the member; None where it gains nothing on draws of its own or leaves the numbers."""
     frame = _own_frame(member)
     if frame is None:
@@ -448,7 +445,7 @@ def _stage(
     quadratic = Quadratic(frame.loc, np.zeros(family.size), frame.precision)
     before = family.member(family.near(member))
     draws = max(_DRAWS, 1 << (4 * family.base - 1).bit_length())
-    base, fresh = (matched_draws(draws, family.base, key=jax.random.fold_in(key, i)) for i in range(2))
+    base, fresh = (matched_draws(draws, family.base, key=branch(key, i)) for i in range(2))
     objective = FixedDrawsELBO(density, family, quadratic, base)
     begun = density.over(family.points(before, fresh))[0]
     entropy = family.entropy(before)
@@ -488,7 +485,7 @@ def _outward(member: Member, times: float) -> Member:
     return replace(member, loc=times * member.loc, scale=scale, factor=factor)
 
 
-def _is_suspicious(density: LogDensity, form: GaussianForm, member: Member, *, key: jax.Array) -> bool:
+def _is_suspicious(density: LogDensity, form: GaussianForm, member: Member, *, key: Key) -> bool:
     """Whether a location or a scale is far from where the ELBO is stationary, or all of it gains far out.
 
     Every Gaussian family here is closed under shifting and under stretching a single coordinate; at its best member

@@ -21,6 +21,7 @@ from toolkit.threads import threads_for
 from toolkit.variational.autoguides import GaussianForm, gaussian_form
 from toolkit.variational.building import build_guide
 from toolkit.variational.density import LogDensity
+from toolkit.variational.draws import branch
 from toolkit.variational.failures import describe_edge
 from toolkit.variational.fits import Fit
 from toolkit.variational.gaussian_fits import FIXED_DRAWS, FIXED_LIMIT, NATURAL_GRADIENT, fit_gaussian
@@ -243,7 +244,7 @@ def _by_gaussian(
             form,
             starts.points,
             members,
-            key=jax.random.fold_in(key, 1),
+            key=branch(key, 1),
             solver=solver,
             log_concave=model.log_concave,
             tolerance=tolerance,
@@ -253,7 +254,7 @@ def _by_gaussian(
         )
     status, message = ended.status, ended.message
     if status in _MAY_HIDE_AN_EDGE:
-        own = jax.random.fold_in(key, 2)
+        own = branch(key, 2)
         edge = describe_edge(density, model, starts.chart, ended.optima[0].family, ended.member, key=own)
         if edge:
             status, message = edge.status, edge.message

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import jax
 import numpy as np
 
 from toolkit.estimate import Estimate
@@ -22,7 +21,7 @@ from toolkit.status import Status
 from toolkit.variational.autoguides import GaussianForm
 from toolkit.variational.certificates import SETS, Bounded, Certificate, Scope, bound_gap, estimate_gap, project
 from toolkit.variational.density import LogDensity
-from toolkit.variational.draws import generator, matched_draws
+from toolkit.variational.draws import Key, branch, generator, matched_draws
 from toolkit.variational.failures import Failure, find_failure, find_ridge, is_sound
 from toolkit.variational.gaussians import Family, Frame, Member, Quadratic, Triangular
 from toolkit.variational.solvers.fixed_draws import EVALUATIONS, FixedDrawsELBO, climb
@@ -111,7 +110,7 @@ def fit_gaussian(
     starts: Sequence[Start],
     smaller: Sequence[Member],
     *,
-    key: jax.Array,
+    key: Key,
     solver: str,
     log_concave: bool,
     tolerance: float,
@@ -147,7 +146,7 @@ def fit_gaussian(
                 form,
                 start,
                 solver,
-                key=jax.random.fold_in(key, i),
+                key=branch(key, i),
                 tolerance=tolerance,
                 budget=left() // (len(followed) - i),
                 compared=_COMPARED_DRAWS if len(followed) > 1 else _CHOSEN_DRAWS,
@@ -158,27 +157,27 @@ def fit_gaussian(
     optima = _distinct([optimum for optimum in climbed if math.isfinite(optimum.elbo.value)])
     if not optima:
         first = climbed[0]
-        own = jax.random.fold_in(key, 1_003)
+        own = branch(key, 1_003)
         failure = find_failure(density, form, first.member, first.quadratic, key=own, suspected=True)
         return _failed(climbed, failure, begun)
-    best = _not_below(density, optima[0], smaller, key=jax.random.fold_in(key, 1_000), left=left, report=report)
+    best = _not_below(density, optima[0], smaller, key=branch(key, 1_000), left=left, report=report)
     optima = (best, *optima[1:])
-    failure = find_failure(density, form, best.member, best.quadratic, key=jax.random.fold_in(key, 1_003))
+    failure = find_failure(density, form, best.member, best.quadratic, key=branch(key, 1_003))
     if failure is None and not any(start.is_mode for start in starts):
-        failure = find_ridge(density, best.member, key=jax.random.fold_in(key, 1_005))
-    own = jax.random.fold_in(key, 1_002)
+        failure = find_ridge(density, best.member, key=branch(key, 1_005))
+    own = branch(key, 1_002)
     if failure:
         return _without_optimum(density, best, optima, failure, elbo_draws or _ELBO_DRAWS[0], begun, key=own)
     scope = Scope.GLOBAL if log_concave and form.concave else Scope.LOCAL
     if solver == NATURAL_GRADIENT:
-        best, proof = _estimated(density, best, key=jax.random.fold_in(key, 1_001), tolerance=tolerance)
+        best, proof = _estimated(density, best, key=branch(key, 1_001), tolerance=tolerance)
     else:
         best, proof = _proved(
-            density, best, scope, key=jax.random.fold_in(key, 1_001), tolerance=tolerance, left=left, report=report
+            density, best, scope, key=branch(key, 1_001), tolerance=tolerance, left=left, report=report
         )
     status, message, certificate = proof.status, proof.message, proof.certificate
     if status not in (Status.ARRIVED, Status.UNPROVEN):
-        closely = jax.random.fold_in(key, 1_004)
+        closely = branch(key, 1_004)
         failure = find_failure(density, form, best.member, best.quadratic, key=closely, suspected=True)
     if failure:
         return _without_optimum(density, best, optima, failure, elbo_draws or _ELBO_DRAWS[0], begun, key=own)
@@ -254,7 +253,7 @@ def _solved(
     start: Start,
     solver: str,
     *,
-    key: jax.Array,
+    key: Key,
     tolerance: float,
     budget: int,
     compared: int,
@@ -272,7 +271,7 @@ def _solved(
         averaged = averaged_steps(
             density,
             begin,
-            key=jax.random.fold_in(key, 0),
+            key=branch(key, 0),
             draws=max(_NATURAL_DRAWS, _power_of_two(2 * density.size)),
             tolerance=tolerance,
             report=lambda steps, elbo: report("natural-gradient steps", steps, STEPS, elbo),
@@ -285,7 +284,7 @@ def _solved(
     else:
         family = form.family(frame)
         draws = _first_draws(family)
-        base = matched_draws(draws, family.base, key=jax.random.fold_in(key, 0))
+        base = matched_draws(draws, family.base, key=branch(key, 0))
         climbed = climb(
             FixedDrawsELBO(density, family, quadratic, base),
             np.zeros(family.parameters),
@@ -295,7 +294,7 @@ def _solved(
         )
         x, steps, course = climbed.x, np.arange(1, climbed.evaluations + 1), climbed.course
     trace = Trace(steps.astype(float), course, np.zeros(len(course)))
-    return _looked_at(density, family, x, quadratic, trace, key=jax.random.fold_in(key, 1), draws=compared)
+    return _looked_at(density, family, x, quadratic, trace, key=branch(key, 1), draws=compared)
 
 
 def _looked_at(
@@ -305,15 +304,15 @@ def _looked_at(
     quadratic: Quadratic,
     trace: Trace,
     *,
-    key: jax.Array,
+    key: Key,
     draws: int = _CHOSEN_DRAWS,
 ) -> Optimum:
     """A member with the control variate that suits it, and its ELBO on draws of their own."""
     member = family.member(x)
     wanted = min(_PROJECTED * density.size, max(4 * _PROJECTION_DRAWS, 4 * density.size))
     projected = max(_PROJECTION_DRAWS, _power_of_two(wanted))
-    near = project(density, family, member, quadratic, key=jax.random.fold_in(key, 0), draws=projected)
-    base = matched_draws(max(draws, _power_of_two(2 * family.base)), family.base, key=jax.random.fold_in(key, 1))
+    near = project(density, family, member, quadratic, key=branch(key, 0), draws=projected)
+    base = matched_draws(max(draws, _power_of_two(2 * family.base)), family.base, key=branch(key, 1))
     points = family.points(member, base)
     values, _ = density.over(points)
     # Where gradients have heavy tails, what was fitted to few of them may be far from log p: then log q is nearer.
@@ -364,17 +363,17 @@ def _not_below(
     best: Optimum,
     smaller: Sequence[Member],
     *,
-    key: jax.Array,
+    key: Key,
     left: Callable[[], int],
     report: Report,
 ) -> Optimum:
     """The optimum, or one climbed from the best of a smaller family where that lies above it on common draws."""
     for number, member in enumerate(smaller):
-        own = jax.random.fold_in(key, number)
+        own = branch(key, number)
         x = best.family.near(member)
-        if _gain(density, best, x, _COMPARED_DRAWS, key=jax.random.fold_in(own, 0)).value <= 0:
+        if _gain(density, best, x, _COMPARED_DRAWS, key=branch(own, 0)).value <= 0:
             continue
-        base = matched_draws(_MOST_DRAWS // 4, best.family.base, key=jax.random.fold_in(own, 1))
+        base = matched_draws(_MOST_DRAWS // 4, best.family.base, key=branch(own, 1))
         climbed = climb(
             FixedDrawsELBO(density, best.family, best.quadratic, base),
             x,
@@ -382,13 +381,13 @@ def _not_below(
             max_evaluations=int(np.clip(left() // len(base), 1, EVALUATIONS)),
             report=lambda n, elbo: report("climbing", n, n + 1, elbo),
         )
-        if _gain(density, best, climbed.x, _COMPARED_DRAWS, key=jax.random.fold_in(own, 2)).value > 0:
+        if _gain(density, best, climbed.x, _COMPARED_DRAWS, key=branch(own, 2)).value > 0:
             trace = Trace(np.arange(1.0, climbed.evaluations + 1), climbed.course, np.zeros(climbed.evaluations))
-            best = _looked_at(density, best.family, climbed.x, best.quadratic, trace, key=jax.random.fold_in(own, 3))
+            best = _looked_at(density, best.family, climbed.x, best.quadratic, trace, key=branch(own, 3))
     return best
 
 
-def _gain(density: LogDensity, best: Optimum, x: np.ndarray, draws: int, *, key: jax.Array) -> Estimate:
+def _gain(density: LogDensity, best: Optimum, x: np.ndarray, draws: int, *, key: Key) -> Estimate:
     """How far a member of the family lies above an optimum, in nats, on common draws of their own."""
     objective = FixedDrawsELBO(density, best.family, best.quadratic, matched_draws(draws, best.family.base, key=key))
     gain = objective.each(x) - objective.each(best.x)
@@ -400,7 +399,7 @@ def _proved(
     best: Optimum,
     scope: Scope,
     *,
-    key: jax.Array,
+    key: Key,
     tolerance: float,
     left: Callable[[], int],
     report: Report,
@@ -411,7 +410,7 @@ def _proved(
     ended, why, insists = Status.BUDGET, f"more than {_ROUNDS} rounds of it", False
     too_few = f"draws are too few for {best.family.parameters:,} parameters"
     for number in range(_ROUNDS):
-        own = jax.random.fold_in(key, number)
+        own = branch(key, number)
         affordable = left() // (SETS * _EVALUATIONS_EXPECTED)
         if draws > affordable:
             why = f"of the budget {left():,} gradients are left, which do not suffice"
@@ -424,7 +423,7 @@ def _proved(
             best.family,
             best.x,
             best.quadratic,
-            key=jax.random.fold_in(own, 0),
+            key=branch(own, 0),
             draws=draws,
             residual=tolerance / 100,
             scope=scope,
@@ -432,15 +431,15 @@ def _proved(
             max_evaluations=min(EVALUATIONS, _EVALUATIONS_EXPECTED * affordable // draws),
             report=lambda steps, elbo: report("certificate", steps, steps + 1, elbo),
         )
-        found = bounded.certificate
-        if found and (certificate is None or found.limit < certificate.limit):
-            certificate = found
-        if certificate and certificate.limit <= tolerance:
-            return best, Proof(certificate)
-        if found and certificate and draws == _MOST_DRAWS and number > 0 and not found.limit < 2 * certificate.limit:
+        found, before = bounded.certificate, certificate
+        # The last one stands, not the lowest: to choose among limits would make each less than a 95 % limit.
+        certificate = found or before
+        if found and found.limit <= tolerance:
+            return best, Proof(found)
+        if found and before and draws == _MOST_DRAWS and not found.limit < 2 * before.limit:
             ended, why = Status.TOO_FEW_DRAWS, f"{draws:,} {too_few}"
             break
-        moved, gain = _moved(density, best, bounded, draws, key=jax.random.fold_in(own, 1))
+        moved, gain = _moved(density, best, bounded, draws, key=branch(own, 1))
         # A climb gains what the fit lacks and what its draws can be fitted to; its end lacks the latter elsewhere, a
         # mean of ends one share of it. Only the latter shrinks as draws grow.
         optimism = ((found.limit if found else bounded.gains[0]) - gain.value) / (1 + 1 / len(bounded.ends))
@@ -462,19 +461,17 @@ def _proved(
     return best, Proof(None, ended, why)
 
 
-def _moved(
-    density: LogDensity, best: Optimum, bounded: Bounded, draws: int, *, key: jax.Array
-) -> tuple[Optimum, Estimate]:
+def _moved(density: LogDensity, best: Optimum, bounded: Bounded, draws: int, *, key: Key) -> tuple[Optimum, Estimate]:
     """The mean of what the certificate's sets of draws were fitted by, and its gain on draws of their own, in nats."""
     # Nearly as good as a member fitted to all sets of draws at once.
     x = best.family.mean([end.x for end in bounded.ends])
-    gain = _gain(density, best, x, draws, key=jax.random.fold_in(key, 0))
+    gain = _gain(density, best, x, draws, key=branch(key, 0))
     if not math.isfinite(gain.value):
         return best, gain
-    return _looked_at(density, best.family, x, best.quadratic, best.trace, key=jax.random.fold_in(key, 1)), gain
+    return _looked_at(density, best.family, x, best.quadratic, best.trace, key=branch(key, 1)), gain
 
 
-def _estimated(density: LogDensity, best: Optimum, *, key: jax.Array, tolerance: float) -> tuple[Optimum, Proof]:
+def _estimated(density: LogDensity, best: Optimum, *, key: Key, tolerance: float) -> tuple[Optimum, Proof]:
     """The optimum with Newton's decrement."""
     member = best.member
     assert member.factor is not None
@@ -494,7 +491,7 @@ def _draws_for(best: Optimum, se: float) -> int:
     return int(np.clip(_power_of_two(min(wanted, _ELBO_DRAWS[1])), *_ELBO_DRAWS))
 
 
-def _measured(density: LogDensity, best: Optimum, *, key: jax.Array, draws: int) -> tuple[Estimate, np.ndarray]:
+def _measured(density: LogDensity, best: Optimum, *, key: Key, draws: int) -> tuple[Estimate, np.ndarray]:
     """The ELBO in nats on independent draws, the control variate used, and log p(x, z) - log q(z) at them."""
     family, member = best.family, best.member
     base = generator(key).standard_normal((draws, family.base))
@@ -527,7 +524,7 @@ def _without_optimum(
     draws: int,
     begun: float,
     *,
-    key: jax.Array,
+    key: Key,
 ) -> GaussianFit:
     """A fit whose family has no best member: where it stopped means nothing, and no certificate is asked for."""
     with np.errstate(over="ignore", invalid="ignore"):

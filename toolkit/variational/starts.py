@@ -12,7 +12,7 @@ from toolkit.modelling.model import Model
 from toolkit.threads import threads_for
 from toolkit.variational.certificates import project
 from toolkit.variational.density import LogDensity
-from toolkit.variational.draws import generator, matched_draws
+from toolkit.variational.draws import Key, branch, generator, matched_draws
 from toolkit.variational.gaussians import DENSE_LIMIT, Diagonal, Frame, Member, Quadratic
 from toolkit.variational.solvers.fixed_draws import FixedDrawsELBO, climb
 from toolkit.variational.solvers.lockstep import minimise_each
@@ -105,7 +105,7 @@ def find_starts(model: Model, *, key: jax.Array, chart: str | None = None, count
         return _found(model, key, model.chart if chart is None else chart, count)
 
 
-def _found(model: Model, key: jax.Array, chart: str, count: int) -> Starts:
+def _found(model: Model, key: Key, chart: str, count: int) -> Starts:
     density = LogDensity(model, chart)
     if density.size == 0:
         raise ValueError(f"Expected a model with latent scalars; '{model.name}' has none: there is nothing to fit.")
@@ -114,7 +114,7 @@ def _found(model: Model, key: jax.Array, chart: str, count: int) -> Starts:
         return _searched(model, density, key, chart, count)
 
 
-def _searched(model: Model, density: LogDensity, key: jax.Array, chart: str, count: int) -> Starts:
+def _searched(model: Model, density: LogDensity, key: Key, chart: str, count: int) -> Starts:
     begun = time.perf_counter()
     dispersed = _valid_points(density, key, count)
     ends = sorted(_searched_from(density, dispersed), key=lambda end: end.loss)
@@ -123,7 +123,7 @@ def _searched(model: Model, density: LogDensity, key: jax.Array, chart: str, cou
     for end in _relabelled_once(model, density.space, chart, ends):
         if not _at_another(end, distinct):
             distinct.append(_Found(end, *(_curvature(density, end.loc) if dense else (None, False))))
-    own = jax.random.fold_in(key, 50)
+    own = branch(key, 50)
     if dense:
         modes = sorted((one for one in distinct if one.is_mode), key=lambda one: -_laplace(one))[:_GROWN]
         points = [_from_mode(density, one, key=own) for one in _hopeful(modes)]
@@ -272,14 +272,14 @@ def _differences(density: LogDensity, loc: np.ndarray, steps: np.ndarray) -> tup
     return (hessian + hessian.T) / 2, (above + below).mean(0) / 2
 
 
-def _from_mode(density: LogDensity, found: _Found, *, key: jax.Array) -> Start:
+def _from_mode(density: LogDensity, found: _Found, *, key: Key) -> Start:
     """The Gaussian that grows from the curvature at a mode, or at the end of a search that is none."""
     if found.precision is None:
         return Start(found.end.begin, None, -np.inf, -found.end.loss, is_mode=False)
     return _grown(density, found.end, found.end.loc, found.precision, found.is_mode, key=key)
 
 
-def _from_beginnings(density: LogDensity, ends: list[_End], *, key: jax.Array) -> list[Start]:
+def _from_beginnings(density: LogDensity, ends: list[_End], *, key: Key) -> list[Start]:
     """The Gaussians that grow from where searches began, past what drew them away for ever.
 
     The density of a centred hierarchy has no upper bound; the ELBO has. A mean field climbs it on a few draws, in any
@@ -288,7 +288,7 @@ def _from_beginnings(density: LogDensity, ends: list[_End], *, key: jax.Array) -
     """
     climbed = list[_Escape]()
     for number, end in enumerate(ends[:_ESCAPES]):
-        escape = _escaped(density, end, key=jax.random.fold_in(key, number))
+        escape = _escaped(density, end, key=branch(key, number))
         if escape is None:
             continue
         known = next((i for i, other in enumerate(climbed) if _is_same(escape, other)), None)
@@ -299,7 +299,7 @@ def _from_beginnings(density: LogDensity, ends: list[_End], *, key: jax.Array) -
         break
     starts = []
     for number, one in enumerate(sorted(climbed, key=lambda one: -one.elbo)[:_GROWN]):
-        own = jax.random.fold_in(key, _ESCAPES + number)
+        own = branch(key, _ESCAPES + number)
         around = Quadratic(one.member.loc, np.zeros(density.size), np.diag(one.member.variances**-1))
         near = project(density, one.family, one.member, around, key=own, draws=_draws(density.size))
         precision, _ = positive_definite(near.precision)
@@ -323,7 +323,7 @@ class _Escape:
     elbo: float
 
 
-def _escaped(density: LogDensity, end: _End, *, key: jax.Array) -> _Escape | None:
+def _escaped(density: LogDensity, end: _End, *, key: Key) -> _Escape | None:
     """The climb of a mean field from a search's beginning; None where no ELBO is finite."""
     family = Diagonal(Frame.of(end.begin, np.full(density.size, _BOX_PRECISION)))
     nothing = Quadratic(end.begin, np.zeros(density.size), np.zeros(density.size))
@@ -339,7 +339,7 @@ def _is_same(one: _Escape, other: _Escape) -> bool:
     return bool(np.mean(apart**2) < _SAME_PLACE**2 and abs(one.elbo - other.elbo) < _SAME_ELBO)
 
 
-def _height(density: LogDensity, loc: np.ndarray, precision: np.ndarray, *, key: jax.Array) -> float:
+def _height(density: LogDensity, loc: np.ndarray, precision: np.ndarray, *, key: Key) -> float:
     """The ELBO of N(loc, precision^-1) but for a constant, in nats; -inf where it is not a number."""
     factor = Frame.of(loc, precision).factor
     values, _ = density.over(loc + matched_draws(_LEAST_DRAWS, density.size, key=key) @ factor.T)
@@ -347,9 +347,7 @@ def _height(density: LogDensity, loc: np.ndarray, precision: np.ndarray, *, key:
     return height if np.isfinite(height) else -np.inf
 
 
-def _grown(
-    density: LogDensity, end: _End, loc: np.ndarray, precision: np.ndarray, is_mode: bool, *, key: jax.Array
-) -> Start:
+def _grown(density: LogDensity, end: _End, loc: np.ndarray, precision: np.ndarray, is_mode: bool, *, key: Key) -> Start:
     base = matched_draws(_draws(density.size), density.size, key=key)
     nothing = Start(loc, None, -np.inf, -end.loss, is_mode)
     try:
@@ -366,7 +364,7 @@ def _draws(size: int) -> int:
     return max(_LEAST_DRAWS, 1 << (_DRAWS_A_DIMENSION * size - 1).bit_length())
 
 
-def _valid_points(density: LogDensity, key: jax.Array, count: int) -> list[np.ndarray]:
+def _valid_points(density: LogDensity, key: Key, count: int) -> list[np.ndarray]:
     """Points with a finite density and gradient, uniform in boxes around the origin, some of them wide.
 
     Where many are invalid the boxes become ever smaller.

@@ -14,12 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import jax
 import numpy as np
 import scipy.linalg
 
 from toolkit.variational.density import LogDensity
-from toolkit.variational.draws import base_draws
+from toolkit.variational.draws import Key, base_draws, branch
 from toolkit.variational.gaussians import inverse_factor
 
 _LEAST, _MOST = 0.05, 20.0  # by how much a step may change a variance, before it is weighed by its rate
@@ -118,7 +117,7 @@ def averaged_steps(
     density: LogDensity,
     begin: Gaussian,
     *,
-    key: jax.Array,
+    key: Key,
     draws: int,
     tolerance: float,
     most: int = STEPS,
@@ -147,7 +146,7 @@ def averaged_steps(
     last: tuple[np.ndarray, np.ndarray, _Slope] | None = None
     gap, elbo, near, damping = np.inf, begin.elbo, 0, 1.0
     for number in range(1, most + 1):
-        base = base_draws(draws, len(loc), key=jax.random.fold_in(key, number))
+        base = base_draws(draws, len(loc), key=branch(key, number))
         slope = _slope(density, loc, factor, base)
         course.append((slope.elbo, density.evaluations))
         if report:
