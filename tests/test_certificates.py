@@ -19,6 +19,7 @@ import scipy.stats
 from targets import SCALES, pair
 
 from toolkit import Dataset, Fit, Guide, Model, Status, fit
+from toolkit.variational import gaussian_fits
 from toolkit.variational.block_guides import AutoBlockNormal
 from toolkit.variational.certificates import SETS, Bounded, Scope, _certificate, bound_gap, estimate_gap, project
 from toolkit.variational.density import LogDensity
@@ -273,7 +274,11 @@ def test_a_bound_is_global_where_the_elbo_is_concave(pairs: dict[str, Fit]) -> N
         assert fit(undeclared, name, key=KEY, starts=2).certificate.scope is Scope.LOCAL
 
 
-def test_natural_gradient_steps_end_with_an_estimate() -> None:
+def test_natural_gradient_steps_end_with_a_bound_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    bounded = fit(pair(CORRELATION), "full_rank", key=KEY, starts=2, solver="natural_gradient")
+    assert bounded.solver == "natural_gradient"
+    assert bounded.certificate.scope is not Scope.ESTIMATE
+    monkeypatch.setattr(gaussian_fits, "FIXED_LIMIT", 1)
     fitted = fit(pair(CORRELATION), "full_rank", key=KEY, starts=2, solver="natural_gradient")
     assert fitted.certificate.scope is Scope.ESTIMATE
     assert fitted.certificate.words.startswith("estimate from 4 sets of")

@@ -278,6 +278,12 @@ def test_starts_are_found_in_a_small_ball_however_many_are_asked_for(count):
 def test_starts_that_cannot_be_searched_are_refused():
     with pytest.raises(ValueError, match="Expected at least one search for a start; got 0"):
         fit(pair(CORRELATION), "mean_field", key=KEY, starts=0)
+    with pytest.raises(ValueError, match="or what `find_starts` gave; got 2.5"):
+        fit(pair(CORRELATION), "mean_field", key=KEY, starts=2.5)
+    with pytest.raises(ValueError, match="Expected a positive tolerance in nats"):
+        fit(pair(CORRELATION), "mean_field", key=KEY, tolerance=math.inf)
+    with pytest.raises(ValueError, match="Expected a chart's name behind the @"):
+        fit(pair(CORRELATION), "mean_field@", key=KEY)
 
     def nothing(y=None):
         z = numpyro.sample("z", dist.Normal(0, 1).expand([0]).to_event(1))

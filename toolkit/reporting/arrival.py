@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from toolkit.comparison.sentences import at_most, whose
@@ -27,6 +28,7 @@ OPTIMA = Column(
     "is reported. SVI does not tell optima apart: there the starts are counted.",
 )
 _LEVEL, _LEVEL_SES = 0.1, 3.0  # nats, what a fit is asked to arrive within by default; standard errors
+_LEAST_SHARE = 0.01  # of a posterior's mass, that is told of
 _FIXED_DRAWS, _SVI = "fixed_draws", "svi"  # as `Fit.solver` names them
 _REASONS = {
     "TOO_FEW_DRAWS": "too few draws",
@@ -146,7 +148,24 @@ def _optima_sentence(fit: Any) -> str:
         told += "; nothing" if level == count else " and the lower ones are local optima; nothing"
     else:
         told = "The best one is reported and the lower ones are local optima; nothing"
-    return f"{text}{told} is averaged. That no start found a better one does not exclude one."
+    return f"{text}{told} is averaged.{_left_out(fit)} That no start found a better one does not exclude one."
+
+
+def _left_out(fit: Any) -> str:
+    """How much of the posterior lies at the other optima if each is a mode of its own, where that is not next to none.
+
+    A mode's share of the mass goes by its evidence, which its ELBO stands for; optima of one height are told otherwise.
+    """
+    if as_high(fit.optima) > 1:
+        return ""
+    heights = np.array([end.value for end in fit.optima])
+    share = 1 - 1 / np.exp(heights - heights.max()).sum()
+    if share < _LEAST_SHARE:
+        return ""
+    return (
+        f" Where each is a mode of the posterior's own, about {100 * share:.0f} % of its mass lies at the others, and "
+        "the guide leaves that out."
+    )
 
 
 def whose_sentences(fits: Iterable[Any], table: pd.DataFrame, thresholds: Thresholds) -> list[str]:

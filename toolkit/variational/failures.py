@@ -324,9 +324,15 @@ def _is_flat(density: LogDensity, loc: np.ndarray, line: np.ndarray) -> bool:
 
 
 def _along(space: Space, direction: np.ndarray) -> Failure:
-    names = _largest(space, np.abs(direction))
-    together = " together" if " and " in names else ""
-    return Failure(Status.FLAT, f"moving {names}{together} changes nothing in the density")
+    weights = np.where(np.abs(direction) > _NAMED * np.abs(direction).max(), np.abs(direction), 0.0)
+    with_first = np.sign(direction) == np.sign(direction[np.argmax(weights > 0)])
+    one_way, other_way = np.where(with_first, weights, 0.0), np.where(with_first, 0.0, weights)
+    names = _largest(space, one_way)
+    if other_way.any():
+        names = f"{names} one way and {_largest(space, other_way)} the other"
+    elif (one_way > 0).sum() > 1:
+        names += " together"
+    return Failure(Status.FLAT, f"moving {names} changes nothing in the density")
 
 
 def _largest(space: Space, weights: np.ndarray) -> str:
@@ -556,4 +562,5 @@ def _named(space: Space, energy: float, volume: float, logs: np.ndarray, moved: 
             what = f"{names} {'run' if ' and ' in names else 'runs'} away"
         return Failure(Status.UNBOUNDED, f"{what}, and the log density rises without end")
     growing: Sequence[float] = np.maximum(np.maximum(logs, np.log1p(moved)), 0.0)
-    return Failure(Status.IMPROPER, f"{_largest(space, np.asarray(growing))} without end")
+    names = _largest(space, np.asarray(growing))
+    return Failure(Status.IMPROPER, f"{names} {'grow' if ' and ' in names else 'grows'} without end")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from toolkit.progress import Progress, silent
 from toolkit.status import Status
 from toolkit.threads import threads_for
 from toolkit.variational.autoguides import GaussianForm, gaussian_form
+from toolkit.variational.block_guides import AutoBlockNormal
 from toolkit.variational.building import build_guide
 from toolkit.variational.density import LogDensity
 from toolkit.variational.draws import branch
@@ -83,9 +85,13 @@ def fit(
     """
     guide = find_guide(guide)
     chart = guide.chart or model.chart
-    if not (tolerance > 0 and max_gradients > 0):
+    if not (0 < tolerance < math.inf and max_gradients > 0):
         raise ValueError(
             f"Expected a positive tolerance in nats and a positive max_gradients; got {tolerance} and {max_gradients}."
+        )
+    if not isinstance(starts, int | Starts):
+        raise ValueError(  # noqa: TRY004 - misuse is a ValueError everywhere
+            f"Expected starts to be how many searches there should be, or what `find_starts` gave; got {starts!r}."
         )
     if elbo_draws is not None and elbo_draws < _LEAST_ELBO_DRAWS:
         raise ValueError(
@@ -115,7 +121,8 @@ def fit(
         prepared = prepared if prepared and prepared.guide == guide else None
         built = _built(model, guide, space)
         chosen, why = choose_solver(model, guide, built, space, solver)
-        why = f"{why}{columns}"
+        structure = f"; {built.blocks.words}" if isinstance(built, AutoBlockNormal) else ""
+        why = f"{why}{columns}{structure}"
         cost = Cost(starts.compile_seconds, starts.seconds, starts.gradient_evaluations, starts.peak_bytes)
         if not starts.points:
             return Fit(

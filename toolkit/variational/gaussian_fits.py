@@ -169,7 +169,7 @@ def fit_gaussian(
     if failure:
         return _without_optimum(density, best, optima, failure, elbo_draws or _ELBO_DRAWS[0], begun, key=own)
     scope = Scope.GLOBAL if log_concave and form.concave else Scope.LOCAL
-    if solver == NATURAL_GRADIENT:
+    if solver == NATURAL_GRADIENT and density.size > FIXED_LIMIT:  # in fewer dimensions a bound can be had
         best, proof = _estimated(density, best, key=branch(key, 1_001), tolerance=tolerance)
     else:
         best, proof = _proved(

@@ -139,6 +139,8 @@ def find_guide(guide: str | Guide) -> Guide:
     if name not in GUIDES and not ranked:
         raise ValueError(f"Expected a guide's name, one of {', '.join(GUIDES)}, or {LOW_RANK}_<columns>; got '{name}'.")
     found = replace(GUIDES[LOW_RANK].of_rank(int(ranked[1])), name=name) if ranked else GUIDES[name]
+    if guide.endswith("@"):
+        raise ValueError(f"Expected a chart's name behind the @ of '{guide}'; got none: leave the @ out.")
     return found.in_chart(chart) if chart else found
 
 
