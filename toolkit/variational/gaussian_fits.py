@@ -238,7 +238,7 @@ class Proof:
 
     @property
     def message(self) -> str:
-        """Such as `"up to 0.3 nats: 900 gradients, the budget, do not suffice"`; empty below the tolerance."""
+        """Such as `"up to 0.3 nats: of the budget 900 gradients are left, which do not suffice"`; else empty."""
         if self.ended is Status.ARRIVED:
             return ""
         if self.certificate is None:

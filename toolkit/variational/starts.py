@@ -123,7 +123,7 @@ def _searched(model: Model, density: LogDensity, key: Key, chart: str, count: in
     for end in _relabelled_once(model, density.space, chart, ends):
         if not _at_another(end, distinct):
             distinct.append(_Found(end, *(_curvature(density, end.loc) if dense else (None, False))))
-    own = branch(key, 50)
+    own = branch(key, 50)  # apart from the key of the beginnings
     if dense:
         modes = sorted((one for one in distinct if one.is_mode), key=lambda one: -_laplace(one))[:_GROWN]
         points = [_from_mode(density, one, key=own) for one in _hopeful(modes)]

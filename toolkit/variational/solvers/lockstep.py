@@ -1,8 +1,8 @@
 """L-BFGS for several searches side by side: each round evaluates one point of every search, in one batch.
 
-A log density at eight points costs little more than at one, and a step's algebra for eight searches no more than for
-one. No search knows of the others: their points share a batch and nothing else. Where a search has ended the others go
-on without it.
+Unless data are tall, a log density at eight points costs less than at one point eight times, and a step's algebra for
+eight searches about as much as for one. No search knows of the others: their points share a batch and nothing else.
+Where a search has ended the others go on without it.
 
 Reference: Nocedal & Wright (2006), Numerical optimization, algorithm 7.4, with a line search that brackets the weak
 Wolfe conditions by halving and doubling; near a minimum, where rounding hides the decrease, the approximate ones of
