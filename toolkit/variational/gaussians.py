@@ -8,7 +8,7 @@ and correlations (exactly so for a location and a Cholesky factor, where the pos
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -110,6 +110,10 @@ class Family(Protocol):
 
     def member(self, x: np.ndarray) -> Member:
         """The Gaussian of these parameters (parameters,)."""
+        ...
+
+    def undrawn(self, x: np.ndarray) -> Member:
+        """The same Gaussian without what only its draws need, where that is dear: enough for `exact`."""
         ...
 
     def near(self, member: Member) -> np.ndarray:
@@ -227,6 +231,8 @@ class Diagonal:
         shift, log_scale = np.split(x, 2)
         return Member(self._frame.loc + self._frame.move(shift), self._scale * np.exp(log_scale / _ROOT_2))
 
+    undrawn = member
+
     def near(self, member: Member) -> np.ndarray:
         """The parameters of a diagonal Gaussian."""
         shift = self._frame.measure(member.loc - self._frame.loc)
@@ -293,6 +299,8 @@ class Triangular:
         factor = np.empty_like(triangle)
         factor[self._order] = self._root @ triangle
         return Member(self._frame.loc + self._frame.move(shift), factor=factor)
+
+    undrawn = member
 
     def near(self, member: Member) -> np.ndarray:
         """The parameters of a Gaussian whose factor has the pattern, or of any Gaussian if there is no pattern."""
@@ -383,11 +391,15 @@ class LowRank:
 
     def member(self, x: np.ndarray) -> Member:
         """The Gaussian of these parameters."""
+        bare = self.undrawn(x)
+        return replace(bare, factor=_cholesky(bare.covariance())) if self._dense else bare
+
+    def undrawn(self, x: np.ndarray) -> Member:
+        """The same Gaussian without its Cholesky factor."""
         shift, stretch, columns = np.split(x, [self.size, 2 * self.size])
         scale = self._scale * _away_from_zero(1 + stretch / _ROOT_2)
         moved = self._columns + self._frame.move(columns.reshape(self.size, self.rank))
-        factor = _cholesky(np.diag(scale**2) + moved @ moved.T) if self._dense else None
-        return Member(self._frame.loc + self._frame.move(shift), scale, moved / scale[:, None], factor)
+        return Member(self._frame.loc + self._frame.move(shift), scale, moved / scale[:, None])
 
     def near(self, member: Member) -> np.ndarray:
         """The parameters of a low-rank Gaussian of at most this rank, or of a diagonal one."""
@@ -567,11 +579,11 @@ def best_low_rank(
     size, random = len(precision), np.random.default_rng(0)
     begin = 1 / np.sqrt(np.diag(precision))
     if size <= _SEVERAL_SCALES:
-        spread = [np.zeros(size), *random.standard_normal((_SCALES - 1, size))]
-        sprints = [_nearest_low_rank(precision, rank, _SPRINT, 0.0, begin * np.exp(step)) for step in spread]
-        begin = min(sprints, key=lambda found: found[2])[0]
-    scale, factor, _ = _nearest_low_rank(precision, rank, rounds, tolerance, begin)
-    return scale, factor
+        spread = np.stack([np.zeros(size), *random.standard_normal((_SCALES - 1, size))])
+        scales, _, losses = _nearest_low_rank(precision, rank, _SPRINT, -np.inf, begin * np.exp(spread))
+        begin = scales[np.argmin(losses)]
+    scales, factors, _ = _nearest_low_rank(precision, rank, rounds, tolerance, begin[None])
+    return scales[0], factors[0]
 
 
 @dataclass(frozen=True)
@@ -608,7 +620,8 @@ def rank_by_gain(precision: np.ndarray, worth: float) -> RankGain:
             return loss(size)
         if rank not in losses:
             begin = scales[max(known for known in scales if known <= rank)]
-            scales[rank], _, losses[rank] = _nearest_low_rank(precision, rank, 50, worth / 20, begin.copy())
+            found, _, reached = _nearest_low_rank(precision, rank, 50, worth / 20, begin[None])
+            scales[rank], losses[rank] = found[0], float(reached[0])
         return losses[rank]
 
     def gain(rank: int) -> float:
@@ -625,26 +638,39 @@ def rank_by_gain(precision: np.ndarray, worth: float) -> RankGain:
 
 
 def _nearest_low_rank(
-    precision: np.ndarray, rank: int, rounds: int, tolerance: float, scale: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """Scale (size,), factor (size, rank) and, but for a constant, the KL in nats, from a scale to begin with.
+    precision: np.ndarray, rank: int, rounds: int, tolerance: float, scales: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scales (n, size), factors (n, size, rank) and, but for a constant, KLs (n,) in nats, from n scales to begin with.
 
     q has covariance S (I + W W') S with S = diag(scale). Given S, W lies along the eigenvectors of S precision S with
     the smallest eigenvalues; given W, each scale solves a quadratic. Both are exact, so the KL falls in every round.
+    Rounds end when none of the KLs falls by the tolerance any more.
     """
-    size = len(precision)
-    factor = np.zeros((size, rank))
-    last = np.inf
+    scale = scales.copy()
+    unit = np.eye(len(precision))
+    last = np.full(len(scale), np.inf)
     for _ in range(rounds):
-        values, vectors = scipy.linalg.eigh(precision * np.outer(scale, scale), subset_by_index=(0, rank - 1))
-        factor = vectors * np.sqrt(np.maximum(1 / values - 1, 0))
-        weights = precision * (np.eye(size) + factor @ factor.T)
-        for i in range(size):
-            others = weights[i] @ scale - weights[i, i] * scale[i]
-            scale[i] = (np.sqrt(others**2 + 4 * weights[i, i]) - others) / (2 * weights[i, i])
-        inner = np.eye(rank) + factor.T @ factor
-        loss = 0.5 * (scale @ weights @ scale - np.linalg.slogdet(inner)[1]) - np.log(scale).sum()
-        if last - loss < tolerance:
-            return scale, factor, float(loss)
+        factor = _along_lowest(precision * scale[:, :, None] * scale[:, None, :], rank)
+        weights = precision * (unit + factor @ factor.mT)
+        own = np.einsum("nii->ni", weights)
+        for i in range(len(precision)):
+            others = np.einsum("nj,nj->n", weights[:, i], scale) - own[:, i] * scale[:, i]
+            scale[:, i] = (np.sqrt(others**2 + 4 * own[:, i]) - others) / (2 * own[:, i])
+        inner = np.eye(rank) + factor.mT @ factor
+        spread = np.einsum("ni,ni->n", scale, (weights @ scale[:, :, None])[:, :, 0])
+        loss = 0.5 * (spread - np.linalg.slogdet(inner)[1]) - np.log(scale).sum(1)
+        if (last - loss < tolerance).all():
+            return scale, factor, loss
         last = loss
-    return scale, factor, float(last)
+    return scale, factor, last
+
+
+def _along_lowest(scaled: np.ndarray, rank: int) -> np.ndarray:
+    """The columns W (n, size, rank) for which I + W W' is nearest to the inverse of each matrix (n, size, size)."""
+    if len(scaled) > 1:
+        values, vectors = np.linalg.eigh(scaled)
+        values, vectors = values[:, :rank], vectors[:, :, :rank]
+    else:  # in high dimension the few that are wanted cost a fraction of all
+        found = scipy.linalg.eigh(scaled[0], subset_by_index=(0, rank - 1))
+        values, vectors = found[0][None], found[1][None]
+    return np.asarray(vectors * np.sqrt(np.maximum(1 / values - 1, 0))[:, None, :])

@@ -128,7 +128,7 @@ def climb(
     def enough(intermediate_result: OptimizeResult) -> None:
         nonlocal left
         _, at, gradient = best
-        left = remaining(objective, at, gradient) if gradient @ gradient < residual else np.inf
+        left = remaining(objective, at, gradient, enough=residual) if gradient @ gradient < residual else np.inf
         if left < residual:
             raise StopIteration
 
@@ -140,21 +140,29 @@ def climb(
     return Climbed(found, course[0], elbo, left, len(course), np.array(course))
 
 
-def remaining(objective: FixedDrawsELBO, x: np.ndarray, gradient: np.ndarray) -> float:
+class _Enough(Exception):  # noqa: N818 - no error: what SciPy's `cg` has no other word for
+    """Conjugate gradients need go no further."""
+
+
+def remaining(objective: FixedDrawsELBO, x: np.ndarray, gradient: np.ndarray, *, enough: float = np.inf) -> float:
     """What a climb could still gain, in nats: g' H^-1 g, twice what Newton's step would gain.
 
     H is the curvature of the part of the ELBO that is known exactly, and costs no draws: in most directions it is about
     one, but a family may have flat ones, in which a small gradient leads far. Directions flatter than a thousandth
-    count as a thousandth. By conjugate gradients, at most a hundred steps of them.
+    count as a thousandth. By conjugate gradients, at most a hundred steps of them, each of which raises it; where it
+    falls, H is bent upwards along a step, and what it had risen to counts.
 
     Args:
         objective: The ELBO.
         x: The parameters.
         gradient: Of the ELBO there.
+        enough: In nats: more need not be known exactly.
     """
+    least = float(gradient @ gradient)  # as where H is one in all directions
+    risen = 0.0
 
     def slope(at: np.ndarray) -> np.ndarray:
-        return objective.family.exact(at, objective.family.member(at), objective.quadratic)[1]
+        return objective.family.exact(at, objective.family.undrawn(at), objective.quadratic)[1]
 
     def curved(vector: np.ndarray) -> np.ndarray:
         length = np.linalg.norm(vector)
@@ -162,9 +170,20 @@ def remaining(objective: FixedDrawsELBO, x: np.ndarray, gradient: np.ndarray) ->
         bent = (slope(x - step * vector) - slope(x + step * vector)) / (2 * _DIFFERENCE) * length
         return bent + _FLATTEST * vector
 
+    def seen(solved: np.ndarray) -> None:
+        nonlocal risen
+        reached = float(gradient @ solved)
+        if reached < risen:
+            raise _Enough
+        risen = reached
+        if risen > enough:
+            raise _Enough
+
     operator = LinearOperator((len(x), len(x)), matvec=curved, dtype=float)
     try:
-        solved, _ = cg(operator, gradient, rtol=0.1, maxiter=_CG_STEPS)
+        cg(operator, gradient, rtol=0.1, maxiter=_CG_STEPS, callback=seen)
+    except _Enough:
+        pass
     except np.linalg.LinAlgError:  # at a member that rounding has made singular nothing is known of what is left
         return np.inf
-    return float(max(gradient @ solved, gradient @ gradient))
+    return max(risen, least)
