@@ -22,8 +22,10 @@ from toolkit import Dataset, Model, fit
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import hierarchy_optimum  # noqa: E402
 import posteriors  # noqa: E402
 import solvers  # noqa: E402
+import targets_large  # noqa: E402
 from competitors import GRID, SOLVERS, blackjax_vi, pymc_programs, pymc_vi, results  # noqa: E402
 from competitors.gaussians import Gaussian, Space, measurer  # noqa: E402
 from competitors.numpyro_svi import guide_gaussian  # noqa: E402
@@ -399,3 +401,21 @@ def test_a_process_that_fails_gives_its_last_line(tmp_path: Path) -> None:
 def test_a_pymc_program_has_the_models_density(posterior: str, shared_data: Path) -> None:
     model = posteriors.load(posterior)
     pymc_vi.verify(Problem(posterior, model, "mean_field", Space.of_model(model)))
+
+
+# The optimum of the large hierarchy
+
+
+@pytest.mark.parametrize("guide", hierarchy_optimum.GUIDES)
+def test_the_optimum_by_quadrature_is_what_a_fit_of_the_whole_factor_reaches(guide: str) -> None:
+    """Two ways that share nothing: few numbers on Sobol points, and the whole family on draws."""
+    with jax.numpy_rank_promotion("allow"):  # as users' models may be written
+        model = targets_large.hierarchy(groups=3)
+        with jax.enable_x64(True):
+            best = hierarchy_optimum.measure(model, guide, 256)
+        fitted = fit(model, guide, key=jax.random.PRNGKey(0), tolerance=0.05)
+    assert fitted.elbo
+    assert fitted.certificate
+    error = math.hypot(fitted.elbo.se, float(best["se"]))
+    assert fitted.elbo.value < best["elbo"] + 4 * error
+    assert best["elbo"] < fitted.elbo.value + fitted.certificate.limit + 4 * error

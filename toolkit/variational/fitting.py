@@ -29,6 +29,7 @@ from toolkit.variational.fits import Fit
 from toolkit.variational.gaussian_fits import FIXED_DRAWS, FIXED_LIMIT, NATURAL_GRADIENT, fit_gaussian
 from toolkit.variational.gaussians import DENSE_LIMIT, rank_by_gain
 from toolkit.variational.guides import BY_GAIN, Guide, find_guide
+from toolkit.variational.minibatches import find_minibatch
 from toolkit.variational.nesting import contains
 from toolkit.variational.space import Space, latent_space
 from toolkit.variational.starts import Starts, find_starts
@@ -53,6 +54,7 @@ def fit(
     smaller: Sequence[Fit] = (),
     prepared: Prepared | None = None,
     elbo_draws: int | None = None,
+    minibatch: int | None = None,
     progress: Progress = silent,
 ) -> Fit:
     """The best member of a guide's family, and a certificate of how far it may still be from it.
@@ -77,11 +79,13 @@ def fit(
         elbo_draws: Fresh draws behind the ELBO of a guide that is not fitted by SVI, and behind its log weights, from
             which k-hat is had. If None, as many as make the ELBO's standard error a tenth of the tolerance, from 1,024
             to 4,096. SVI has a number of its own, which its test of arrival takes.
+        minibatch: Rows of the data that each step of SVI sees, of the plate that all observed sites share; all of them
+            if None. Starts and the ELBO in the end always see all rows.
         progress: Called between pieces of work.
 
     Raises:
         ValueError: The guide's name, its chart or the solver is unknown, the guide cannot be built for this model or
-            fitted by that solver, or the starts are of another chart.
+            fitted by that solver, the starts are of another chart, or the model's rows cannot be taken in batches.
     """
     guide = find_guide(guide)
     chart = guide.chart or model.chart
@@ -98,10 +102,13 @@ def fit(
             f"Expected elbo_draws to be None or at least {_LEAST_ELBO_DRAWS}, so that its error is known; "
             f"got {elbo_draws}."
         )
-    if prepared and (prepared.model is not model or prepared.guide != guide):
+    if minibatch is not None and solver not in (AUTO, SVI):
+        raise ValueError(f"Expected solver '{SVI}' for minibatches, which no other takes; got '{solver}'.")
+    batch = None if minibatch is None else find_minibatch(model, minibatch)
+    if prepared and (prepared.model is not model or prepared.guide != guide or prepared.minibatch != batch):
         raise ValueError(
-            f"Expected what `prepare` gave for model '{model.name}' and guide '{guide.name}'; got it for "
-            f"'{prepared.model.name}' and '{prepared.guide.name}'."
+            f"Expected what `prepare` gave for model '{model.name}', guide '{guide.name}' and minibatch {batch}; got "
+            f"it for '{prepared.model.name}', '{prepared.guide.name}' and {prepared.minibatch}."
         )
     with jax.enable_x64(True):
         space = latent_space(model, chart)
@@ -120,17 +127,19 @@ def fit(
             )
         prepared = prepared if prepared and prepared.guide == guide else None
         built = _built(model, guide, space)
-        chosen, why = choose_solver(model, guide, built, space, solver)
+        chosen, why = choose_solver(model, guide, built, space, SVI if batch else solver)
         structure = f"; {built.blocks.words}" if isinstance(built, AutoBlockNormal) else ""
-        why = f"{why}{columns}{structure}"
+        why = f"{f'for {batch.words}' if batch else why}{columns}{structure}"
         cost = Cost(starts.compile_seconds, starts.seconds, starts.gradient_evaluations, starts.peak_bytes)
         if not starts.points:
             return Fit(
                 guide, model, Status.NO_VALID_START, _broken_at_origin(model, starts), cost=cost, solver=chosen, why=why
             )
         budget = max(max_gradients - starts.gradient_evaluations, 0)
+        if batch:
+            batch.verify(model, chart, space, starts.points[0].loc)
         if chosen == SVI:
-            fitted = fit_by_svi(model, guide, starts, prepared, key, tolerance, budget, progress)
+            fitted = fit_by_svi(model, guide, starts, prepared, batch, key, tolerance, budget, progress)
         else:
             form = gaussian_form(built, space)
             assert form is not None

@@ -29,6 +29,7 @@ from toolkit.variational.failures import Failure, describe_edge, find_failure
 from toolkit.variational.fits import Fit
 from toolkit.variational.gaussians import Frame, Quadratic
 from toolkit.variational.guides import Guide
+from toolkit.variational.minibatches import Minibatch
 from toolkit.variational.objectives import StickTheLandingELBO
 from toolkit.variational.solvers.svi import Programs, Solution, lower_programs, optimise
 from toolkit.variational.space import latent_space
@@ -51,15 +52,19 @@ class Prepared:
     model: Model
     guide: Guide
     coordinates: Coordinates
+    minibatch: Minibatch | None
     programs: Callable[[], Programs]
 
 
-def prepare(model: Model, guide: Guide, *, pool: Executor | None = None) -> Prepared | None:
+def prepare(
+    model: Model, guide: Guide, *, minibatch: Minibatch | None = None, pool: Executor | None = None
+) -> Prepared | None:
     """The programs that fit a guide from any start; None where they depend on the start, as a flow's do.
 
     Args:
         model: The model.
         guide: The guide.
+        minibatch: What a step sees of the data; all of it if None.
         pool: Where to compile, beside whatever the caller goes on with; when first asked for if None.
 
     Raises:
@@ -73,11 +78,13 @@ def prepare(model: Model, guide: Guide, *, pool: Executor | None = None) -> Prep
             return None
         anywhere = Start(np.zeros(space.size), None, 0.0, 0.0, is_mode=False)
         given = {"arrays": model.arrays, "frame": chosen.frame(anywhere)}
-        program = _without_frame(model.bound(guide.chart))
         working = _working_guide(built, chosen)
         loss = StickTheLandingELBO(_PARTICLES)
-        compiled = lower_programs(program, working, loss, given, jax.random.PRNGKey(0))
-    return Prepared(model, guide, chosen, pool.submit(compiled).result if pool else functools.cache(compiled))
+        program = _program(model, guide, minibatch)
+        compiled = lower_programs(program, working, loss, given, jax.random.PRNGKey(0), minibatch)
+    return Prepared(
+        model, guide, chosen, minibatch, pool.submit(compiled).result if pool else functools.cache(compiled)
+    )
 
 
 def fit_by_svi(
@@ -85,6 +92,7 @@ def fit_by_svi(
     guide: Guide,
     starts: Starts,
     prepared: Prepared | None,
+    minibatch: Minibatch | None,
     key: jax.Array,
     tolerance: float,
     max_gradients: int,
@@ -93,14 +101,26 @@ def fit_by_svi(
     """The best of the fits from each start, which share one budget and, for a Gaussian guide, one set of programs."""
     key = jax.random.key_data(key)  # JAX has two forms of a key, and programs are compiled for one of them
     progress(f"fit {guide.name}", 0, 1, "compiling")
-    prepared = prepared or prepare(model, guide)
+    prepared = prepared or prepare(model, guide, minibatch=minibatch)
     cost = Cost()
     if prepared:
         programs = prepared.programs()
         cost = Cost(programs.compile_seconds, peak_bytes=programs.peak_bytes)
-    max_steps = max(1, max_gradients // (_PARTICLES * len(starts.points)))
+    share = minibatch.share if minibatch else 1.0
+    max_steps = max(1, int(max_gradients / (_PARTICLES * len(starts.points) * share)))
     outcomes = [
-        _run(model, guide, prepared, starts, start, jax.random.fold_in(key, 1 + i), tolerance, max_steps, progress)
+        _run(
+            model,
+            guide,
+            prepared,
+            minibatch,
+            starts,
+            start,
+            jax.random.fold_in(key, 1 + i),
+            tolerance,
+            max_steps,
+            progress,
+        )
         for i, start in enumerate(starts.points)
     ]
     # By draws other than those behind the reported ELBO, which would be too high for having won.
@@ -121,6 +141,7 @@ def _run(
     model: Model,
     guide: Guide,
     prepared: Prepared | None,
+    minibatch: Minibatch | None,
     starts: Starts,
     start: Start,
     key: jax.Array,
@@ -142,8 +163,8 @@ def _run(
         widest = _FIRST_STEP_UNKNOWN if start.precision is None else _FIRST_STEP_WHITENED
         step_size = min(_FIRST_STEP_OF_SD, widest / starts.space.size**0.5)
     else:
-        program, working = _without_frame(model.bound(guide.chart)), _without_frame(built)
-        programs = lower_programs(program, working, Trace_ELBO(_PARTICLES), given, key)()
+        program, working = _program(model, guide, minibatch), _without_frame(built)
+        programs = lower_programs(program, working, Trace_ELBO(_PARTICLES), given, key, minibatch)()
         compiling, step_size = programs.compile_seconds, _FIRST_STEP
     solution = optimise(
         programs, given, key=key, step_size=step_size, tolerance=tolerance, max_steps=max_steps, report=report
@@ -190,6 +211,12 @@ def _working_guide(built: Any, chosen: Coordinates) -> Callable[..., Any]:
             return built(**arrays)
 
     return working
+
+
+def _program(model: Model, guide: Guide, minibatch: Minibatch | None) -> Callable[..., Any]:
+    """The model as a step sees it."""
+    bound = model.bound(guide.chart)
+    return _without_frame(minibatch.scaled(bound) if minibatch else bound)
 
 
 def _without_frame(program: Callable[..., Any]) -> Callable[..., Any]:

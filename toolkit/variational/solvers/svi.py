@@ -8,6 +8,7 @@ draws, paired, so that gains far below the ELBO's own noise are seen.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from numpyro.infer.elbo import ELBO
 from toolkit.compilation import QUICK, peak_bytes
 from toolkit.cost import Cost
 from toolkit.estimate import Estimate
+from toolkit.variational.minibatches import Minibatch
 from toolkit.variational.objectives import log_weight
 
 Params = dict[str, Any]
@@ -34,8 +36,9 @@ _BLOCK = 250
 _LONG_STEPS = 10_000  # parameters from which a step is long enough for shorter blocks
 _CUTS = 3
 _CHECK_DRAWS = 512
+_AT_ONCE, _ROWS_AT_ONCE = 64, 2**22  # draws whose densities are computed side by side, and rows times such draws
 _PATIENCE = 2  # blocks in a row without a gain before the step size is cut; one where steps are long
-_FRESH_CHECKS = 16  # sets of draws for the final ELBO; a quarter of it where steps are long
+_FRESH_CHECKS = 16  # sets of draws for the final ELBO; a quarter of it where steps are long or see some of the data
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Solution:
             the draws that compare iterates can tell.
         trace: The course.
         invalid_steps: Steps skipped because loss or gradient were NaN or infinite.
-        cost: Time, gradient evaluations, memory.
+        cost: Time, gradient evaluations (a minibatch counts as its share of the data), memory.
     """
 
     params: Params
@@ -75,9 +78,10 @@ class Solution:
 
 @dataclass(frozen=True)
 class Programs:
-    """The compiled parts of an optimisation: a block of steps, and a check of two iterates on common draws.
+    """The compiled parts of an optimisation: a block of steps, and a check of iterates on common draws.
 
-    They are called with the keyword arguments of model and guide, of which only the shapes were compiled in.
+    They are called with the keyword arguments of model and guide, of which only the shapes were compiled in. Blocks and
+    checks see minibatches where there are any; `weigh` is the check on all of the data.
     """
 
     svi: SVI
@@ -86,6 +90,8 @@ class Programs:
     block_steps: int
     block: Any
     check: Any
+    weigh: Any
+    share: float
     initial: Any
     constrain: Callable[[Params], Params]
     compile_seconds: float
@@ -93,16 +99,22 @@ class Programs:
 
 
 def lower_programs(
-    model: Program, guide: Program, loss: ELBO, given: dict[str, Any], key: jax.Array
+    model: Program,
+    guide: Program,
+    loss: ELBO,
+    given: dict[str, Any],
+    key: jax.Array,
+    minibatch: Minibatch | None = None,
 ) -> Callable[[], Programs]:
     """What an optimisation runs, traced; calling the result compiles it, in any thread.
 
     Args:
-        model: NumPyro callable.
+        model: NumPyro callable; of a part of the rows, where there are minibatches, its density is an estimate.
         guide: Its guide.
         loss: The objective.
-        given: Keyword arguments of both.
+        given: Keyword arguments of both; the data are `arrays`.
         key: For the parameters' first values.
+        minibatch: What a step sees of the data; all of it if None.
     """
     begun = time.perf_counter()
     svi = SVI(model, guide, optax.inject_hyperparams(_careful_adam)(learning_rate=1e-3), loss)
@@ -113,9 +125,16 @@ def lower_programs(
     length = _BLOCK // 5 if long_steps else _BLOCK
 
     def block(state: Any, given: Any) -> tuple[Any, Params, Any, Any]:
+        drawn = functools.partial(minibatch.drawn, order=minibatch.order()) if minibatch else None
+
         def step(carry: Any, _: None) -> tuple[Any, Any]:
             state, total = carry
-            state, value = svi.update(state, **given)
+            seen = given
+            if drawn:
+                kept, own = jax.random.split(state.rng_key)
+                state = state._replace(rng_key=kept)
+                seen = given | {"arrays": drawn(own, arrays=given["arrays"])}
+            state, value = svi.update(state, **seen)
             total = jax.tree.map(jnp.add, total, svi.optim.get_params(state.optim_state))
             return (state, total), value
 
@@ -124,29 +143,45 @@ def lower_programs(
         (state, total), losses = jax.lax.scan(step, (state, zeros), None, length=length)
         return state, jax.tree.map(lambda t: t / length, total), losses, _skipped(state) - skipped
 
-    def check(key: jax.Array, params: Params, given: Any) -> Any:
+    def weigh(key: jax.Array, params: Params, given: Any) -> Any:
         constrained = svi.constrain_fn(params)
         return jax.lax.map(
             lambda k: log_weight(k, constrained, model, guide, given),
             jax.random.split(key, _CHECK_DRAWS),
-            batch_size=64,
+            batch_size=_AT_ONCE if minibatch is None else int(np.clip(_ROWS_AT_ONCE // minibatch.rows, 1, _AT_ONCE)),
         )
 
+    def check_on_some(key: jax.Array, params: Params, given: Any) -> Any:
+        """Each draw with a batch of its own: of two iterates the same ones."""
+        assert minibatch is not None
+        constrained, order = svi.constrain_fn(params), minibatch.order()
+
+        def one(key: jax.Array) -> Any:
+            of_rows, of_draw = jax.random.split(key)
+            seen = given | {"arrays": minibatch.drawn(of_rows, order=order, arrays=given["arrays"])}
+            return log_weight(of_draw, constrained, model, guide, seen)
+
+        return jax.lax.map(one, jax.random.split(key, _CHECK_DRAWS), batch_size=_AT_ONCE)
+
     # Tracing shares NumPyro's one stack of handlers and stays in the caller's thread; compiling does not.
-    lowered = jax.jit(block).lower(initial, given), jax.jit(check).lower(key, params, given)
+    lowered = [jax.jit(block).lower(initial, given), jax.jit(weigh).lower(key, params, given)]
+    if minibatch:
+        lowered.append(jax.jit(check_on_some).lower(key, params, given))
     traced = time.perf_counter() - begun
 
     def compiled() -> Programs:
         begun = time.perf_counter()
         with ThreadPoolExecutor(len(lowered)) as pool:
-            compiled_block, compiled_check = pool.map(lambda program: program.compile(QUICK), lowered)
+            compiled_block, *weighing = pool.map(lambda program: program.compile(QUICK), lowered)
         return Programs(
             svi,
             loss.num_particles,
             long_steps,
             length,
             compiled_block,
-            compiled_check,
+            weighing[-1],
+            weighing[0],
+            minibatch.share if minibatch else 1.0,
             initial,
             svi.constrain_fn,
             traced + time.perf_counter() - begun,
@@ -233,12 +268,16 @@ def optimise(
             break
     else:
         arrived = gain.value + 2 * gain.se < tolerance
-    checks = _FRESH_CHECKS // 4 if programs.long_steps else _FRESH_CHECKS
+    few = programs.long_steps or programs.share < 1
+    checks = _FRESH_CHECKS // 4 if few else _FRESH_CHECKS
     fresh = np.concatenate(
-        [np.asarray(programs.check(jax.random.fold_in(key, 2 + i), best, given)) for i in range(checks)]
+        [np.asarray(programs.weigh(jax.random.fold_in(key, 2 + i), best, given)) for i in range(checks)]
     )
     finite = _sound(fresh)
-    cost = Cost(0.0, time.perf_counter() - begun, steps * programs.particles, programs.peak_bytes)
+    if programs.share < 1:
+        best_weights = np.asarray(programs.weigh(check_key, best, given))
+    spent = math.ceil(steps * programs.particles * programs.share)
+    cost = Cost(0.0, time.perf_counter() - begun, spent, programs.peak_bytes)
     elbo = Estimate.of_mean(fresh) if finite else Estimate(-math.inf, math.nan)
     trace = Trace(*(np.array(column, dtype=float) for column in zip(*course, strict=True)))
     compared = float(best_weights.mean()) if finite and _sound(best_weights) else -math.inf
