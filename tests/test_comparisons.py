@@ -319,7 +319,14 @@ NUMBERS = ["elbo", "elbo_se", "khat", "worst_shift", "worst_shift_se", "worst_sd
 @pytest.mark.parametrize("status", [s for s in Status if not s.has_optimum])
 def test_a_fit_without_an_optimum_has_no_numbers(model: Model, truth: Reference, status: Status) -> None:
     elbo = Estimate(276.9, 0.04)
-    row = compare(model, truth, [_full_rank(status=status, elbo=elbo)], key=KEY).guides.loc["full_rank"]
+    failed = Reference(model, truth.draws, Status.RHAT)
+    fits = [_full_rank(status=status, elbo=elbo), _mean_field()]
+    result = compare(model, failed, fits, key=KEY, focus=["total"])
+    assert result.agreement.empty  # of two guides one has nothing to say
+    assert result.focus.set_index("source")["mean"].isna().to_dict() == {
+        "reference": False, "mean_field": False, "full_rank": True,
+    }  # fmt: skip
+    row = compare(model, truth, fits, key=KEY).guides.loc["full_rank"]
     assert row[NUMBERS].isna().all()
     assert row["worst_shift_quantity"] == ""
     assert row["sentence"] == f"not judged: {status.value}"

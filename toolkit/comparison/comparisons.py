@@ -149,6 +149,9 @@ def compare(
     guides = guides.set_index("guide") if len(guides) else guides
     sources = ({"reference": truth} if truth else {}) | {s.fit.guide.name: s.scalars for s in sides if s.scalars}
     quantities = join([summarise(name, source) for name, source in sources.items()], QUANTITY_COLUMNS)
+    astray = {s.fit.guide.name for s in sides if not s.fit.status.has_optimum}
+    meant = {name: source for name, source in sources.items() if name not in astray}
+    alone = quantities[~quantities["source"].isin(astray)] if problem else quantities.iloc[:0]
     judged = {s.fit.guide.name: not _why_not(s, problem) for s in sides}
     seconds = reference.cost.seconds if reference is not None and than == "NUTS" else float("nan")
     return Comparison(
@@ -157,8 +160,8 @@ def compare(
         quantities=quantities,
         pairs=join([_pairs(s, truth) for s in sides], PAIR_COLUMNS),
         correlations=_correlations(sources, table),
-        focus=focus_table(items, sources, than, thresholds, judged=judged),
-        agreement=agreement(quantities if problem else quantities.iloc[:0], thresholds),
+        focus=focus_table(items, meant, than, thresholds, judged=judged),
+        agreement=agreement(alone, thresholds),
         reference_ok=not problem,
         sample={name: thinned(source) for name, source in sources.items()},
         advice=advise(model, guides, table, thresholds, problem, seconds) if len(guides) else (),
