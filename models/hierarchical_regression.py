@@ -256,6 +256,7 @@ def _dataset_of(
     if isinstance(data, Dataset):
         if "groupings" not in data.static:
             raise ValueError(f"Expected a dataset made by design(frame, formula); '{data.name}' was not.")
+        _check_groups(data)
         if formula is not None:
             raise ValueError(
                 f"Expected no formula beside dataset '{data.name}', which has one: give the data frame instead."
@@ -283,6 +284,16 @@ def _dataset_of(
         source=chosen.source,
         licence=chosen.licence,
     )
+
+
+def _check_groups(data: Dataset) -> None:
+    """JAX takes the last group for a row whose group is not there, and says nothing."""
+    for grouping, codes in zip(data.static["groupings"], data.arrays["group"].T, strict=True):
+        if codes.min() < 0 or codes.max() >= grouping.groups:
+            raise ValueError(
+                f"Expected groups 0 to {grouping.groups - 1} of '{grouping.name}' in array 'group' of dataset "
+                f"'{data.name}'; got {codes.min()} to {codes.max()}: make the dataset anew with design(frame, formula)."
+            )
 
 
 def _check_correlated(groupings: tuple[Grouping, ...], correlated: bool) -> None:

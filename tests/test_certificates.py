@@ -256,7 +256,7 @@ def test_fits_at_the_optimum_of_a_gaussian_are_certified(pairs: dict[str, Fit]) 
         assert fitted.message == "", name
         assert 0 <= certificate.gap.value < 0.01, name
         assert certificate.limit < 0.02, name
-        assert fitted.gap_bound == certificate.gap
+        assert fitted.gap_limit == certificate.limit
         gap = -lacks[name] - fitted.elbo.value
         assert -5 * fitted.elbo.se - 1e-6 < gap < certificate.limit + 5 * fitted.elbo.se, name
 
@@ -470,7 +470,7 @@ def test_a_budget_too_small_for_a_bound_is_told() -> None:
         assert fitted.status is Status.BUDGET
         assert not fitted.status.ok
         assert fitted.certificate is None
-        assert fitted.gap_bound is None
+        assert fitted.gap_limit is None
         assert "budget" in fitted.message
         assert fitted.usable
     assert fit(model, "mean_field", key=KEY, starts=starts, max_gradients=BUDGET).status is Status.ARRIVED

@@ -1,14 +1,17 @@
 """The ladder for a user's own model stops at the first broken rung and says what to do."""
 
 from collections.abc import Callable
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
 
-from toolkit import Dataset, Model
+from models import lda
+from toolkit import Dataset, Labels, Model
 from toolkit.modelling import check as rungs
 from toolkit.modelling.check import check
 
@@ -19,6 +22,7 @@ NAMES = (
     "observes something",
     "has something to infer",
     "has coords that fit its plates",
+    "looks up only entries that are there",
     "has a finite density",
     "has a finite gradient",
     "can be drawn from",
@@ -60,6 +64,12 @@ def impossible(y: np.ndarray | None = None) -> None:
     numpyro.sample("y", dist.Uniform(10 + 0 * a, 11), obs=y)
 
 
+def out_of_range(y: np.ndarray | None = None) -> None:
+    with numpyro.plate("unit", 2):
+        a = numpyro.sample("a", dist.Normal(0, 1))
+    numpyro.sample("y", dist.Normal(a[jnp.array([0, 1, 2])], 1), obs=y)
+
+
 def kinked(y: np.ndarray | None = None) -> None:
     a = numpyro.sample("a", dist.Normal(0, 1))
     numpyro.sample("y", dist.Normal(jnp.sqrt(0 * a), 1), obs=y)
@@ -71,6 +81,11 @@ _BROKEN = {
     "observes something": (blind, "Expected model 'blind' to observe something; it has only a: give the data as obs="),
     "has something to infer": (known, "Expected model 'known' to have a latent site; "),
     "has coords that fit its plates": (ill_labelled, "Expected 3 coords for dimension 'g' of site 'a'; dataset 'd' ha"),
+    "looks up only entries that are there": (
+        out_of_range,
+        "Expected every index to lie within its array; got out-of-bounds indexing for array of shape (2,): index 2 is "
+        "out of bounds for axis 0 with size 2: JAX would take the last entry instead and not say so.",
+    ),
     "has a finite density": (
         impossible,
         "Expected a finite log density somewhere; it is finite at 0 of 10 prior draws and at 0 of 10 dispersed starts. "
@@ -102,7 +117,7 @@ def test_a_good_model_climbs_to_the_top(make: Callable[[], tuple[rungs.Rung, ...
     assert tuple(rung.name for rung in climbed) == NAMES
     assert all(rung.passed and rung.message for rung in climbed)
     assert climbed[3].message == "a (2 scalars)"
-    assert climbed[5].message == "at 10 of 10 prior draws and at 10 of 10 dispersed starts"
+    assert climbed[6].message == "at 10 of 10 prior draws and at 10 of 10 dispersed starts"
     assert climbed[-1].message == "prior and predictive draws"
 
 
@@ -136,6 +151,58 @@ def test_what_cannot_be_drawn_is_legitimate_and_said(fn: Callable[..., None], me
     assert climbed[-1].message.startswith(message)
 
 
+def mixture(y: np.ndarray, apart: float = 0.0) -> None:
+    with numpyro.plate("component", 3):
+        centre = numpyro.sample("centre", dist.Normal(apart * jnp.arange(3), 1))
+    weight = numpyro.sample("weight", dist.Dirichlet(jnp.ones(3)))
+    numpyro.deterministic("mean", weight * centre)
+    parts = jnp.log(weight)[None] + dist.Normal(centre[None], 1).log_prob(y[:, None])
+    numpyro.factor("likelihood", jax.nn.logsumexp(parts, axis=1).sum())
+
+
+def mixed(axes: dict[str, int], apart: float = 0.0, by: str = "centre", count: int = 3) -> Model:
+    data = Dataset("d", {"y": np.arange(3.0)}, static={"apart": apart})
+    return Model(mixture, data, labels=Labels(axes, by=by, count=count))
+
+
+LABELS = "has labels that may switch"
+BOTH = {"centre": -1, "weight": -1}
+
+
+def test_labels_that_may_switch_are_found_to() -> None:
+    small = lda.simulate(jax.random.key(0), documents=4, words=9, topics=3, tokens=20)
+    for model in (mixed(BOTH), lda.model(small, topics=3)):
+        climbed = {rung.name: rung for rung in check(model)}
+        assert climbed[LABELS].passed
+        assert climbed[LABELS].message.startswith("the density is the same in other orders of ")
+        assert climbed["can be drawn from"].passed
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (
+            {"axes": BOTH, "apart": 1e-3},
+            "Expected the same density in every order of the 3 labels of centre, weight; another order changes it by ",
+        ),
+        ({"axes": {"centre": -1}}, "declare every latent that carries the label with its right axis"),
+        ({"axes": BOTH, "count": 2}, "Expected 2 labels on axis -1 of site 'centre'; got shape (3,)."),
+        ({"axes": {**BOTH, "center": -1}}, "Expected labels on sites of the model; it has no site center."),
+    ],
+    ids=["priors differ", "one forgotten", "count", "name"],
+)
+def test_a_false_declaration_of_labels_is_told(options: dict[str, Any], text: str) -> None:
+    last = check(mixed(**options))[-1]
+    assert (last.name, last.passed) == (LABELS, False)
+    assert text in last.message
+
+
+def test_labels_on_derived_sites_alone_are_not_checked() -> None:
+    climbed = {rung.name: rung for rung in check(mixed({"mean": -1}, by="mean"))}
+    assert climbed[LABELS].passed
+    assert climbed[LABELS].message == "not checked: no latent is among the sites with labels"
+
+
 def heavy(y: np.ndarray | None = None) -> None:
     precision = numpyro.sample("precision", dist.Gamma(1e-3, 1e-3))
     numpyro.sample("y", dist.Normal(0, 1 / jnp.sqrt(precision)), obs=y)
@@ -144,8 +211,8 @@ def heavy(y: np.ndarray | None = None) -> None:
 def test_a_prior_whose_draws_underflow_passes_by_its_starts() -> None:
     climbed = check(heavy, DATA)
     assert len(climbed) == len(NAMES)
-    assert climbed[5].message.endswith("and at 10 of 10 dispersed starts")
-    assert not climbed[5].message.startswith("at 10 of 10 prior draws")
+    assert climbed[6].message.endswith("and at 10 of 10 dispersed starts")
+    assert not climbed[6].message.startswith("at 10 of 10 prior draws")
 
 
 @pytest.mark.parametrize(

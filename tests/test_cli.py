@@ -220,6 +220,10 @@ MISUSE = {
     "unknown focus": ([GROWTH, "--data", HEIGHTS, "--focus", "per_yaer > 6"], "per_yaer"),
     "no draws": ([GROWTH, "--data", HEIGHTS, "--draws", "0"], "Expected draws to be at least 8; got 0."),
     "one chain": ([GROWTH, "--data", HEIGHTS, "--chains", "1"], "Expected chains to be at least 2; got 1."),
+    "certain acceptance": (
+        [GROWTH, "--data", HEIGHTS, "--target-accept", "1"],
+        "Expected target_accept between 0 and 1; got 1.0.",
+    ),
     "no tolerance": (
         [GROWTH, "--data", HEIGHTS, "--tolerance", "0"],
         "Expected a positive tolerance and positive max_gradients; got 0.0",

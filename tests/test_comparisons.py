@@ -198,8 +198,10 @@ def test_focus_stands_side_by_side(comparison: Comparison) -> None:
     assert q["sentence"].startswith("would mislead: ")
     assert focus.loc[("beta[worst area]", "mean_field"), "sentence"].startswith("too narrow: ")
     assert focus.loc[("beta[worst area]", "full_rank"), "sentence"].startswith("may be reported from this guide alone")
-    assert focus.loc[("total", "low_rank"), "sentence"].startswith("not judged: ")
-    assert focus.loc[("total", "laplace"), "sentence"].startswith("not judged: the optimiser used up its budget")
+    # Why these two are not judged is said once, in the table of guides.
+    assert focus.loc[("total", "low_rank"), "sentence"] == focus.loc[("total", "laplace"), "sentence"] == ""
+    assert math.isnan(focus.loc[("total", "low_rank"), "mean"])
+    assert math.isfinite(focus.loc[("total", "laplace"), "mean"])
     assert focus.loc[("beta[worst area]", "reference"), "sentence"] == ""
 
 
@@ -287,8 +289,51 @@ def test_a_failed_reference_gives_no_verdict_but_agreement(model: Model, truth: 
     agreement = result.agreement.set_index("quantity")["sentence"]
     assert agreement["beta[floor]"].startswith("the guides agree: means 0.0")
     assert agreement["total"].startswith("the guides disagree: ")
-    assert (result.focus["sentence"] == ["", *result.guides["sentence"]]).all()
+    assert (result.focus["sentence"] == "").all()
     assert result.advice[0].startswith("No guide can be judged yet: the reference failed its checks")
+
+
+def _flat(y: np.ndarray) -> None:
+    mu = numpyro.sample("mu", dist.ImproperUniform(dist.constraints.real, (), ()))
+    numpyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+def test_a_flat_prior_is_named_where_the_reference_failed(model: Model, truth: Reference) -> None:
+    flat = Model(_flat, Dataset("one", {"y": np.array(0.0)}))
+    draws = {"mu": truth.draws["total"]}
+
+    class Narrow(Gaussian):
+        def draw(self, key: jax.Array, draws: int, sites: tuple[str, ...] | None = None) -> dict[str, np.ndarray]:
+            return {"mu": np.asarray(jax.random.normal(key, (draws,)))}
+
+    narrow = Narrow(Guide("narrow", lambda fn: fn), FULL, has_density=False)
+    (advice,) = compare(flat, Reference(flat, draws, Status.RHAT), [narrow], key=KEY).advice
+    assert "Give mu a proper prior, since with a flat one the posterior may be improper; or run NUTS longer" in advice
+    (other,) = compare(model, Reference(model, truth.draws, Status.RHAT), [_full_rank()], key=KEY).advice
+    assert "proper" not in other
+
+
+NUMBERS = ["elbo", "elbo_se", "khat", "worst_shift", "worst_shift_se", "worst_sd_ratio", "worst_coverage_90"]
+
+
+@pytest.mark.parametrize("status", [s for s in Status if not s.has_optimum])
+def test_a_fit_without_an_optimum_has_no_numbers(model: Model, truth: Reference, status: Status) -> None:
+    elbo = Estimate(276.9, 0.04)
+    failed = Reference(model, truth.draws, Status.RHAT)
+    fits = [_full_rank(status=status, elbo=elbo), _mean_field()]
+    result = compare(model, failed, fits, key=KEY, focus=["total"])
+    assert result.agreement.empty  # of two guides one has nothing to say
+    assert result.focus.set_index("source")["mean"].isna().to_dict() == {
+        "reference": False, "mean_field": False, "full_rank": True,
+    }  # fmt: skip
+    row = compare(model, truth, fits, key=KEY).guides.loc["full_rank"]
+    assert row[NUMBERS].isna().all()
+    assert row["worst_shift_quantity"] == ""
+    assert row["sentence"] == f"not judged: {status.value}"
+    for kept in (Status.BUDGET, Status.UNPROVEN, Status.TOO_FEW_DRAWS):
+        row = compare(model, truth, [_full_rank(status=kept, elbo=elbo)], key=KEY).guides.loc["full_rank"]
+        assert (row["elbo"], row["elbo_se"]) == elbo
+        assert np.isfinite(row["worst_shift"])
 
 
 @pytest.mark.parametrize("absent", ["none", "empty"])

@@ -329,6 +329,10 @@ def test_nesting_marks_the_larger_family_that_ends_lower(correlated):
     assert marked["mean_field"].status is Status.ARRIVED
     noisy = replace(worse, elbo=Estimate(low.elbo.value - 3, 2.0))
     assert check_nesting([low, noisy])[1].status is Status.ARRIVED
+    # Fits without an optimum are as high as they were when they were stopped.
+    endless = replace(low, status=Status.UNBOUNDED)
+    assert check_nesting([endless, worse])[1].status is worse.status
+    assert check_nesting([low, replace(worse, status=Status.FLAT)])[1].status is Status.FLAT
 
 
 def test_a_kept_fit_draws_the_same(tmp_path, correlated):

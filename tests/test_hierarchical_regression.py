@@ -1,6 +1,7 @@
 """The hierarchical regression: formula to arrays, density, charts, data, simulation, and a sentence for each misuse."""
 
 import importlib.util
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -422,3 +423,12 @@ def test_the_truth_lies_in_90_percent_intervals_at_the_nominal_rate() -> None:
     for hits in inside.values():
         rate = np.mean(hits, axis=0)
         assert (np.abs(rate - 0.9) < 5 * np.sqrt(0.9 * 0.1 / seeds)).all()
+
+
+@pytest.mark.parametrize("code", [-1, 5])
+def test_a_group_that_is_not_there_is_refused(code: int) -> None:
+    data = _small()
+    group = data.arrays["group"].copy()
+    group[0, 0] = code
+    with pytest.raises(ValueError, match="Expected groups 0 to 4 of 'group' in array 'group' .*; got "):
+        model(replace(data, arrays={**data.arrays, "group": group}))

@@ -11,7 +11,8 @@ import pytest
 
 from toolkit import Dataset, Model, Status, fit
 from toolkit.storage import Storage
-from toolkit.variational.gaussians import Frame, LowRank, Quadratic, rank_by_gain
+from toolkit.variational.fitting import _gain_in_words
+from toolkit.variational.gaussians import Frame, LowRank, Quadratic, RankGain, rank_by_gain
 from toolkit.variational.guides import GUIDES, Guide, find_guide
 from toolkit.variational.keeping import fit_key, keep_fit, kept_fit
 from toolkit.variational.nesting import contains, smallest_first
@@ -92,6 +93,30 @@ def test_a_fit_by_gain_says_its_rank_and_reaches_the_evidence(model: Model) -> N
     assert fitted.status is Status.ARRIVED
     assert fitted.elbo.value == pytest.approx(0, abs=0.02)  # the target is normalised
     assert np.shape(fitted.params["auto_cov_factor"]) == (SIZE, COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "text"),
+    [
+        (RankGain(3, 0.04, False), "one more would gain about 0.04 nats"),
+        (RankGain(3, -1e-9, False), "one more would gain about 0 nats"),
+        (RankGain(3, -18.2, False), "what one more would gain could not be reckoned, because the density hardly bends"),
+        (
+            RankGain(5, 0.7, True),
+            "one more would gain about 0.7 nats, but then it would have as many numbers as a full covariance: take "
+            "full_rank",
+        ),
+    ],
+)
+def test_a_gain_is_told_for_what_it_is(chosen: RankGain, text: str) -> None:
+    said = _gain_in_words(chosen, 0.1)
+    assert said.startswith(text)
+    assert "-" not in said
+
+
+def test_low_rank_says_how_many_columns_it_has(model: Model) -> None:
+    for name, words in {"low_rank": "3 columns, NumPyro's default", "low_rank_1": "1 column"}.items():
+        assert fit(model, name, key=KEY, max_gradients=20_000).why.endswith(f"; with {words}")
 
 
 def test_the_user_chooses_the_rank(model: Model) -> None:

@@ -126,6 +126,18 @@ def test_few_draws_are_called_few() -> None:
     assert any(reason.startswith("The bulk ESS is ") and "(Vehtari et al. 2021)" in reason for reason in few.reasons)
 
 
+def half_flat(y: np.ndarray) -> None:
+    held = numpyro.sample("held", dist.Normal(0, 1))
+    numpyro.sample("free", dist.ImproperUniform(dist.constraints.real, (), ()))
+    numpyro.sample("y", dist.Normal(held, 1), obs=y)
+
+
+def test_where_the_checks_fail_a_flat_prior_is_named() -> None:
+    walk = reference(Model(half_flat, Dataset("one", {"y": np.array(0.0)})), key=KEY, chains=2, warmup=50, draws=50)
+    assert not walk.status.ok
+    assert walk.reasons[-1].startswith("The prior of free is flat: the posterior is improper if the data do not hold")
+
+
 @pytest.mark.parametrize(("weight", "modes"), [(0.5, False), (0.001, True)])
 def test_chains_in_two_modes_are_caught(weight: float, modes: bool) -> None:
     model = Model(two_modes, Dataset("weight", {"weight": np.array(weight)}))
@@ -378,6 +390,8 @@ _JUDGEMENTS = {
     "fine": (_evidence(), Status.PASSED, ()),
     "at the limits": (_evidence(1.01, 400, 400, divergences=0, ebfmi=np.full(4, 0.3)), Status.PASSED, ()),
     "rhat": (_evidence(1.02), Status.RHAT, ("R-hat is 1.020 for a and above 1.01 (Vehtari et al. 2021) for 1 of 1",)),
+    "rhat just above": (_evidence(1.0101), Status.RHAT, ("R-hat is 1.011 for a and above 1.01",)),
+    "few by a little": (_evidence(bulk=399.8), Status.FEW_DRAWS, ("The bulk ESS is 399 for a and below 400",)),
     "not finite": (_evidence(not_finite=("b", "c")), Status.RHAT, ("R-hat cannot be computed for b and 1 more",)),
     "divergences": (_evidence(divergences=7), Status.DIVERGENCES, ("7 of 4,000 transitions diverged (limit 0;",)),
     "energy": (

@@ -9,19 +9,25 @@ import json
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from html.parser import HTMLParser
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import reporting_fixture as studies
 import xarray as xr
+from numpyro.infer.reparam import LocScaleReparam
 
+import toolkit
 from toolkit.comparison.verdicts import Thresholds
 from toolkit.estimate import Estimate
+from toolkit.reporting import first_screen
 from toolkit.reporting.arrival import gap_cell, optima_cell, optima_sentences, solver_sentences
 from toolkit.reporting.differences import differences, worst_first
 from toolkit.reporting.figures.canvas import blank, drawn, file_png, file_svg, segments, styled
@@ -31,7 +37,7 @@ from toolkit.reporting.figures.traces import elbo_traces
 from toolkit.reporting.first_screen import health, next_commands
 from toolkit.reporting.palette import INK, PAGE, PLAIN, SOFT, TEXTS, looks
 from toolkit.reporting.reports import Report, render
-from toolkit.reporting.tables import minus, number, significant
+from toolkit.reporting.tables import focus_table, minus, number, significant, worst_diagnostics
 from toolkit.status import Status
 from toolkit.variational.certificates import Certificate, Scope
 
@@ -310,7 +316,7 @@ def test_unwritable_folder_is_one_sentence(report: Report, tmp_path: Path) -> No
 
 
 def test_worst_of_each_column_is_marked_once(report: Report) -> None:
-    table = report.markdown.split("## By how much?")[1].split("Bold:")[0]
+    table = report.markdown.split("## By how much?")[1].split("The worst value of each")[0]
     rows = [line.split("|")[2:-1] for line in table.strip().splitlines()[2:]]
     # The gap is not marked: the worst is a guide without a limit.
     assert [sum("**" in row[column] for row in rows) for column in range(7)] == [1, 0, 1, 1, 1, 1, 1]
@@ -477,7 +483,107 @@ def test_the_references_health_says_what_is_known(rhat: float, ess: float, diver
     ],
 )
 def test_the_next_command_has_the_next_seed(command: str, again: tuple[str, ...]) -> None:
-    assert next_commands(command, 0) == again
+    study = studies.make_study(3, focus=False)
+    study.command = command
+    assert next_commands(study) == again
+
+
+@pytest.mark.parametrize(
+    ("given", "command", "again"),
+    [
+        ({}, "elbowroom study x", "elbowroom study x --draws 8000 --warmup 2000"),
+        (
+            {"least": 320.0},
+            "elbowroom study x --draws 1000 --seed 3",
+            "elbowroom study x --draws 2000 --seed 3 --warmup 2000",
+        ),
+        ({"least": 120.0, "status": Status.FEW_DRAWS}, "elbowroom study x", "elbowroom study x --draws 8000"),
+        ({"least": 250.0, "status": Status.FEW_DRAWS}, "elbowroom study x", "elbowroom study x --draws 4000"),
+        ({}, "elbowroom study x --warmup=500", "elbowroom study x --warmup=1000 --draws 8000"),
+        ({}, "toolkit.study(model, seed=0)", "toolkit.study(model, seed=0, draws=8000, warmup=2000)"),
+        ({"status": Status.DIVERGENCES}, "elbowroom study x", "elbowroom study x --target-accept 0.98"),
+        (
+            {"status": Status.DIVERGENCES},
+            "toolkit.study(model, seed=0, target_accept=0.98)",
+            "toolkit.study(model, seed=0, target_accept=0.996)",
+        ),
+        ({"status": Status.DIVERGENCES, "charts": True}, "elbowroom study x", "elbowroom study x --chart other"),
+        ({"status": Status.LOW_ENERGY, "charts": True}, "elbowroom study x", "elbowroom study x --chart other"),
+        ({"status": Status.LOW_ENERGY}, "elbowroom study x", "elbowroom study x --draws 8000 --warmup 2000"),
+        ({}, "python mine.py", None),
+        ({"usable": False}, "elbowroom study x", None),
+        ({"origin": "draws from mine.nc"}, "elbowroom study x --against mine.nc", None),
+    ],
+)
+def test_after_a_failed_reference_the_next_command_may_mend_it(
+    given: dict[str, Any], command: str, again: str | None
+) -> None:
+    study, given = studies.reference_failed(), dict(given)
+    study.command, reference = command, study.reference
+    reference.diagnostics[["ess_bulk", "ess_tail"]] = given.pop("least", 7.0)
+    if given.pop("charts", False):
+        charted = replace(reference.model, charts={"other": {"beta": LocScaleReparam(0)}})
+        given["model"] = charted
+    for name, value in given.items():
+        setattr(reference, name, value)
+    assert next_commands(study) == ((again,) if again else ())
+
+
+def test_the_defaults_that_commands_go_on_from_are_the_studys() -> None:
+    parameters = signature(toolkit.study).parameters
+    assert {name: parameters[name].default for name in first_screen._DEFAULTS} == first_screen._DEFAULTS
+
+
+def test_why_nothing_is_judged_is_said_once_a_guide() -> None:
+    study = studies.reference_failed()
+    study.comparison.guides["sentence"] = "not judged: the reference failed its checks"
+    study.comparison.focus["sentence"] = ""
+    text = render(study).markdown
+    assert text.count("not judged") == len(studies.GUIDES)
+    assert "NUTS (failed its checks)" in text
+    assert "This may mend it:" in text
+    assert "--draws 8000 --warmup 2000" in text
+    assert "What may be said of your quantities?" not in text
+
+
+def test_where_one_guide_is_not_judged_its_cells_have_a_dash() -> None:
+    study = studies.make_study()
+    focus = study.comparison.focus
+    focus.loc[focus["source"] == "low_rank", "sentence"] = ""
+    table = focus_table(focus, looks(studies.GUIDES), "NUTS", True)
+    assert table is not None
+    assert [row[1].note for row in table.rows] == ["", ""]  # the reference
+    assert [row[3].note for row in table.rows] == ["–", "–"]
+    assert all(row[2].note not in ("", "–") for row in table.rows)
+
+
+@pytest.mark.parametrize("status", [Status.UNBOUNDED, Status.IMPROPER, Status.FLAT, Status.DIVERGED])
+def test_what_depends_on_when_a_fit_was_stopped_is_not_shown(status: Status) -> None:
+    study = studies.make_study(3, focus=False)
+    given = {"status": status, "message": "along beta[radius]", "elbo": Estimate(276.91, 0.04)}
+    optima = (Estimate(276.91, 0.04), Estimate(259.34, 0.03))
+    certificate = Certificate(Estimate(0.2, 0.05), 0.37, Scope.LOCAL, 256, 4)
+    fit = SimpleNamespace(**{**vars(study.fits[2]), **given, "optima": optima, "certificate": certificate})
+    assert gap_cell(fit).text == optima_cell(fit).text == "–"
+    assert gap_cell(fit).note == optima_cell(fit).note == "no optimum"
+    assert optima_sentences([fit]) == []
+    study.fits = (*study.fits[:2], fit)
+    study.comparison.guides.loc["full_rank", ["elbo", "elbo_se"]] = np.nan  # as `compare` gives them
+    report = render(study)
+    assert "276.9" not in report.markdown
+    assert "259.3" not in report.markdown
+    assert "0.37" not in report.markdown.split("## Did the fits arrive?")[1].split("## Can the reference")[0]
+    assert "| –<br>no optimum | –<br>no optimum |" in report.markdown
+    row = report.summary["guides"][2]
+    assert (row["elbo"], row["gap_limit"], row["gap_mean"], row["optima"], row["optima_spread"]) == (
+        None, None, None, 0, None,
+    )  # fmt: skip
+    assert np.isnan(report.tables["fits"].loc["full_rank", ["elbo", "elbo_se"]].astype(float)).all()
+
+
+def test_effective_draws_below_the_limit_do_not_look_as_if_they_reached_it() -> None:
+    table = pd.DataFrame({"rhat": [1.002], "ess_bulk": [399.7], "ess_tail": [1_391.2]}, index=["a"])
+    assert [cell.text for cell in worst_diagnostics(table).rows[0]] == ["a", "1.0020", "399", "1,391"]
 
 
 def test_draws_from_a_file_claim_no_count_of_divergences() -> None:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from toolkit.storage import default_storage as default_storage
     from toolkit.studies import Study as Study
     from toolkit.studies import study as study
+    from toolkit.variational.certificates import Certificate as Certificate
+    from toolkit.variational.certificates import Scope as Scope
     from toolkit.variational.fits import Fit as Fit
     from toolkit.variational.fitting import fit as fit
     from toolkit.variational.guides import GUIDES as GUIDES
@@ -50,6 +52,7 @@ _HOMES = {
     "status": ("Status",),
     "storage": ("Storage", "default_storage"),
     "studies": ("Study", "study"),
+    "variational.certificates": ("Certificate", "Scope"),
     "variational.fitting": ("Fit", "fit"),
     "variational.guides": ("GUIDES", "Guide"),
 }

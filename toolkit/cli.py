@@ -85,6 +85,9 @@ def study(
     chains: Annotated[int, typer.Option(help="NUTS chains.")] = 4,
     warmup: Annotated[int, typer.Option(help="Warm-up transitions of each chain.")] = 1_000,
     draws: Annotated[int, typer.Option(help="Draws kept of each chain.")] = 1_000,
+    target_accept: Annotated[
+        float, typer.Option(help="NUTS' target acceptance; higher is slower, and helps against divergences.")
+    ] = 0.9,
     against: Annotated[Path | None, typer.Option(help="Reference draws in ArviZ form, instead of NUTS.")] = None,
     tolerance: Annotated[float, typer.Option(help="The optimisation gap that is good enough, in nats.")] = 0.1,
     max_gradients: Annotated[
@@ -130,6 +133,7 @@ def study(
                 warmup=warmup,
                 draws=draws,
                 chart=chart,
+                target_accept=target_accept,
                 against=load_reference(against, model) if against else None,
                 storage=storage,
                 progress=progress,

@@ -9,7 +9,8 @@ class Status(Enum):
     """The outcome of a fit or of a reference; the value is the sentence that the report prints.
 
     A statistical failure is a value and not an exception, so that one guide's failure never loses
-    another guide's work. `Status.ok` tells whether numbers may be read as what they are named.
+    another guide's work. `Status.ok` tells whether numbers may be read as what they are named, `Status.has_optimum`
+    whether a fit's ELBO means anything.
     """
 
     ARRIVED = "the optimiser arrived: going on no longer raises the ELBO"
@@ -38,5 +39,13 @@ class Status(Enum):
         """Whether the numbers that come with this status may be used for a verdict."""
         return self in _OK
 
+    @property
+    def has_optimum(self) -> bool:
+        """Whether a fit that ended so had an optimum to go to; else its numbers only say where it was stopped."""
+        return self not in _NO_OPTIMUM
+
 
 _OK = frozenset({Status.ARRIVED, Status.UNPROVEN, Status.EXACT, Status.PASSED, Status.LOADED})
+_NO_OPTIMUM = frozenset(
+    {Status.NO_VALID_START, Status.UNBOUNDED, Status.IMPROPER, Status.FLAT, Status.DIVERGED, Status.FAILED}
+)

@@ -91,6 +91,7 @@ def study(
     warmup: int = 1_000,
     draws: int = 1_000,
     chart: str | None = None,
+    target_accept: float = 0.9,
     against: Reference | None = None,
     thresholds: Thresholds | None = None,
     storage: Storage | None = None,
@@ -115,6 +116,7 @@ def study(
         warmup: Transitions for adaptation, in each chain.
         draws: Draws kept, in each chain.
         chart: The model's chart in which NUTS runs; the model's own choice if None.
+        target_accept: The acceptance probability that NUTS adapts its step size to; higher is slower and safer.
         against: A reference from elsewhere (`load_reference`) instead of NUTS.
         thresholds: What counts as right; the documented defaults if None.
         storage: Where finished work is kept; nowhere if None. Compiled programs are kept in JAX's own cache either way.
@@ -136,12 +138,15 @@ def study(
         warmup=warmup,
         draws=draws,
         chart=chart,
+        target_accept=target_accept,
         thresholds=thresholds,
         against=_Words("the same reference") if against else None,
     )
     if not 0 <= seed < 2**32:
         raise ValueError(f"Expected a seed from 0 to {2**32 - 1:,}; got {seed}.")
     _check(model, chosen, chart, {"chains": (chains, 2), "warmup": (warmup, 1), "draws": (draws, 8)})
+    if not 0 < target_accept < 1:
+        raise ValueError(f"Expected target_accept between 0 and 1; got {target_accept}.")
     if not (tolerance > 0 and max_gradients > 0):
         raise ValueError(
             f"Expected a positive tolerance and positive max_gradients; got {tolerance} and {max_gradients}."
@@ -160,6 +165,7 @@ def study(
         "warmup": warmup,
         "draws": draws,
         "chart": chart,
+        "target_accept": target_accept,
         "storage": storage,
     }
     work = _Work(model, key, tolerance, max_gradients, solver, storage, progress)

@@ -123,7 +123,9 @@ def _with_guide(guide: str) -> str:
 def _repair_reference(model: Model) -> str:
     others = [chart for chart in model.charts if chart != model.chart]
     chart = f", in another chart ({', '.join(others)})" if others else ", or write the model in other coordinates"
-    return f"Run NUTS longer{chart}; until then read where the guides agree and disagree."
+    flat = model.flat_priors
+    proper = f"Give {', '.join(flat)} a proper prior, since with a flat one the posterior may be improper; or r"
+    return f"{proper if flat else 'R'}un NUTS longer{chart}; until then read where the guides agree and disagree."
 
 
 def _means_right(guide: str, table: pd.DataFrame) -> bool:

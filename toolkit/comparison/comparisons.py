@@ -53,7 +53,8 @@ class Comparison:
             sentence (for the first screen); quantities (how many were judged), right, wrong, cannot_tell (counts);
             elbo and elbo_se (nats), khat and khat_se; worst_shift, worst_sd_ratio and worst_coverage_90 with `_se` and
             `_quantity` (largest over all quantities, hence above 0 by noise alone); seconds, gradient_evaluations.
-            NaN or empty where unknown.
+            NaN or empty where unknown, and where the fit's status says that there is no optimum (`Status.has_optimum`):
+            such numbers only say when it was stopped.
         quantities: One row for each source (`reference` or guide) and quantity: title, unit, mean, mean_se, sd, sd_se,
             and the quantiles q5, q25, q50, q75, q95, in the quantity's unit.
         pairs: The 50 pairs of each guide whose correlation differs most: guide, quantity_a, quantity_b, reference,
@@ -148,7 +149,10 @@ def compare(
     guides = guides.set_index("guide") if len(guides) else guides
     sources = ({"reference": truth} if truth else {}) | {s.fit.guide.name: s.scalars for s in sides if s.scalars}
     quantities = join([summarise(name, source) for name, source in sources.items()], QUANTITY_COLUMNS)
-    why = {s.fit.guide.name: _why_not(s, problem) for s in sides}
+    astray = {s.fit.guide.name for s in sides if not s.fit.status.has_optimum}
+    meant = {name: source for name, source in sources.items() if name not in astray}
+    alone = quantities[~quantities["source"].isin(astray)] if problem else quantities.iloc[:0]
+    judged = {s.fit.guide.name: not _why_not(s, problem) for s in sides}
     seconds = reference.cost.seconds if reference is not None and than == "NUTS" else float("nan")
     return Comparison(
         table=table,
@@ -156,8 +160,8 @@ def compare(
         quantities=quantities,
         pairs=join([_pairs(s, truth) for s in sides], PAIR_COLUMNS),
         correlations=_correlations(sources, table),
-        focus=focus_table(items, sources, than, thresholds, problems=why),
-        agreement=agreement(quantities if problem else quantities.iloc[:0], thresholds),
+        focus=focus_table(items, meant, than, thresholds, judged=judged),
+        agreement=agreement(alone, thresholds),
         reference_ok=not problem,
         sample={name: thinned(source) for name, source in sources.items()},
         advice=advise(model, guides, table, thresholds, problem, seconds) if len(guides) else (),
@@ -250,7 +254,8 @@ def _why_not(side: _Side, reference_problem: str) -> str:
 def _guide_row(side: _Side, rows: pd.DataFrame, than: str, reference_problem: str) -> dict[str, Any]:
     fit, verdicts = side.fit, quantity_verdicts(rows)
     sentence = _why_not(side, reference_problem) or guide_sentence(rows, verdicts, than)
-    elbo = fit.elbo or NAN
+    found = fit.status.has_optimum
+    elbo, tail = (fit.elbo or NAN, side.khat) if found else (NAN, NAN)
     counts = list(verdicts.values())
     return {
         "guide": fit.guide.name,
@@ -264,9 +269,9 @@ def _guide_row(side: _Side, rows: pd.DataFrame, than: str, reference_problem: st
         "cannot_tell": counts.count(Verdict.CANNOT_TELL),
         "elbo": elbo.value,
         "elbo_se": elbo.se,
-        "khat": side.khat.value,
-        "khat_se": side.khat.se,
-        **worst(rows),
+        "khat": tail.value,
+        "khat_se": tail.se,
+        **worst(rows if found else rows.iloc[:0]),
         "seconds": fit.cost.seconds,
         "gradient_evaluations": fit.cost.gradient_evaluations,
     }

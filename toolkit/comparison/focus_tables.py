@@ -33,7 +33,7 @@ def focus_table(
     than: str,
     thresholds: Thresholds,
     *,
-    problems: Mapping[str, str],
+    judged: Mapping[str, bool],
 ) -> pd.DataFrame:
     """One row for each item and source, the reference first.
 
@@ -45,7 +45,8 @@ def focus_table(
         sources: Source name to scalars, `"reference"` among them if there is one.
         than: What the reference is called in a sentence.
         thresholds: What counts as right.
-        problems: Guide name to the sentence why its draws are not judged; empty if they are.
+        judged: Guide name to whether its draws are judged. One that is not has an empty sentence: why, is said once, in
+            the comparison's table of guides.
     """
     rows = []
     for item in items:
@@ -53,17 +54,15 @@ def focus_table(
         for name, values in drawn.items():
             autocorrelated = name == "reference"
             summary = _event(values, autocorrelated) if item.event else _interval(values, autocorrelated)
-            if name == "reference":
+            if name == "reference" or not judged[name]:
                 sentence = ""
-            elif problems[name]:
-                sentence = problems[name]
             elif item.event:
                 sentence = _event_sentence(drawn["reference"], values, than, thresholds)
             else:
                 sentence = _interval_sentence(item, drawn["reference"], values, than, thresholds)
             rows.append((item.text, item.event, name, *summary, sentence))
-        absent = [name for name in problems if name not in drawn]
-        rows += [(item.text, item.event, name, *[np.nan] * 6, problems[name]) for name in absent]
+        absent = [name for name in judged if name not in drawn]
+        rows += [(item.text, item.event, name, *[np.nan] * 6, "") for name in absent]
     return pd.DataFrame(rows, columns=list(FOCUS_COLUMNS))
 
 

@@ -10,13 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import checkify
 from numpyro import handlers
 from numpyro.distributions import biject_to
-from numpyro.infer.util import transform_fn
+from numpyro.infer.util import log_density, transform_fn
 
 from toolkit.modelling.dataset import Dataset
 from toolkit.modelling.density import invalid_sites
 from toolkit.modelling.enumeration import sum_out_discrete
+from toolkit.modelling.labels import Labels
 from toolkit.modelling.model import Model
 from toolkit.modelling.sites import FACTOR, LATENT, OBSERVED, trace_sites
 
@@ -25,12 +27,17 @@ DISCRETE = "has no discrete latent left over"
 OBSERVES = "observes something"
 INFERS = "has something to infer"
 COORDS = "has coords that fit its plates"
+INDICES = "looks up only entries that are there"
 DENSITY = "has a finite density"
 GRADIENT = "has a finite gradient"
+LABELS = "has labels that may switch"
 PRIOR = "can be drawn from"
 
 _POINTS = 10
 """How many prior draws, and how many dispersed starts, the density is tried at."""
+
+_ROUNDING = 1e-9
+"""Of a log density: by less than that, two sums of the same terms in different orders may differ."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +82,13 @@ def _climb(model: Model | Callable[..., Any], dataset: Dataset | None) -> Iterat
             return
     yield from _declared(model)
     points = _points(model)
+    yield _indices(model, points)
     values, gradients = _densities(model, points)
     finite = np.isfinite(values)
     yield _density(model, points, finite)
     yield _gradient(gradients, finite)
+    if model.labels is not None:
+        yield _exchangeable(model, model.labels, points, finite)
     yield _prior(model)
 
 
@@ -137,6 +147,60 @@ def _points(model: Model) -> dict[str, Any]:
         if model.flat_priors:
             return starts
         return jax.tree.map(lambda *rows: jnp.concatenate(rows), jax.vmap(from_prior)(keys[:_POINTS]), starts)
+
+
+def _indices(model: Model, points: Mapping[str, Any]) -> Rung:
+    """Whether an index runs past its array, where JAX takes the last entry and says nothing."""
+    checked = checkify.checkify(lambda point, arrays: model.log_density(point, arrays), errors=checkify.index_checks)
+    point = {name: values[-1] for name, values in points.items()}
+    try:
+        with jax.enable_x64(True):
+            outcome, _ = jax.jit(checked)(point, model.arrays)
+    except NotImplementedError as error:  # an operation through which JAX cannot carry the check
+        return Rung(INDICES, True, f"not checked: {str(error).strip()}".split("\n")[0])
+    found = outcome.get()
+    if found is None:
+        return Rung(INDICES, True, "at a dispersed start")
+    return Rung(
+        INDICES,
+        False,
+        f"Expected every index to lie within its array; got {found.split(chr(10))[0].strip().rstrip('.')}: JAX would "
+        "take the last entry instead and not say so. Give the plate as many elements as the data have groups, counted "
+        "from 0.",
+    )
+
+
+def _exchangeable(model: Model, labels: Labels, points: Mapping[str, Any], finite: np.ndarray) -> Rung:
+    """Whether the density is the same in other orders of the labels that the model declares."""
+    carriers = [site for site in labels.axes if site in model.latents]
+    unknown = sorted(set(labels.axes) - set(model.sites))
+    if unknown:
+        return Rung(LABELS, False, f"Expected labels on sites of the model; it has no site {', '.join(unknown)}.")
+    if not carriers:
+        return Rung(LABELS, True, "not checked: no latent is among the sites with labels")
+    swap = [1, 0, *range(2, labels.count)]
+    # From these two all orders can be made.
+    orders = dict.fromkeys((tuple(swap), tuple(np.roll(range(labels.count), 1).tolist())))
+    with jax.enable_x64(True), handlers.block():
+        here = int(np.flatnonzero(finite)[-1])
+        every = model.constrain({name: values[here] for name, values in points.items()}, model.arrays)
+        values = {name: np.asarray(every[name]) for name in model.latents}
+        density = jax.jit(lambda latents, arrays: log_density(model.bound("plain"), (), arrays, latents)[0])
+        level = float(density(values, model.arrays))
+        try:
+            others = [float(density(labels.permuted(values, order), model.arrays)) for order in orders]
+        except ValueError as error:
+            return Rung(LABELS, False, str(error))
+    change = max((other - level for other in others), key=lambda d: abs(d) if np.isfinite(d) else np.inf)
+    if abs(change) <= _ROUNDING * (1 + abs(level)):
+        return Rung(LABELS, True, f"the density is the same in other orders of {', '.join(labels.axes)}")
+    return Rung(
+        LABELS,
+        False,
+        f"Expected the same density in every order of the {labels.count} labels of {', '.join(carriers)}; another "
+        f"order changes it by {change:.3g} nats: declare every latent that carries the label with its right axis, and "
+        "give all labels one prior, or take the declaration away.",
+    )
 
 
 def _densities(model: Model, points: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, np.ndarray]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,6 +69,21 @@ class Labels:
         return {
             site: _permuted(np.asarray(values), order, self.axes[site]) if site in self.axes else np.asarray(values)
             for site, values in draws.items()
+        }
+
+    def permuted(self, values: Mapping[str, np.ndarray], order: Sequence[int]) -> dict[str, np.ndarray]:
+        """One draw's values with the labels in another order; sites without labels pass through.
+
+        Raises:
+            ValueError: A site's axis does not hold `count` labels.
+        """
+        for site, axis in self.axes.items():
+            shape = np.shape(values[site]) if site in values else None
+            if shape is not None and (len(shape) + axis < 0 or shape[axis] != self.count):
+                raise ValueError(f"Expected {self.count} labels on axis {axis} of site '{site}'; got shape {shape}.")
+        return {
+            site: np.take(value, np.asarray(order), axis=self.axes[site]) if site in self.axes else value
+            for site, value in values.items()
         }
 
     def _check_axes(self, draws: Mapping[str, np.ndarray]) -> None:

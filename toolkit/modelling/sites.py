@@ -71,11 +71,7 @@ def trace_sites(fn: Callable[..., Any], kwargs: Mapping[str, Any]) -> dict[str, 
 
 def improper_start(message: Mapping[str, Any]) -> Any:
     """A value for latent sites without prior draws (flat priors); None leaves the site to its prior."""
-    if (
-        message["type"] == "sample"
-        and not message["is_observed"]
-        and isinstance(_unwrapped(message["fn"]), numpyro.distributions.ImproperUniform)
-    ):
+    if message["type"] == "sample" and not message["is_observed"] and _is_flat(message["fn"]):
         return init_to_uniform(message)
     return None
 
@@ -90,6 +86,14 @@ def _unwrapped(distribution: Any) -> Any:
     while isinstance(distribution, shells):
         distribution = distribution.base_dist
     return distribution
+
+
+def _is_flat(distribution: Any) -> bool:
+    """Whether it is an `ImproperUniform`, be it transformed or in shells."""
+    base = _unwrapped(distribution)
+    while isinstance(base, numpyro.distributions.TransformedDistribution):
+        base = _unwrapped(base.base_dist)
+    return isinstance(base, numpyro.distributions.ImproperUniform)
 
 
 def _site(message: Mapping[str, Any]) -> Site:
@@ -111,5 +115,5 @@ def _site(message: Mapping[str, Any]) -> Site:
         event_names=tuple(message["infer"].get("event_dims", ())),
         distribution=type(base).__name__,
         discrete=bool(distribution.support.is_discrete),
-        proper=not isinstance(base, numpyro.distributions.ImproperUniform),
+        proper=not _is_flat(distribution),
     )

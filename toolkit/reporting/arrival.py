@@ -20,7 +20,8 @@ GAP = Column(
     "How far the ELBO of the family's best may lie above this fit's: the upper 95 % limit. A global bound speaks of "
     "the best of the whole family; a local bound of the optimum that can be reached by climbing from here, and "
     "restarts speak to the rest; an estimate of the latter too, and is no bound. Where there is no limit, a dash "
-    "with the reason.",
+    "with the reason. No bound is below a hundredth of the tolerance (0.001 at the default): so much each climb of a "
+    "certificate may leave, and it is added whatever was found.",
 )
 OPTIMA = Column(
     "optima",
@@ -33,7 +34,6 @@ _FIXED_DRAWS, _SVI = "fixed_draws", "svi"  # as `Fit.solver` names them
 _REASONS = {
     "TOO_FEW_DRAWS": "too few draws",
     "BUDGET": "budget used up",
-    **dict.fromkeys(("UNBOUNDED", "IMPROPER", "FLAT"), "no optimum"),
 }
 
 
@@ -49,7 +49,17 @@ def by_svi(fit: Any) -> bool:
 
 def bounded(fit: Any) -> bool:
     """Whether there is a certificate that limits the fit's gap."""
-    return fit.certificate is not None and math.isfinite(fit.certificate.limit)
+    return fit.status.has_optimum and fit.certificate is not None and math.isfinite(fit.certificate.limit)
+
+
+def no_optimum(fit: Any) -> str:
+    """Why the fit has no ELBO, k-hat or optima to show, in two words; empty if it has."""
+    return "" if fit.status.has_optimum else _no_gap(fit)
+
+
+def optima_of(fit: Any) -> tuple[Estimate, ...]:
+    """The ELBOs of the optima that the starts led to; none where what they ended at are no optima."""
+    return tuple(fit.optima) if fit.status.has_optimum else ()
 
 
 def gap_cell(fit: Any, *, long: bool = False) -> Cell:
@@ -68,6 +78,8 @@ def gap_cell(fit: Any, *, long: bool = False) -> Cell:
 def _no_gap(fit: Any) -> str:
     if not fit.usable:
         return "no fit"
+    if not fit.status.has_optimum:
+        return "no optimum"
     if fit.certificate is not None:
         return "no finite limit"
     return "SVI gives none" if by_svi(fit) else _REASONS.get(fit.status.name, "none")
@@ -90,11 +102,12 @@ def as_high(optima: Sequence[Estimate]) -> int:
 
 def optima_cell(fit: Any) -> Cell:
     """How many distinct optima the starts led to, and their spread; by SVI, of which that is not known, the starts."""
-    count = len(fit.optima)
+    optima = optima_of(fit)
+    count = len(optima)
     if not count:
-        return Cell("–")
+        return Cell("–", note=no_optimum(fit))
     text = f"{count} start{'' if count == 1 else 's'}" if by_svi(fit) else f"{count}"
-    return Cell(text, note=f"{spread(fit.optima)} nats apart" if count > 1 else "")
+    return Cell(text, note=f"{spread(optima)} nats apart" if count > 1 else "")
 
 
 def solver_sentences(fits: Iterable[Any]) -> list[str]:
@@ -122,7 +135,7 @@ def _joined(names: Sequence[str]) -> str:
 
 def optima_sentences(fits: Iterable[Any]) -> list[str]:
     """For each guide whose starts led to several optima: how many, how far apart, and which one is reported."""
-    return [_optima_sentence(fit) for fit in fits if len(fit.optima) > 1]
+    return [_optima_sentence(fit) for fit in fits if len(optima_of(fit)) > 1]
 
 
 def _optima_sentence(fit: Any) -> str:

@@ -125,7 +125,7 @@ class Contents:
         guides: One table of all guides.
         overview: The figure that says most, or None where nothing can be compared.
         next_steps: Sentences on what to do.
-        commands: What to run to see whether the answer stands with another seed.
+        commands: What to run next: with another seed, or, where the reference failed, what may mend it.
         sections: What stands below the first screen.
     """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,12 @@ from toolkit.comparison.sentences import whose
 from toolkit.reporting.contents import Answer
 from toolkit.reporting.palette import Look
 from toolkit.reporting.tables import seconds
+from toolkit.sampling.diagnostics import ESS_LIMIT
 from toolkit.status import Status
+
+_ROOM = 1.5  # times the effective draws that are asked for, since a longer run may mix worse than it seemed to
+_MOST_TIMES = 8  # as many draws: if that is too few, it is another trouble
+_DEFAULTS = {"warmup": 1_000, "target_accept": 0.9}  # of a study
 
 
 def against(reference: Any) -> str:
@@ -112,9 +118,71 @@ def warning(study: Any) -> tuple[str, tuple[str, ...]]:
     return text, tuple(reference.reasons)
 
 
-def next_commands(command: str, seed: int) -> tuple[str, ...]:
-    """The study's command with the next seed; none for a program's own command that does not name its seed."""
+def next_commands(study: Any) -> tuple[str, ...]:
+    """What to run next: the study's command with the next seed; where its reference failed, with what may mend that.
+
+    None for a program's own command, whose arguments are not known, and where no option of a study would help: a
+    reference from a file, no valid start, an error.
+    """
+    command, reference = study.command, study.reference
+    changes: dict[str, str] = {}
+    if study.comparison.reference_ok:
+        changes = {"seed": f"{study.seed + 1}"}
+    elif reference.usable and reference.origin.startswith("NUTS"):
+        changes = _mended(reference, command)
+    for option, value in changes.items():
+        command = _changed(command, option, value)
+    return (command,) if changes and command != study.command else ()
+
+
+def _mended(reference: Any, command: str) -> dict[str, str]:
+    """The options of a study that may let NUTS pass, with their values; by what it failed."""
+    if reference.status in (Status.DIVERGENCES, Status.LOW_ENERGY):
+        others = _other_charts(reference)
+        if others:
+            return {"chart": others[0]}
+        if reference.status is Status.DIVERGENCES:
+            # A fifth of the rejections: smaller steps follow a narrow part of the posterior further.
+            return {"target_accept": f"{1 - (1 - float(_given(command, 'target_accept'))) / 5:.3g}"}
+    chains, kept = next(iter(reference.draws.values())).shape[:2]
+    least = reference.diagnostics[["ess_bulk", "ess_tail"]].min(axis=None)
+    wanted = ESS_LIMIT / least if least > 0 else math.inf
+    factor = 2 if wanted < 2 / _ROOM else 4 if wanted < 4 / _ROOM else _MOST_TIMES
+    longer = {"draws": f"{factor * kept}"}
+    if reference.status is not Status.FEW_DRAWS:
+        longer["warmup"] = f"{2 * int(_given(command, 'warmup'))}"
+    return longer
+
+
+def _other_charts(reference: Any) -> list[str]:
+    """Charts that NUTS has not run in: the model's own choice first, then those that the author gave a name."""
+    model = reference.model
+    named = dict.fromkeys([model.chart, *(chart for chart in model.charts if chart != "plain")])
+    return [
+        chart for chart in named if model.charts[chart] != model.charts[reference.chart] and not model.parameters(chart)
+    ]
+
+
+def _given(command: str, option: str) -> str:
+    """The value that a study's command gives an option, or the default."""
+    found = re.search(_pattern(command, option), command)
+    return found[2] if found else f"{_DEFAULTS[option]}"
+
+
+def _changed(command: str, option: str, value: str) -> str:
+    """A study's command, or its call in Python, with another value of an option; any other command as it is."""
     by_command = command.startswith("elbowroom ")
-    named = r"--seed[ =]" if by_command else r"--seed[ =]|\bseed="  # `--option seed=1` is a model's own
-    again, found = re.subn(rf"({named}){seed}\b", rf"\g<1>{seed + 1}", command, count=1)
-    return (again,) if found else (f"{command} --seed {seed + 1}",) if by_command else ()
+    text = shlex.quote(value) if by_command or re.fullmatch(r"[\d.]+", value) else repr(value)
+    changed, found = re.subn(_pattern(command, option), lambda match: match[1] + text, command, count=1)
+    if found:
+        return changed
+    if by_command:
+        return f"{command} --{option.replace('_', '-')} {text}"
+    return f"{command[:-1]}, {option}={text})" if command.startswith("toolkit.study(") else command
+
+
+def _pattern(command: str, option: str) -> str:
+    """Finds an option and its value; `--option seed=1` on the command line is a model's own."""
+    flag = rf"--{option.replace('_', '-')}[ =]"
+    named = flag if command.startswith("elbowroom ") else rf"{flag}|\b{option}="
+    return rf"((?:^|(?<=[ (]))(?:{named}))('[^']*'|[^\s,)]+)"

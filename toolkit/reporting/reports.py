@@ -14,7 +14,7 @@ import pandas as pd
 
 from toolkit.comparison.verdicts import Thresholds
 from toolkit.reporting import first_screen, sections
-from toolkit.reporting.arrival import by_svi, spread
+from toolkit.reporting.arrival import by_svi, optima_of, spread
 from toolkit.reporting.contents import Contents, Section
 from toolkit.reporting.differences import differences
 from toolkit.reporting.figures.canvas import drawn, file_png, file_svg
@@ -118,11 +118,11 @@ def _contents(study: Any) -> Contents:
         reasons=reasons,
         answers=first_screen.answers(study, looks),
         health=first_screen.health(study.reference),
-        focus=focus_table(comparison.focus, looks, against),
+        focus=focus_table(comparison.focus, looks, against, comparison.reference_ok),
         guides=guides_table(comparison.guides, study.fits, looks, against, comparison.reference_ok),
         overview=overview(frame, compared, limits, against, comparison.reference_ok) if compared else None,
         next_steps=tuple(comparison.advice),
-        commands=first_screen.next_commands(study.command, study.seed),
+        commands=first_screen.next_commands(study),
         sections=_sections(study, frame, looks, compared, limits, against),
     )
 
@@ -172,14 +172,15 @@ def _tables(study: Any) -> dict[str, pd.DataFrame]:
 
 
 def _fits_frame(fits: Any) -> pd.DataFrame:
+    """One row for each fit; what depends on when a fit without an optimum was stopped is NaN."""
     rows = [
         {
             "guide": fit.guide.name,
             "status": fit.status.name,
             "sentence": fit.status.value,
             "message": fit.message,
-            "elbo": fit.elbo.value if fit.elbo else math.nan,
-            "elbo_se": fit.elbo.se if fit.elbo else math.nan,
+            "elbo": fit.elbo.value if fit.elbo and fit.status.has_optimum else math.nan,
+            "elbo_se": fit.elbo.se if fit.elbo and fit.status.has_optimum else math.nan,
             **_nearness(fit),
             "why": fit.why,
             "compile_seconds": fit.cost.compile_seconds,
@@ -195,15 +196,15 @@ def _fits_frame(fits: Any) -> pd.DataFrame:
 
 def _nearness(fit: Any) -> dict[str, Any]:
     """How near a fit is to its family's best, in nats, for programs; what is not known is NaN or empty."""
-    certificate = fit.certificate
+    certificate, optima = fit.certificate if fit.status.has_optimum else None, optima_of(fit)
     return {
-        "gap_bound": certificate.gap.value if certificate else math.nan,
-        "gap_bound_se": certificate.gap.se if certificate else math.nan,
+        "gap_mean": certificate.gap.value if certificate else math.nan,
+        "gap_mean_se": certificate.gap.se if certificate else math.nan,
         "gap_limit": certificate.limit if certificate else math.nan,
         "gap_scope": certificate.scope.value if certificate else "",
-        "optima": len(fit.optima),
+        "optima": len(optima),
         "optima_are": "ends of starts" if by_svi(fit) else "distinct optima",
-        "optima_spread": spread(fit.optima).value,
+        "optima_spread": spread(optima).value,
         "solver": fit.solver,
     }
 

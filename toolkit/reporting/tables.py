@@ -10,11 +10,15 @@ import numpy as np
 import pandas as pd
 
 from toolkit.estimate import decimals, rounded
-from toolkit.reporting.arrival import GAP, OPTIMA, gap_cell, optima_cell
+from toolkit.reporting.arrival import GAP, OPTIMA, gap_cell, no_optimum, optima_cell
 from toolkit.reporting.contents import Cell, Column, Table
 from toolkit.reporting.palette import Look
 
 NONE = "–"
+SHARED = (
+    "Guides of one chart share the search for starts and the density's compiled programs. A study pays for them once "
+    "(“starts” among the seconds by stage); each guide's seconds count them in full, as if it had been fitted alone."
+)
 
 
 def minus(text: str) -> str:
@@ -25,7 +29,7 @@ def minus(text: str) -> str:
 def number(value: float, se: float = math.nan, *, marked: bool = False, note: str = "") -> Cell:
     """A cell with a value rounded by its error; a dash where there is none."""
     if not math.isfinite(value):
-        return Cell(NONE if math.isnan(value) else minus(f"{value}"))
+        return Cell(NONE if math.isnan(value) else minus(f"{value}"), note=note)
     text, error = rounded(value, se)
     return Cell(minus(text), error, marked, note)
 
@@ -56,7 +60,8 @@ _GUIDE_COLUMNS = (
     Column("guide", "The family, with NumPyro's class below it.", numeric=False),
     Column(
         "ELBO (nats)",
-        "Evidence lower bound on fresh draws; higher is better. The lowest is marked.",
+        "Evidence lower bound on fresh draws; higher is better. The lowest is marked. A fit that had no optimum to go "
+        "to has a dash here and in what follows: such numbers would say when it was stopped.",
     ),
     GAP,
     Column(
@@ -74,7 +79,10 @@ _GUIDE_COLUMNS = (
         "repair the guide; "
         "no verdict leans on it.",
     ),
-    Column("seconds", "Wall-clock time of the fit, compilation included."),
+    Column(
+        "seconds",
+        f"Wall-clock time of the fit, compilation included. {SHARED}",
+    ),
 )
 
 
@@ -101,6 +109,7 @@ def guides_table(
     if not trusted:
         worst = {metric: guide for metric, guide in worst.items() if not str(metric).startswith("worst_")}
     gaps = {fit.guide.name: gap_cell(fit) for fit in fits}
+    why = {fit.guide.name: no_optimum(fit) for fit in fits}
     rows = []
     for name, row in guides.iterrows():
         title = str(row["title"])
@@ -108,11 +117,9 @@ def guides_table(
         cells = [head]
         for metric in ("elbo", "worst_shift", "worst_sd_ratio", "worst_coverage_90", "khat"):
             marked = worst.get(metric) == name
-            cells.append(
-                number(
-                    row[metric], row[f"{metric}_se"], marked=marked, note=str(row.get(f"{metric}_quantity", "") or "")
-                )
-            )
+            # The reason stands where the first number would.
+            note = why[str(name)] if metric == "elbo" else str(row.get(f"{metric}_quantity", "") or "")
+            cells.append(number(row[metric], row[f"{metric}_se"], marked=marked, note=note))
             if metric == "elbo":
                 cells.append(gaps[str(name)])
         time = f"{row['seconds']:.1f}" if math.isfinite(row["seconds"]) else NONE
@@ -121,17 +128,21 @@ def guides_table(
     return Table(f"Every guide against {against}", _GUIDE_COLUMNS, tuple(rows))
 
 
-def focus_table(focus: pd.DataFrame, looks: Mapping[str, Look], against: str) -> Table | None:
-    """The user's own quantities: one row each, the reference first and each guide beside it; None without any."""
+def focus_table(focus: pd.DataFrame, looks: Mapping[str, Look], against: str, trusted: bool) -> Table | None:
+    """The user's own quantities: one row each, the reference first and each guide beside it; None without any.
+
+    A guide that is not judged has a dash for its words where others have some; the reason is told with its verdict.
+    """
     if focus.empty:
         return None
     present = list(dict.fromkeys(focus["source"]))
     sources = [s for s in ("reference", *looks) if s in present]
+    judged = bool((focus["sentence"].fillna("") != "").any())
     columns = [Column("quantity", "As it was asked for; P(…) is the probability of an event.", numeric=False)]
     for source in sources:
         columns.append(
             Column(
-                against if source == "reference" else source,
+                f"{against}{'' if trusted else ' (failed its checks)'}" if source == "reference" else source,
                 "Mean and central 90 % interval; for an event its probability. The error is Monte Carlo's.",
                 numeric=False,
             )
@@ -143,14 +154,14 @@ def focus_table(focus: pd.DataFrame, looks: Mapping[str, Look], against: str) ->
         cells = [Cell(f"P({item})" if event else str(item))]
         for source in sources:
             place = looks[source].place if source in looks else None
-            cells.append(_focus_cell(by_source[source], place) if source in by_source else Cell(NONE))
+            cells.append(_focus_cell(by_source[source], place, judged) if source in by_source else Cell(NONE))
         rows.append(tuple(cells))
     return Table("Your quantities", tuple(columns), tuple(rows))
 
 
-def _focus_cell(row: pd.Series, place: int | None) -> Cell:
+def _focus_cell(row: pd.Series, place: int | None, judged: bool) -> Cell:
     # The first words decide; the whole sentence stands in its own section.
-    sentence = str(row["sentence"] or "").partition(":")[0]
+    sentence = str(row["sentence"] or "").partition(":")[0] or (NONE if judged and place is not None else "")
     if row["event"]:
         cell = number(row["probability"], row["probability_se"])
         return Cell(cell.text, cell.error, note=sentence, place=place)
@@ -222,12 +233,17 @@ def worst_diagnostics(diagnostics: pd.DataFrame, most: int = 5) -> Table:
         (
             Cell(str(name)),
             Cell(f"{row['rhat']:.4f}" if math.isfinite(row["rhat"]) else NONE),
-            Cell(significant(row["ess_bulk"])),
-            Cell(significant(row["ess_tail"])),
+            Cell(_whole(row["ess_bulk"])),
+            Cell(_whole(row["ess_tail"])),
         )
         for name, row in shown.iterrows()
     ]
     return Table(f"The {len(shown)} worst of {len(diagnostics)} quantities", columns, tuple(rows))
+
+
+def _whole(draws: float) -> str:
+    """Effective draws as a whole number, rounded down: what is below a limit is not to look as if it reached it."""
+    return f"{math.floor(draws):,}" if math.isfinite(draws) else NONE
 
 
 def sites_table(model: Any) -> Table:
@@ -263,9 +279,9 @@ def fits_table(fits: Sequence[Any], looks: Mapping[str, Look]) -> Table:
         Column("how it ended", "The fit's status.", numeric=False),
         GAP,
         OPTIMA,
-        Column("compile (s)", "Tracing and compiling."),
-        Column("run (s)", "Optimising and measuring."),
-        Column("gradients", "Evaluations of the log density's gradient."),
+        Column("compile (s)", f"Tracing and compiling. {SHARED}"),
+        Column("run (s)", "Searching for starts, optimising and measuring; the search is shared, as above."),
+        Column("gradients", "Evaluations of the log density's gradient, those of the shared search counted."),
         Column("peak memory", "Largest compiled program with its arrays."),
         Column("invalid steps", "Steps skipped because something was NaN or infinite."),
     )

@@ -169,10 +169,11 @@ def _ess(evidence: Evidence, part: str) -> str:
     if below.empty:
         return ""
     return (
-        f"The {part} ESS is {below.min():.0f} for {below.idxmin()} and below {ESS_LIMIT} (Vehtari et al. 2021) for "
-        f"{len(below):,} of {len(ess):,} scalars: draw more."
+        f"The {part} ESS is {math.floor(below.min())} for {below.idxmin()} and below {ESS_LIMIT} (Vehtari et al. 2021) "
+        f"for {len(below):,} of {len(ess):,} scalars: draw more."
     )
 
 
 def _number(rhat: float) -> str:
-    return f"{rhat:.3f}" if rhat < 10 else f"{rhat:.3g}"
+    """R-hat rounded up, so that what is above the limit does not look as if it kept it."""
+    return f"{math.ceil(rhat * 1_000 * (1 - 1e-9)) / 1_000:.3f}" if rhat < 10 else f"{rhat:.3g}"

@@ -307,7 +307,16 @@ def _judged(held: Reference, sites: Mapping[str, np.ndarray]) -> Reference:
         log_density=held.log_density,
     )
     status, reasons = judge(evidence)
+    if reasons and model.flat_priors:
+        reasons = (*reasons, _may_be_improper(model.flat_priors))
     return replace(held, draws=draws, status=status, reasons=reasons, diagnostics=evidence.table, ebfmi=ebfmi)
+
+
+def _may_be_improper(sites: tuple[str, ...]) -> str:
+    return (
+        f"The prior of {', '.join(sites)} is flat: the posterior is improper if the data do not hold what is flat, and "
+        "then no number of draws lets the chains agree; try a proper prior."
+    )
 
 
 def _other_latents(model: Model) -> tuple[Quantity, ...]:

@@ -51,8 +51,10 @@ class Certificate:
     """How much the family's best may lie above a fit.
 
     Attributes:
-        gap: In nats, the mean over the sets of draws, with its standard error.
-        limit: The upper 95 % limit of the gap in nats, by Student's t.
+        gap: In nats, the mean over the sets of draws, with its standard error: what was found, and no limit. A bound
+            counts for each set what the climb may have left, at least a hundredth of the tolerance, so that it is
+            never 0.
+        limit: The upper 95 % limit of the gap in nats, by Student's t: what to read and to report.
         scope: Whether it bounds the gap to the best of the family (`GLOBAL`), to the best that can be reached by
             climbing (`LOCAL`), or estimates the latter (`ESTIMATE`).
         draws: In each set.

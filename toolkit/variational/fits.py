@@ -44,7 +44,8 @@ class Fit:
         model: The model.
         status: How the optimisation ended.
         message: A detail on the status, for the report; empty if there is none.
-        elbo: E_q[log p(x, z) - log q(z)] in nats on draws that the fit has not seen; None if it could not be had.
+        elbo: E_q[log p(x, z) - log q(z)] in nats on draws that the fit has not seen; None if it could not be had. Where
+            `status.has_optimum` is False it says where the fit was stopped and nothing more; so do `optima`.
         fresh_log_weights: Log p(x, z) - log q(z) in nats at the draws behind `elbo`, (draws,); None without a density.
         certificate: How far the family's best may lie above this fit; None where there is none, see `message` or
             `why`.
@@ -85,9 +86,12 @@ class Fit:
         return self.guide.chart or self.model.chart
 
     @property
-    def gap_bound(self) -> Estimate | None:
-        """How much the family's best may lie above this fit, in nats, by its certificate; None without one."""
-        return self.certificate.gap if self.certificate else None
+    def gap_limit(self) -> float | None:
+        """How much the family's best may lie above this fit at most, in nats; None without a certificate.
+
+        It is the upper 95 % limit `certificate.limit`; what it speaks of, says `certificate.scope`.
+        """
+        return self.certificate.limit if self.certificate else None
 
     @property
     def usable(self) -> bool:

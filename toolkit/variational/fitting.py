@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 import jax
 import numpy as np
+from numpyro.infer.autoguide import AutoLowRankMultivariateNormal
 
 from toolkit.cost import Cost
 from toolkit.modelling.density import invalid_sites
@@ -27,8 +28,8 @@ from toolkit.variational.draws import branch
 from toolkit.variational.failures import describe_edge
 from toolkit.variational.fits import Fit
 from toolkit.variational.gaussian_fits import FIXED_DRAWS, FIXED_LIMIT, NATURAL_GRADIENT, fit_gaussian
-from toolkit.variational.gaussians import DENSE_LIMIT, rank_by_gain
-from toolkit.variational.guides import BY_GAIN, Guide, find_guide
+from toolkit.variational.gaussians import DENSE_LIMIT, RankGain, rank_by_gain
+from toolkit.variational.guides import BY_GAIN, Guide, default_rank, find_guide
 from toolkit.variational.minibatches import find_minibatch
 from toolkit.variational.nesting import contains
 from toolkit.variational.space import Space, latent_space
@@ -128,8 +129,7 @@ def fit(
         prepared = prepared if prepared and prepared.guide == guide else None
         built = _built(model, guide, space)
         chosen, why = choose_solver(model, guide, built, space, SVI if batch else solver)
-        structure = f"; {built.blocks.words}" if isinstance(built, AutoBlockNormal) else ""
-        why = f"{f'for {batch.words}' if batch else why}{columns}{structure}"
+        why = f"{f'for {batch.words}' if batch else why}{columns or _structure(built, guide, space)}"
         cost = Cost(starts.compile_seconds, starts.seconds, starts.gradient_evaluations, starts.peak_bytes)
         if not starts.points:
             return Fit(
@@ -213,13 +213,38 @@ def _with_columns(guide: Guide, starts: Starts, tolerance: float) -> tuple[Guide
         return guide, ""
     known = next((start.precision for start in starts.points if start.precision is not None), None)
     if known is None:
-        return guide, "; no curvature is known by which columns could be chosen, so it has NumPyro's default"
+        count = _columns(default_rank(starts.space.size))
+        return guide, f"; with {count}, NumPyro's default: no curvature is known by which they could be chosen"
     chosen = rank_by_gain(known, tolerance)
-    columns = f"{chosen.rank} column{'' if chosen.rank == 1 else 's'}"
-    text = f"one more would gain about {chosen.gain:.2g} nats"
+    return guide.of_rank(chosen.rank), f"; with {_columns(chosen.rank)}: {_gain_in_words(chosen, tolerance)}"
+
+
+def _gain_in_words(chosen: RankGain, tolerance: float) -> str:
+    """What one more column would gain, and what to take where there is none to be had."""
+    if chosen.gain < -tolerance / 10:
+        # More columns cannot lose: the search for the best ones did not settle, since nothing holds them.
+        return (
+            "what one more would gain could not be reckoned, because the density hardly bends along some directions "
+            "(nearly flat, or of very different scales)"
+        )
+    text = f"one more would gain about {max(chosen.gain, 0.0):.2g} nats"
     if chosen.limit:
-        text += ", but a full covariance has no more numbers"
-    return guide.of_rank(chosen.rank), f"; with {columns}: {text}"
+        text += ", but then it would have as many numbers as a full covariance: take full_rank"
+    return text
+
+
+def _structure(built: Any, guide: Guide, space: Space) -> str:
+    """What the report says of a guide's blocks or columns; empty for families that have neither."""
+    if isinstance(built, AutoBlockNormal):
+        return f"; {built.blocks.words}"
+    if isinstance(built, AutoLowRankMultivariateNormal):
+        default = "" if guide.rank or built.rank else ", NumPyro's default"
+        return f"; with {_columns(guide.rank or built.rank or default_rank(space.size))}{default}"
+    return ""
+
+
+def _columns(count: int) -> str:
+    return f"{count} column{'' if count == 1 else 's'}"
 
 
 def _broken_at_origin(model: Model, starts: Starts) -> str:

@@ -18,7 +18,8 @@ _SE_LIMIT = 3.0
 def check_nesting(fits: Sequence[Fit], tolerance: float = 0.1) -> tuple[Fit, ...]:
     """The same fits, each one whose ELBO lies below that of a family that it contains marked as not arrived.
 
-    A difference counts where it exceeds both the tolerance in nats and three standard errors.
+    A difference counts where it exceeds both the tolerance in nats and three standard errors. Fits without an optimum
+    are not compared: how high they are is a matter of when they were stopped.
     """
     return tuple(
         _checked(fit, [other for other in fits if contains(fit.guide, other.guide, fit.model)], tolerance)
@@ -50,10 +51,10 @@ def _columns(guide: Guide, model: Model) -> float:
 
 
 def _checked(fit: Fit, contained: Sequence[Fit], tolerance: float) -> Fit:
-    if fit.elbo is None:
+    if fit.elbo is None or not fit.status.has_optimum:
         return fit
     for smaller in contained:
-        if smaller.elbo is None:
+        if smaller.elbo is None or not smaller.status.has_optimum:
             continue
         deficit = smaller.elbo.value - fit.elbo.value
         if deficit > max(tolerance, _SE_LIMIT * math.hypot(smaller.elbo.se, fit.elbo.se)):

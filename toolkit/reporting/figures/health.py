@@ -41,8 +41,8 @@ def reference_health(reference: Any, worst: str, draws: np.ndarray) -> Picture:
     table = reference.diagnostics
     alt = (
         f"Reference: largest R-hat {table['rhat'].max():.3f} ({worst}), smallest bulk ESS "
-        f"{table['ess_bulk'].min():,.0f}, "
-        f"smallest tail ESS {table['ess_tail'].min():,.0f}"
+        f"{table['ess_bulk'].min() // 1:,.0f}, "
+        f"smallest tail ESS {table['ess_tail'].min() // 1:,.0f}"
         f"{'' if reference.divergences is None else f', {reference.divergences:,} divergences'}."
     )
     reading = (

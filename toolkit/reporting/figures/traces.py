@@ -93,12 +93,13 @@ def _panel(axes: Axes, fit: Any, look: Look) -> str:
         axes.plot(steps, elbo, dashes, color=colour, linewidth=1.2, marker=marker, markersize=size, markeredgewidth=0)
         if (se > 0).any():
             axes.fill_between(steps, elbo - se, elbo + se, color=colour, alpha=0.2, linewidth=0)
-    low, high = _limits([np.asarray(trace.elbo, dtype=float) for trace in fit.traces], fit.elbo)
-    if fit.elbo is not None and math.isfinite(fit.elbo.value):
-        axes.axhline(fit.elbo.value, color=SOFT.light, linewidth=0.9, zorder=1)
+    final = fit.elbo if fit.status.has_optimum else None
+    low, high = _limits([np.asarray(trace.elbo, dtype=float) for trace in fit.traces], final)
+    if final is not None and math.isfinite(final.value):
+        axes.axhline(final.value, color=SOFT.light, linewidth=0.9, zorder=1)
         if bounded(fit):
-            top = fit.elbo.value + max(fit.certificate.limit, 0.0)
-            axes.axhspan(fit.elbo.value, top, color=SOFT.light, alpha=0.22, linewidth=0, zorder=0)
+            top = final.value + max(fit.certificate.limit, 0.0)
+            axes.axhspan(final.value, top, color=SOFT.light, alpha=0.22, linewidth=0, zorder=0)
             # A band that is far too high for the panel says no more than one that leaves it.
             high = max(high, min(top + 0.05 * (high - low), high + (high - low)))
     axes.set_ylim(low, high)
@@ -117,6 +118,8 @@ def _panel(axes: Axes, fit: Any, look: Look) -> str:
             fontsize=8,
             color=SOFT.light,
         )
+    if not fit.status.has_optimum:
+        return f"{fit.guide.name}: {fit.status.value}; where its lines end is when it was stopped"
     ends = [f"{trace.elbo[-1]:.1f}" for trace in fit.traces]
     one = _lines(fit) == "optima" and len(ends) == 1
     where = "its climb ended" if one else "its climbs ended" if _lines(fit) == "optima" else "its starts ended"
