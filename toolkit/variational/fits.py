@@ -86,6 +86,14 @@ class Fit:
         return self.guide.chart or self.model.chart
 
     @property
+    def gap_bound(self) -> Estimate | None:
+        """The certificate's bound in nats on how much the family's best may lie above; None without a certificate.
+
+        It is a bound in expectation, with the standard error of its mean: `gap_limit` is what to hold against a tolerance.
+        """
+        return self.certificate.gap if self.certificate else None
+
+    @property
     def gap_limit(self) -> float | None:
         """How much the family's best may lie above this fit at most, in nats; None without a certificate.
 
