@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpyro
 from numpyro import handlers
+from numpyro.distributions import constraints
 from numpyro.infer.initialization import init_to_uniform
 
 LATENT, OBSERVED, DETERMINISTIC, FACTOR = "latent", "observed", "deterministic", "factor"
@@ -28,6 +29,7 @@ class Site:
         distribution: The distribution's class name, or the empty string.
         discrete: Whether a latent site takes discrete values.
         proper: Whether prior draws can be made.
+        support: `"real"` where every number is allowed, `"positive"`, or the constraint's class name.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Site:
     distribution: str = ""
     discrete: bool = False
     proper: bool = True
+    support: str = ""
 
     @property
     def dims(self) -> tuple[str, ...]:
@@ -71,11 +74,7 @@ def trace_sites(fn: Callable[..., Any], kwargs: Mapping[str, Any]) -> dict[str, 
 
 def improper_start(message: Mapping[str, Any]) -> Any:
     """A value for latent sites without prior draws (flat priors); None leaves the site to its prior."""
-    if (
-        message["type"] == "sample"
-        and not message["is_observed"]
-        and isinstance(_unwrapped(message["fn"]), numpyro.distributions.ImproperUniform)
-    ):
+    if message["type"] == "sample" and not message["is_observed"] and _is_improper(message["fn"]):
         return init_to_uniform(message)
     return None
 
@@ -90,6 +89,22 @@ def _unwrapped(distribution: Any) -> Any:
     while isinstance(distribution, shells):
         distribution = distribution.base_dist
     return distribution
+
+
+def _is_improper(distribution: Any) -> bool:
+    """Whether a density of one lies at the bottom of it: what is transformed from no distribution is none either."""
+    base = _unwrapped(distribution)
+    while isinstance(base, numpyro.distributions.TransformedDistribution):
+        base = _unwrapped(base.base_dist)
+    return isinstance(base, numpyro.distributions.ImproperUniform)
+
+
+def _support(distribution: Any) -> str:
+    support = distribution.support
+    while isinstance(support, type(constraints.independent(constraints.real, 1))):
+        support = support.base_constraint
+    known = {"real": constraints.real, "positive": constraints.positive}
+    return next((name for name, one in known.items() if type(support) is type(one)), type(support).__name__)
 
 
 def _site(message: Mapping[str, Any]) -> Site:
@@ -111,5 +126,6 @@ def _site(message: Mapping[str, Any]) -> Site:
         event_names=tuple(message["infer"].get("event_dims", ())),
         distribution=type(base).__name__,
         discrete=bool(distribution.support.is_discrete),
-        proper=not isinstance(base, numpyro.distributions.ImproperUniform),
+        proper=not _is_improper(distribution),
+        support=_support(distribution),
     )
