@@ -16,7 +16,7 @@ from toolkit.variational.tails import FlatCoordinate, find_heavy_tail, flat_coor
 
 BUDGET = 60_000
 THREE = ["mean_field", "low_rank", "full_rank"]
-CHEAP, DEAR = 500, 2_000  # gradients, in a handful of dimensions
+CHEAP, DEAR = 200, 2_000  # gradients, in a handful of dimensions
 
 
 def flat():
@@ -177,7 +177,7 @@ def test_a_tail_that_can_be_integrated_is_none(model):
 
 
 def test_coordinates_that_are_held_cost_little():
-    for found, gradients in looked_for(regression()):
+    for found, gradients in looked_for(dummy(exceptions=1)):
         assert found is None
         assert gradients < CHEAP
 

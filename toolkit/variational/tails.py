@@ -36,12 +36,12 @@ from toolkit.variational.space import Space
 _SIZE = 100  # dimensions: in more, determinants are dear
 _SCREENED_AT = 100.0  # sds, where most coordinates of regressions are told to be held
 _SCREENED_ROUNDS = 40
-_STATIONARY = 0.03  # of the gradient along a coordinate, that those of the others may be left with
+_STATIONARY = 0.03  # of the gradient along a coordinate, that those of the others may be left with; and at most one
 _VOLUME_RATE = 2.0  # nats that the logarithm of a scale may grow or fall by, for each unit of another coordinate
 _VOLUME_RATE_FAR = 300.0  # the same for each e-fold of the distance: beyond, scales are no numbers
 _FIRST, _LAST, _LEAST = 1.0, 1e6, 10.0  # sds of a walk, and where it may end before anything is said
 _STEP = 10**0.5  # between two places of a walk, or less where Newton's method does not settle there
-_E_FOLDS = 3.0
+_E_FOLDS = 2.0  # of what is positive, in a step of one sd at most: ten of them are nine decades
 _TRIALS = 80  # of places on a walk
 _STALLED = 0.04  # of the distance: shorter steps mean that numbers have ended
 _NEAREST = 0.2  # sds: where nothing settles so near, the others have no maximum
@@ -67,7 +67,7 @@ class FlatCoordinate:
     Attributes:
         number: Which one.
         name: For sentences: `"beta[2]"`, or `"log(sigma)"` where the site is positive.
-        longest: The most that a step of one sd may be, in unconstrained units: three e-folds of what is positive.
+        longest: The most that a step of one sd may be, in unconstrained units: two e-folds of what is positive.
     """
 
     number: int
@@ -345,7 +345,11 @@ def _undecided(density: LogDensity, rays: Sequence[_Ray]) -> list[tuple[_Ray, np
         left = np.abs(ray.factor.T @ gradients[i][ray.others]).max(initial=0.0)
         unit = abs(ray.unit)
         volume = (size - 1) * min(_VOLUME_RATE * unit, _VOLUME_RATE_FAR / _SCREENED_AT)
-        falls = np.isfinite(values[i]) and left <= _STATIONARY * abs(along) and -along > volume + 10 / _SCREENED_AT
+        falls = (
+            np.isfinite(values[i])
+            and left <= min(_STATIONARY * abs(along), 1.0)
+            and -along > volume + 10 / _SCREENED_AT
+        )
         if not falls:
             undecided.append((ray, placed[i] if ended.ended[i] and np.isfinite(values[i]) else None))
     return undecided
