@@ -49,17 +49,6 @@ class Quantity:
         return self.label or self.site
 
 
-def improper_sites(model: Model, chart: str | None = None) -> tuple[str, ...]:
-    """Names of the latent sites of a chart whose prior is flat (`ImproperUniform`, whatever is around it).
-
-    Args:
-        model: The model; in its plain chart `Model.flat_priors` says the same without another trace.
-        chart: Which chart; the model's own choice if None.
-    """
-    sites = trace_sites(model.bound(chart), model.arrays)
-    return tuple(site.name for site in sites.values() if site.kind == LATENT and not site.proper)
-
-
 @dataclass(frozen=True, eq=False)
 class Model:
     """A NumPyro callable bound to a dataset.

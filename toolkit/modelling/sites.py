@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpyro
 from numpyro import handlers
+from numpyro.distributions import constraints
 from numpyro.infer.initialization import init_to_uniform
 
 LATENT, OBSERVED, DETERMINISTIC, FACTOR = "latent", "observed", "deterministic", "factor"
@@ -28,6 +29,7 @@ class Site:
         distribution: The distribution's class name, or the empty string.
         discrete: Whether a latent site takes discrete values.
         proper: Whether prior draws can be made.
+        support: `"real"` where every number is allowed, `"positive"`, or the constraint's class name.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Site:
     distribution: str = ""
     discrete: bool = False
     proper: bool = True
+    support: str = ""
 
     @property
     def dims(self) -> tuple[str, ...]:
@@ -96,6 +99,14 @@ def _is_flat(distribution: Any) -> bool:
     return isinstance(base, numpyro.distributions.ImproperUniform)
 
 
+def _support(distribution: Any) -> str:
+    support = distribution.support
+    while isinstance(support, type(constraints.independent(constraints.real, 1))):
+        support = support.base_constraint
+    known = {"real": constraints.real, "positive": constraints.positive}
+    return next((name for name, one in known.items() if type(support) is type(one)), type(support).__name__)
+
+
 def _site(message: Mapping[str, Any]) -> Site:
     shape = tuple(jax.numpy.shape(message["value"]))
     if message["type"] == "deterministic":
@@ -116,4 +127,5 @@ def _site(message: Mapping[str, Any]) -> Site:
         distribution=type(base).__name__,
         discrete=bool(distribution.support.is_discrete),
         proper=not _is_flat(distribution),
+        support=_support(distribution),
     )

@@ -89,7 +89,7 @@ class Fit:
     def gap_bound(self) -> Estimate | None:
         """The certificate's bound in nats on how much the family's best may lie above; None without a certificate.
 
-        It is a bound in expectation, with the standard error of its mean: `gap_limit` is what to hold against a tolerance.
+        A bound in expectation, with the standard error of its mean: `gap_limit` is what to hold against a tolerance.
         """
         return self.certificate.gap if self.certificate else None
 

@@ -35,6 +35,7 @@ from toolkit.variational.nesting import contains
 from toolkit.variational.space import Space, latent_space
 from toolkit.variational.starts import Starts, find_starts
 from toolkit.variational.stochastic_fits import Prepared, fit_by_svi
+from toolkit.variational.tails import flat_coordinates
 
 AUTO, SVI = "auto", "svi"
 SOLVERS = (AUTO, FIXED_DRAWS, NATURAL_GRADIENT, SVI)
@@ -292,6 +293,7 @@ def _by_gaussian(
             max_gradients=budget,
             elbo_draws=elbo_draws,
             report=report,
+            flat=flat_coordinates(model, starts.chart, starts.space),
         )
     status, message = ended.status, ended.message
     if status in _MAY_HIDE_AN_EDGE:

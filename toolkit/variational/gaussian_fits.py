@@ -28,6 +28,7 @@ from toolkit.variational.solvers.fixed_draws import EVALUATIONS, FixedDrawsELBO,
 from toolkit.variational.solvers.natural import STEPS, Gaussian, averaged_steps
 from toolkit.variational.solvers.svi import Trace
 from toolkit.variational.starts import HOPELESS, Start
+from toolkit.variational.tails import FlatCoordinate, find_heavy_tail
 
 Report = Callable[[str, int, int, float], None]
 
@@ -117,6 +118,7 @@ def fit_gaussian(
     max_gradients: int,
     elbo_draws: int | None,
     report: Report,
+    flat: Sequence[FlatCoordinate] = (),
 ) -> GaussianFit:
     """The best member of a Gaussian family, with its certificate.
 
@@ -132,6 +134,7 @@ def fit_gaussian(
         max_gradients: The budget.
         elbo_draws: Fresh ones behind the ELBO; if None, as many as make its error small.
         report: Called with what is done, of how many evaluations, and the ELBO.
+        flat: Coordinates whose own prior is improper; their tails are followed.
     """
     begun, spent_before = time.perf_counter(), density.evaluations
 
@@ -159,12 +162,14 @@ def fit_gaussian(
         first = climbed[0]
         own = branch(key, 1_003)
         failure = find_failure(density, form, first.member, first.quadratic, key=own, suspected=True)
-        return _failed(climbed, failure, begun)
+        return _failed(climbed, failure or find_heavy_tail(density, flat, first.member), begun)
     best = _not_below(density, optima[0], smaller, key=branch(key, 1_000), left=left, report=report)
     optima = (best, *optima[1:])
     failure = find_failure(density, form, best.member, best.quadratic, key=branch(key, 1_003))
     if failure is None and not any(start.is_mode for start in starts):
         failure = find_ridge(density, best.member, key=branch(key, 1_005))
+    if failure is None:
+        failure = find_heavy_tail(density, flat, best.member)
     own = branch(key, 1_002)
     if failure:
         return _without_optimum(density, best, optima, failure, elbo_draws or _ELBO_DRAWS[0], begun, key=own)

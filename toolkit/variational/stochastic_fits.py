@@ -34,6 +34,7 @@ from toolkit.variational.objectives import StickTheLandingELBO
 from toolkit.variational.solvers.svi import Programs, Solution, lower_programs, optimise
 from toolkit.variational.space import latent_space
 from toolkit.variational.starts import DENSE_LIMIT, Start, Starts
+from toolkit.variational.tails import find_heavy_tail, flat_coordinates
 
 _PARTICLES = 8
 _FIRST_STEP = 0.01  # of Adam, where nothing is known of the parameters' scales
@@ -243,7 +244,8 @@ def _failure(
     known = np.zeros(density.size) if start.precision is None else start.precision
     quadratic = Quadratic(member.loc, np.zeros(density.size), known)
     suspected = status is not Status.ARRIVED
-    return find_failure(density, form, member, quadratic, key=jax.random.fold_in(key, 1), suspected=suspected)
+    found = find_failure(density, form, member, quadratic, key=jax.random.fold_in(key, 1), suspected=suspected)
+    return found or find_heavy_tail(density, flat_coordinates(model, starts.chart, starts.space), member)
 
 
 def _skipped(solution: Solution) -> str:

@@ -1,0 +1,249 @@
+"""Tails that cannot be integrated, of posteriors that a Gaussian sits in without noticing; and tails that can."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+
+from toolkit import Dataset, Model, Status, fit
+from toolkit.modelling.sites import trace_sites
+from toolkit.variational.density import LogDensity
+from toolkit.variational.gaussians import Frame, Member
+from toolkit.variational.starts import find_starts
+from toolkit.variational.tails import FlatCoordinate, find_heavy_tail, flat_coordinates
+
+BUDGET = 60_000
+THREE = ["mean_field", "low_rank", "full_rank"]
+CHEAP, DEAR = 200, 2_000  # gradients, in a handful of dimensions
+
+
+def flat():
+    return dist.ImproperUniform(dist.constraints.real, (), ())
+
+
+def flat_positive():
+    return dist.ImproperUniform(dist.constraints.positive, (), ())
+
+
+def dummy(exceptions=0):
+    """A logistic regression whose second column tells classes apart, but for so many exceptions."""
+
+    def logistic(x, y=None):
+        beta = numpyro.sample("beta", dist.ImproperUniform(dist.constraints.real_vector, (), (3,)))
+        with numpyro.plate("row", 80):
+            numpyro.sample("y", dist.Bernoulli(logits=x @ beta), obs=y)
+
+    rng = np.random.default_rng(9)
+    column, other = (rng.random(80) < 0.2).astype(float), rng.standard_normal(80)
+    y = (rng.random(80) < 1 / (1 + np.exp(-other))).astype(float)
+    y[column == 1] = 1
+    y[np.flatnonzero(column == 1)[:exceptions]] = 0
+    return Model(logistic, Dataset("dummy", {"x": np.stack([np.ones(80), column, other], 1), "y": y}))
+
+
+def groups(count, centred=False):
+    """Means of groups about a common one: with a flat prior on its scale, p(tau | y) falls like tau^(1 - groups)."""
+
+    def hierarchy(y=None):
+        mu, tau = numpyro.sample("mu", flat()), numpyro.sample("tau", flat_positive())
+        with numpyro.plate("group", count):
+            if centred:
+                theta = numpyro.sample("theta", dist.Normal(mu, tau))
+            else:
+                theta = mu + tau * numpyro.sample("z", dist.Normal(0, 1))
+            numpyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+
+    return Model(hierarchy, Dataset("groups", {"y": 1.3 * np.linspace(-1, 1, count)}))
+
+
+def flat_log_scale(centred):
+    """A hierarchy with p(tau) = 1 / tau, whose likelihood does not vanish at tau = 0."""
+
+    def hierarchy(y=None):
+        mu, tau = numpyro.sample("mu", dist.Normal(0, 5)), jnp.exp(numpyro.sample("log_tau", flat()))
+        with numpyro.plate("group", 6):
+            if centred:
+                theta = numpyro.sample("theta", dist.Normal(mu, tau))
+            else:
+                theta = mu + tau * numpyro.sample("z", dist.Normal(0, 1))
+            numpyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+
+    return Model(hierarchy, Dataset("groups", {"y": 1.3 * np.linspace(-1, 1, 6)}))
+
+
+def mixture():
+    """Two components with flat scales: what one of them leaves to the other knows nothing of its scale."""
+
+    def two(y=None):
+        weight = numpyro.sample("weight", dist.Beta(2, 2))
+        with numpyro.plate("component", 2):
+            mean, scale = numpyro.sample("mean", dist.Normal(0, 3)), numpyro.sample("scale", flat_positive())
+        with numpyro.plate("row", 100):
+            first, second = (dist.Normal(mean[i], scale[i]).log_prob(y) for i in range(2))
+            numpyro.factor("y", jnp.logaddexp(jnp.log(weight) + first, jnp.log1p(-weight) + second))
+
+    rng = np.random.default_rng(7)
+    y = np.concatenate([rng.normal(-1.5, 1, 60), rng.normal(1.5, 0.6, 40)])
+    return Model(two, Dataset("two", {"y": y}))
+
+
+def sample(count, power=0.0, family=dist.Normal):
+    """Location and scale of so many data, with flat priors times sigma^-power."""
+
+    def location_scale(y=None):
+        mu, sigma = numpyro.sample("mu", flat()), numpyro.sample("sigma", flat_positive())
+        numpyro.factor("prior", -power * jnp.log(sigma))
+        with numpyro.plate("row", count):
+            numpyro.sample("y", family(mu, sigma), obs=y)
+
+    return Model(location_scale, Dataset("sample", {"y": np.random.default_rng(1).standard_normal(count)}))
+
+
+def cauchy(count):
+    """A location by so many Cauchy data: tails like mu^(-2 count)."""
+
+    def location(y=None):
+        mu = numpyro.sample("mu", flat())
+        with numpyro.plate("row", count):
+            numpyro.sample("y", dist.Cauchy(mu, 1.0), obs=y)
+
+    return Model(location, Dataset("cauchy", {"y": np.linspace(-0.5, 0.5, count)}))
+
+
+def regression():
+    """Raw units and a flat scale: coefficients have Student's tails."""
+
+    def linear(x, y=None):
+        beta = numpyro.sample("beta", dist.ImproperUniform(dist.constraints.real_vector, (), (3,)))
+        sigma = numpyro.sample("sigma", flat_positive())
+        with numpyro.plate("row", 12):
+            numpyro.sample("y", dist.Normal(x @ beta, sigma), obs=y)
+
+    rng = np.random.default_rng(2)
+    x = np.stack([np.ones(12), 1e3 + 1e2 * rng.standard_normal(12), 1e-3 * rng.standard_normal(12)], 1)
+    return Model(linear, Dataset("units", {"x": x, "y": x @ [5.0, 0.1, 1e4] + 20 * rng.standard_normal(12)}))
+
+
+def looked_for(model, seed=0):
+    """What is found from a start of a model, with its covariance and with conditional sds, and at what gradients."""
+    start = find_starts(model, key=jax.random.PRNGKey(seed)).points[0]
+    full = Member(start.loc, factor=Frame.of(start.loc, start.precision).factor)
+    for member in (full, Member(start.loc, np.diag(start.precision) ** -0.5)):
+        density = LogDensity(model)
+        found = find_heavy_tail(density, flat_coordinates(model, model.chart, density.space), member)
+        yield found, density.evaluations
+
+
+IMPROPER = [
+    (dummy, "beta[1] goes to +infinity"),
+    (lambda: groups(2), "log(tau) goes to +infinity"),
+    (lambda: groups(2, centred=True), "log(tau) goes to +infinity"),
+    (lambda: flat_log_scale(False), "log_tau goes to -infinity"),
+    (lambda: flat_log_scale(True), "log_tau goes to -infinity"),
+    (lambda: sample(2), "log(sigma) goes to +infinity"),
+    (lambda: sample(2, family=dist.Cauchy), "log(sigma) goes to +infinity"),
+]
+
+
+@pytest.mark.parametrize(("model", "where"), IMPROPER)
+def test_a_tail_without_an_integral_is_told_with_its_coordinate(model, where):
+    for found, _ in looked_for(model()):
+        assert found.status is Status.IMPROPER
+        assert where in found.message
+
+
+PROPER = [
+    lambda: dummy(exceptions=1),
+    lambda: groups(3),
+    lambda: groups(3, centred=True),
+    lambda: groups(6, centred=True),
+    lambda: sample(2, power=1.0),  # mu has a Cauchy's tails, sigma a half-Cauchy's
+    lambda: sample(3),
+    lambda: sample(3, family=dist.Cauchy),
+    lambda: sample(20),
+    lambda: cauchy(1),
+    lambda: cauchy(2),
+    regression,
+]
+
+
+@pytest.mark.parametrize("model", PROPER)
+def test_a_tail_that_can_be_integrated_is_none(model):
+    for found, gradients in looked_for(model()):
+        assert found is None
+        assert gradients < DEAR
+
+
+def test_coordinates_that_are_held_cost_little():
+    for found, gradients in looked_for(dummy(exceptions=1)):
+        assert found is None
+        assert gradients < CHEAP
+
+
+def test_where_the_density_itself_rises_there_is_no_bound():
+    model = mixture()
+    for seed in range(3):
+        for found, _ in looked_for(model, seed):
+            assert found.status is Status.UNBOUNDED
+            assert "log(scale[" in found.message
+
+
+def test_proper_priors_are_not_followed():
+    def proper(y=None):
+        a, b = numpyro.sample("a", dist.Normal(0, 1)), numpyro.sample("b", dist.Normal(0, 1))
+        numpyro.sample("y", dist.Normal(a + b, 1.0), obs=y)
+
+    model = Model(proper, Dataset("one", {"y": np.array(0.3)}))
+    density = LogDensity(model)
+    assert flat_coordinates(model, "plain", density.space) == ()
+    assert find_heavy_tail(density, (), Member(np.zeros(2), np.ones(2))) is None
+    assert density.evaluations == 0
+
+
+def test_flat_coordinates_are_found_under_shells_and_named_by_their_supports():
+    ordered = dist.ImproperUniform(dist.constraints.ordered_vector, (), (2,))
+    shifted = dist.TransformedDistribution(flat(), dist.transforms.AffineTransform(1.0, 2.0))
+
+    def shells(y=None):
+        numpyro.sample("proper", dist.LogNormal(0, 1))
+        with numpyro.plate("pair", 2):
+            scale = numpyro.sample("scale", flat_positive())
+        masked = numpyro.sample("masked", flat().mask(True))
+        vector = numpyro.sample("vector", flat().expand([2]).to_event(1))
+        cut, moved = numpyro.sample("cut", ordered), numpyro.sample("moved", shifted)
+        numpyro.sample("y", dist.Normal(scale.sum() + masked + vector.sum() + cut.sum() + moved, 1.0), obs=y)
+
+    model = Model(shells, Dataset("shells", {"y": np.array(0.3)}))
+    assert model.flat_priors == ("scale", "masked", "vector", "cut", "moved")
+    found = flat_coordinates(model, "plain", LogDensity(model).space)
+    assert [one.name for one in found] == [
+        *("log(scale[0])", "log(scale[1])", "masked", "vector[0]", "vector[1]"),
+        *("cut[0] in unconstrained space", "cut[1] in unconstrained space", "moved"),
+    ]
+    assert [one.number for one in found] == list(range(1, 9))
+    assert trace_sites(shells, {"y": np.array(0.3)})["proper"].proper
+
+
+def test_a_gaussian_that_is_no_numbers_is_nothing_to_set_out_from():
+    density = LogDensity(cauchy(1))
+    for member in (Member(np.array([np.nan]), np.ones(1)), Member(np.zeros(1), np.array([np.inf]))):
+        assert find_heavy_tail(density, [FlatCoordinate(0, "mu")], member) is None
+
+
+@pytest.mark.parametrize("guide", THREE)
+def test_fits_of_separated_classes_are_improper(guide):
+    fitted = fit(dummy(), guide, key=jax.random.PRNGKey(3), max_gradients=BUDGET)
+    assert fitted.status is Status.IMPROPER
+    assert "beta[1] goes to +infinity" in fitted.message
+    assert fitted.certificate is None
+
+
+def test_a_fit_by_svi_is_improper_too():
+    fitted = fit(groups(2), "mean_field", key=jax.random.PRNGKey(0), solver="svi", max_gradients=5_000)
+    assert fitted.status is Status.IMPROPER
+
+
+def test_a_fit_of_a_proper_neighbour_arrives():
+    assert fit(dummy(exceptions=1), "full_rank", key=jax.random.PRNGKey(0)).status is Status.ARRIVED
