@@ -12,8 +12,9 @@ ones. Log p is quadratic in each group's two scalars, whose mean over q is there
 over the 5 it is taken on Sobol points, antithetic, in 5 dimensions. What is left is a smooth function, and L-BFGS.
 
 `elbo` is the mean over 8 scrambles that the fit has not seen, `se` its standard error: a family member's ELBO, and so
-never above the best. How far below it may be is printed: on each unseen scramble a climb from there shows what it
-would gain. In the end 65,536 plain draws of the Gaussian and the model's own log density confirm the ELBO.
+never above the best. How far below it may be is printed: what a climb from there gains on the first unseen scramble,
+which bounds it in expectation. In the end 65,536 plain draws of the Gaussian and the model's own log density confirm
+the ELBO.
 """
 
 from __future__ import annotations

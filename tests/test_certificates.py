@@ -26,7 +26,7 @@ from toolkit.variational.density import LogDensity
 from toolkit.variational.draws import branch, generator, matched_draws
 from toolkit.variational.gaussians import Diagonal, Family, Frame, LowRank, Member, Quadratic, Triangular
 from toolkit.variational.solvers import natural
-from toolkit.variational.solvers.fixed_draws import FixedDrawsELBO, climb
+from toolkit.variational.solvers.fixed_draws import FixedDrawsELBO, climb, remaining
 from toolkit.variational.starts import Starts, find_starts
 
 KEY = jax.random.PRNGKey(0)
@@ -229,6 +229,22 @@ def test_a_climb_that_is_stopped_short_adds_what_it_left() -> None:
         assert short.elbo <= highest + 1e-9
         assert short.elbo + short.residual >= highest - 1e-6
     assert len(climb(objective, x, residual=1e-9).course) < 100
+
+
+def test_what_a_climb_left_is_told_in_full_when_it_was_stopped() -> None:
+    """While it climbs, more than enough need not be known exactly; what is added to a bound must be."""
+    density, loc, precision = five()
+    family = LowRank(Frame.of(loc, precision), 2)
+    objective = FixedDrawsELBO(density, family, Quadratic(loc, np.zeros(5), precision), matched_draws(256, 5, key=KEY))
+    x = 0.03 * np.random.default_rng(3).standard_normal(family.parameters)
+    truncated = 0
+    for evaluations in range(1, 12):
+        short = climb(objective, x, residual=1e-4, max_evaluations=evaluations)
+        _, gradient = objective(short.x)
+        whole = remaining(objective, short.x, gradient)
+        assert short.residual == pytest.approx(whole)
+        truncated += remaining(objective, short.x, gradient, enough=1e-4) < 0.99 * whole
+    assert truncated > 0
 
 
 # -- scopes -----------------------------------------------------------------------------------------------------------

@@ -7,12 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import optax
 import pytest
+from numpyro.infer import SVI
+from numpyro.infer.autoguide import AutoNormal
 from numpyro.infer.util import potential_energy
 
 from toolkit import Dataset, Model, Status, fit
 from toolkit.variational.guides import find_guide
 from toolkit.variational.minibatches import Minibatch, find_minibatch
+from toolkit.variational.objectives import StickTheLandingELBO
 from toolkit.variational.space import latent_space
 from toolkit.variational.stochastic_fits import prepare
 
@@ -66,9 +70,9 @@ def test_batches_have_the_density_as_their_mean_and_the_likelihood_counts_as_all
 def test_drawn_batches_have_no_row_twice_and_all_rows_alike(model: Model) -> None:
     minibatch = find_minibatch(model, 300)
     arrays = {"x": np.arange(ROWS), "y": np.arange(ROWS), "weight": np.zeros(3)}
+    given = jax.tree.map(jnp.asarray, {"arrays": arrays, "order": minibatch.order()})
+    drawn = jax.jit(lambda key: minibatch.seen(key, given)["arrays"])
     counts = np.zeros(ROWS)
-    order = minibatch.order()
-    drawn = jax.jit(lambda key: minibatch.drawn(key, order=order, arrays=jax.tree.map(jnp.asarray, arrays)))
     for key in jax.random.split(KEY, 400):
         batch = drawn(key)
         assert (np.asarray(batch["x"]) == np.asarray(batch["y"])).all()
@@ -77,6 +81,31 @@ def test_drawn_batches_have_no_row_twice_and_all_rows_alike(model: Model) -> Non
         counts[np.asarray(batch["x"])] += 1
     # Each count is binomial with mean 120 and sd 9.2.
     assert abs(counts - 120).max() < 6 * 9.2
+
+
+def test_the_gradient_of_the_loss_is_right_on_average(model: Model) -> None:
+    """Of the guide's own draw, over all windows of the rows, to rounding: the loss that SVI climbs is unbiased."""
+    minibatch = Minibatch(60, ROWS, "row", ("x", "y"))
+    guide = AutoNormal(model.bound())
+    loss = StickTheLandingELBO(2)
+    with jax.enable_x64(True):
+        svi = SVI(model.bound(), guide, optax.sgd(0.1), loss)
+        params = svi.get_params(svi.init(KEY, **model.arrays))
+        order, arrays = minibatch.order(), jax.tree.map(jnp.asarray, model.arrays)
+
+        def gradient(program, arrays):
+            return jax.grad(lambda given: loss.loss(KEY, given, program, guide, **arrays))(params)
+
+        whole = jax.jit(lambda: gradient(model.bound(), model.arrays))()
+        windows = (np.arange(ROWS)[:, None] + np.arange(60)) % ROWS
+
+        def window(rows):
+            return gradient(minibatch.scaled(model.bound()), minibatch.taken(rows, arrays))
+
+        each = jax.jit(lambda rows: jax.lax.map(window, rows))(order[windows])
+    for name, value in whole.items():
+        assert np.asarray(each[name]).mean(0) == pytest.approx(np.asarray(value), rel=1e-9, abs=1e-9)
+        assert np.asarray(each[name]).std(0).max() > 0.1  # none of them alone is
 
 
 @pytest.mark.parametrize("size", [100, 300, ROWS])  # 300 leaves a remainder
@@ -96,6 +125,55 @@ def test_a_density_that_is_no_sum_over_rows_is_refused() -> None:
         fit(model, "mean_field", key=KEY, minibatch=30)
 
 
+@pytest.mark.parametrize("size", [30, 90])
+def test_rows_that_go_by_their_place_are_refused(size: int) -> None:
+    def trend(y=None):
+        b = numpyro.sample("b", dist.Normal(0, 1))
+        with numpyro.plate("row", len(y)) as place:
+            numpyro.sample("y", dist.Normal(b * place / 90, 1.0), obs=y)
+
+    model = Model(trend, Dataset("trend", {"y": np.random.default_rng(1).normal(size=90)}))
+    with pytest.raises(ValueError, match="each row on its own entries"):
+        fit(model, "mean_field", key=KEY, minibatch=size)
+
+
+def test_an_effect_that_vanishes_at_the_point_is_seen_in_the_gradient() -> None:
+    def centred(x, y=None):
+        b = numpyro.sample("b", dist.Normal(0, 1))
+        with numpyro.plate("row", len(x)):
+            numpyro.sample("y", dist.Normal(b * (x - x.mean()), 1.0), obs=y)
+
+    random = np.random.default_rng(1)
+    model = Model(centred, Dataset("centred", {"x": random.normal(size=90), "y": random.normal(size=90)}))
+    with pytest.raises(ValueError, match="to be a sum over plate 'row'"):
+        find_minibatch(model, 30).verify(model, "plain", latent_space(model), np.zeros(1))
+
+
+def test_a_minibatch_may_name_its_arrays() -> None:
+    """An array of the groups has as many entries as there are rows, and must not be cut."""
+
+    def grouped(x, known, y=None):
+        b = numpyro.sample("b", dist.Normal(0, 1).expand([2]).to_event(1))
+        numpyro.factor("of_groups", -0.5 * ((b - known[:2]) ** 2).sum())
+        with numpyro.plate("row", len(x)):
+            numpyro.sample("y", dist.Normal(b[0] + b[1] * x, 1.0), obs=y)
+
+    random = np.random.default_rng(1)
+    model = Model(grouped, Dataset("grouped", {name: random.normal(size=60) for name in ("x", "known", "y")}))
+    with pytest.raises(ValueError, match="Name others with"):
+        fit(model, "mean_field", key=KEY, minibatch=20)
+    find_minibatch(model, Minibatch(20, 60, "row", ("x", "y"))).verify(
+        model, "plain", latent_space(model), np.full(2, 0.3)
+    )
+    with pytest.raises(ValueError, match=r"of which arrays .* have one entry each"):
+        fit(model, "mean_field", key=KEY, minibatch=Minibatch(20, 50, "row", ("x", "y")))
+
+
+def test_guides_that_ask_for_the_density_are_refused(model: Model) -> None:
+    with pytest.raises(ValueError, match="that does not ask for the density itself"):
+        fit(model, "dais", key=KEY, minibatch=100)
+
+
 def test_a_plate_whose_size_is_not_the_arrays_is_told() -> None:
     def fixed(x, *, rows, y=None):
         b = numpyro.sample("b", dist.Normal(0, 1))
@@ -104,7 +182,7 @@ def test_a_plate_whose_size_is_not_the_arrays_is_told() -> None:
 
     random = np.random.default_rng(1)
     arrays = {"x": random.normal(size=90), "y": random.normal(size=90)}
-    with pytest.raises(ValueError, match=r"to run on 30 of its 90 rows.*take the size of plate 'row' from an array"):
+    with pytest.raises(ValueError, match=r"to run on 30 of its 90 rows.*let the size of plate 'row'"):
         fit(Model(fixed, Dataset("fixed", arrays, static={"rows": 90})), "mean_field", key=KEY, minibatch=30)
 
 

@@ -15,7 +15,7 @@ import numpyro.distributions as dist
 import posteriors
 import pytest
 
-from toolkit import Dataset, Estimate, Labels, Model, fit
+from toolkit import Dataset, Estimate, Labels, Model, Status, fit
 from toolkit.reporting.arrival import as_high, optima_cell, optima_sentences
 from toolkit.variational.certificates import Certificate, Scope
 from toolkit.variational.starts import Start, Starts, find_starts
@@ -201,6 +201,7 @@ def finished(*heights: float, se: float = 0.01, scope: Scope = Scope.LOCAL) -> A
     """What the sentence reads of a fit."""
     return SimpleNamespace(
         guide=SimpleNamespace(name="mean_field"),
+        status=Status.ARRIVED,
         optima=tuple(Estimate(height, se) for height in heights),
         certificate=Certificate(Estimate(0.01, 0.01), 0.05, scope, 256, 4),
         solver="fixed_draws",

@@ -154,7 +154,26 @@ def test_a_tail_without_an_integral_is_told_with_its_coordinate(model, where):
         assert where in found.message
 
 
+def clamped(*, predictor: bool) -> Model:
+    """A proper posterior whose program is level far out: NumPyro clamps probabilities, and users clip predictors."""
+
+    def logistic(x, y=None):
+        a = numpyro.sample("a", flat())
+        b = numpyro.sample("b", dist.Normal(0, 1))
+        eta = jnp.clip(a + b * x, -30.0, 30.0) if predictor else a + b * x
+        likelihood = dist.Bernoulli(logits=eta) if predictor else dist.Bernoulli(probs=jax.nn.sigmoid(eta))
+        with numpyro.plate("row", 20):
+            numpyro.sample("y", likelihood, obs=y)
+
+    random = np.random.default_rng(3)
+    x = random.normal(size=20)
+    y = random.binomial(1, 1 / (1 + np.exp(-x)))
+    return Model(logistic, Dataset("clamped", {"x": x, "y": y}))
+
+
 PROPER = [
+    lambda: clamped(predictor=False),
+    lambda: clamped(predictor=True),
     lambda: dummy(exceptions=1),
     lambda: groups(3),
     lambda: groups(3, centred=True),

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from toolkit.variational.fitting import fit as fit
     from toolkit.variational.guides import GUIDES as GUIDES
     from toolkit.variational.guides import Guide as Guide
+    from toolkit.variational.minibatches import Minibatch as Minibatch
 
 _HOMES = {
     "comparison.comparisons": ("Comparison", "compare"),
@@ -55,6 +56,7 @@ _HOMES = {
     "variational.certificates": ("Certificate", "Scope"),
     "variational.fitting": ("Fit", "fit"),
     "variational.guides": ("GUIDES", "Guide"),
+    "variational.minibatches": ("Minibatch",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -36,6 +36,9 @@ PRIOR = "can be drawn from"
 _POINTS = 10
 """How many prior draws, and how many dispersed starts, the density is tried at."""
 
+_FILLS = "FILL_OR_DROP"
+"""How JAX names, in a traced program, indexing that fills or drops what is not there."""
+
 _ROUNDING = 1e-9
 """Of a log density: by less than that, two sums of the same terms in different orders may differ."""
 
@@ -150,11 +153,16 @@ def _points(model: Model) -> dict[str, Any]:
 
 
 def _indices(model: Model, points: Mapping[str, Any]) -> Rung:
-    """Whether an index runs past its array, where JAX takes the last entry and says nothing."""
+    """Whether an index runs past its array, where JAX takes the last entry and says nothing.
+
+    Where some indexing fills or drops what is not there, as `jnp.take` does or is asked to, the check cannot tell.
+    """
     checked = checkify.checkify(lambda point, arrays: model.log_density(point, arrays), errors=checkify.index_checks)
     point = {name: values[-1] for name, values in points.items()}
     try:
         with jax.enable_x64(True):
+            if _FILLS in str(jax.make_jaxpr(model.log_density)(point, model.arrays)):
+                return Rung(INDICES, True, "not checked: some indexing fills or drops what is not there")
             outcome, _ = jax.jit(checked)(point, model.arrays)
     except NotImplementedError as error:  # an operation through which JAX cannot carry the check
         return Rung(INDICES, True, f"not checked: {str(error).strip()}".split("\n")[0])

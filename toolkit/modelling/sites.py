@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import numpyro
 from numpyro import handlers
-from numpyro.distributions import constraints
+from numpyro.distributions import biject_to, constraints
+from numpyro.distributions.transforms import ExpTransform
 from numpyro.infer.initialization import init_to_uniform
 
 LATENT, OBSERVED, DETERMINISTIC, FACTOR = "latent", "observed", "deterministic", "factor"
@@ -29,7 +30,8 @@ class Site:
         distribution: The distribution's class name, or the empty string.
         discrete: Whether a latent site takes discrete values.
         proper: Whether prior draws can be made.
-        support: `"real"` where every number is allowed, `"positive"`, or the constraint's class name.
+        support: `"real"` where every number is allowed, `"positive"`, `"half-line"`, or the constraint's class
+            name.
     """
 
     name: str
@@ -104,7 +106,10 @@ def _support(distribution: Any) -> str:
     while isinstance(support, type(constraints.independent(constraints.real, 1))):
         support = support.base_constraint
     known = {"real": constraints.real, "positive": constraints.positive}
-    return next((name for name, one in known.items() if type(support) is type(one)), type(support).__name__)
+    if found := next((name for name, one in known.items() if type(support) is type(one)), ""):
+        return found
+    parts = [] if support.is_discrete else getattr(biject_to(support), "parts", [biject_to(support)])
+    return "half-line" if any(isinstance(part, ExpTransform) for part in parts) else type(support).__name__
 
 
 def _site(message: Mapping[str, Any]) -> Site:

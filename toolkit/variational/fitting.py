@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 import jax
 import numpy as np
-from numpyro.infer.autoguide import AutoLowRankMultivariateNormal
+from numpyro.infer.autoguide import AutoDAIS, AutoLowRankMultivariateNormal
 
 from toolkit.cost import Cost
 from toolkit.modelling.density import invalid_sites
@@ -30,7 +30,7 @@ from toolkit.variational.fits import Fit
 from toolkit.variational.gaussian_fits import FIXED_DRAWS, FIXED_LIMIT, NATURAL_GRADIENT, fit_gaussian
 from toolkit.variational.gaussians import DENSE_LIMIT, RankGain, rank_by_gain
 from toolkit.variational.guides import BY_GAIN, Guide, default_rank, find_guide
-from toolkit.variational.minibatches import find_minibatch
+from toolkit.variational.minibatches import Minibatch, find_minibatch
 from toolkit.variational.nesting import contains
 from toolkit.variational.space import Space, latent_space
 from toolkit.variational.starts import Starts, find_starts
@@ -56,7 +56,7 @@ def fit(
     smaller: Sequence[Fit] = (),
     prepared: Prepared | None = None,
     elbo_draws: int | None = None,
-    minibatch: int | None = None,
+    minibatch: int | Minibatch | None = None,
     progress: Progress = silent,
 ) -> Fit:
     """The best member of a guide's family, and a certificate of how far it may still be from it.
@@ -81,8 +81,8 @@ def fit(
         elbo_draws: Fresh draws behind the ELBO of a guide that is not fitted by SVI, and behind its log weights, from
             which k-hat is had. If None, as many as make the ELBO's standard error a tenth of the tolerance, from 1,024
             to 4,096. SVI has a number of its own, which its test of arrival takes.
-        minibatch: Rows of the data that each step of SVI sees, of the plate that all observed sites share; all of them
-            if None. Starts and the ELBO in the end always see all rows.
+        minibatch: Rows of the data that each step of SVI sees, of the plate that all observed sites share, or a
+            `Minibatch` that names plate and arrays; all of them if None. Starts and the ELBO in the end see all rows.
         progress: Called between pieces of work.
 
     Raises:
@@ -137,6 +137,11 @@ def fit(
                 guide, model, Status.NO_VALID_START, _broken_at_origin(model, starts), cost=cost, solver=chosen, why=why
             )
         budget = max(max_gradients - starts.gradient_evaluations, 0)
+        if batch and isinstance(built, AutoDAIS):
+            raise ValueError(
+                f"Expected a guide that does not ask for the density itself, for minibatches; '{guide.name}' asks for "
+                "that of all rows in each step: fit it without them."
+            )
         if batch:
             batch.verify(model, chart, space, starts.points[0].loc)
         if chosen == SVI:

@@ -581,7 +581,7 @@ def best_low_rank(
     if size <= _SEVERAL_SCALES:
         spread = np.stack([np.zeros(size), *random.standard_normal((_SCALES - 1, size))])
         scales, _, losses = _nearest_low_rank(precision, rank, _SPRINT, -np.inf, begin * np.exp(spread))
-        begin = scales[np.argmin(losses)]
+        begin = scales[np.argmin(np.where(np.isnan(losses), np.inf, losses))]
     scales, factors, _ = _nearest_low_rank(precision, rank, rounds, tolerance, begin[None])
     return scales[0], factors[0]
 

@@ -25,7 +25,7 @@ from toolkit.variational.space import Space
 
 Program = Callable[..., Any]
 
-_ROUNDING = 1e-8  # of a log density, summed over rows in another order
+_ROUNDING = 1e-10  # of the terms of a log density or of its gradient, summed over rows in another order
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,15 @@ class Minibatch:
         """Such as `"minibatches of 256 of 10,000 rows (plate 'row')"`."""
         return f"minibatches of {self.size:,} of {self.rows:,} rows (plate '{self.plate}')"
 
-    def order(self) -> jax.Array:
+    def order(self) -> np.ndarray:
         """The rows in a random order, (rows,), of which every batch is a window."""
-        return jax.random.permutation(jax.random.PRNGKey(0), self.rows)
+        return np.random.default_rng(0).permutation(self.rows)
 
-    def drawn(self, key: jax.Array, *, order: jax.Array, arrays: Mapping[str, Any]) -> dict[str, Any]:
-        """The arrays of a random batch: a window of the order, which goes on at its beginning."""
+    def seen(self, key: jax.Array, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What a program is given, its `arrays` cut to a random window of its `order`, which is a ring."""
         begin = jax.random.randint(key, (), 0, self.rows)
-        return self.taken(order[(begin + jnp.arange(self.size)) % self.rows], arrays)
+        rows = given["order"][(begin + jnp.arange(self.size)) % self.rows]
+        return {**given, "arrays": self.taken(rows, given["arrays"])}
 
     def taken(self, rows: Any, arrays: Mapping[str, Any]) -> dict[str, Any]:
         """The arrays of the rows named."""
@@ -88,44 +89,67 @@ class Minibatch:
             ValueError: They do not, or the model does not run on a part of its rows.
         """
         program = self.scaled(model.bound(chart))
-        batches = self.rows // self.size
+        order, batches = self.order(), self.rows // self.size
 
-        def log_density(rows: Any, arrays: Any) -> Any:
-            return -potential_energy(program, (), self.taken(rows, arrays), space.unravel(loc))
+        def log_density(point: Any, rows: Any, arrays: Any) -> Any:
+            return -potential_energy(program, (), self.taken(rows, arrays), space.unravel(point))
 
-        def summed(arrays: Any) -> Any:
-            whole = jnp.arange(batches * self.size).reshape(batches, self.size)
-            total = self.size * jax.lax.map(lambda rows: log_density(rows, arrays), whole).sum()
-            rest = self.rows - batches * self.size
-            if rest:
-                total += rest * log_density(jnp.arange(self.rows - rest, self.rows), arrays)
-            return total / self.rows
+        def each(point: Any, order: Any, arrays: Any) -> Any:
+            """Densities and gradients of batches that hold every row once, and how many rows each has."""
+            both = jax.value_and_grad(log_density)
+            whole = order[: batches * self.size].reshape(batches, self.size)
+            values, gradients = jax.lax.map(lambda rows: both(point, rows, arrays), whole)
+            counts = jnp.full(batches, self.size)
+            if batches * self.size < self.rows:
+                rest = both(point, order[batches * self.size :], arrays)
+                values, gradients = jnp.append(values, rest[0]), jnp.concatenate([gradients, rest[1][None]])
+                counts = jnp.append(counts, self.rows - batches * self.size)
+            return jnp.concatenate([values[:, None], gradients], axis=1), counts
+
+        def all_rows(point: Any, arrays: Any) -> Any:
+            value, gradient = jax.value_and_grad(lambda at: model.log_density(space.unravel(at), arrays, chart))(point)
+            return jnp.append(value, gradient)
 
         with jax.enable_x64(True):
             try:
-                found = float(jax.jit(summed)(model.arrays))
+                found, counts = (np.asarray(part) for part in jax.jit(each)(loc, order, model.arrays))
             except Exception as error:  # the callable is the user's, and may raise anything
                 text = f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
                 raise ValueError(
                     f"Expected model '{model.name}' to run on {self.size:,} of its {self.rows:,} rows; it stops with "
-                    f"{text}: take the size of plate '{self.plate}' from an array's shape."
+                    f"{text}: let the size of plate '{self.plate}', and of all that has a value for each row, follow "
+                    "from an array's shape."
                 ) from error
-            expected = float(model.log_density(space.unravel(loc), model.arrays, chart))
-        if not abs(found - expected) <= _ROUNDING * max(1.0, abs(expected)) * np.sqrt(self.rows):
+            expected = np.asarray(jax.jit(all_rows)(loc, model.arrays))
+        shares = counts[:, None] / self.rows
+        mean, largest = (shares * found).sum(0), (shares * np.abs(found)).sum(0)
+        if not (np.abs(mean - expected) <= _ROUNDING * np.maximum(largest, 1.0)).all():
             raise ValueError(
                 f"Expected log p(x, z) of model '{model.name}' to be a sum over plate '{self.plate}', so that batches "
-                f"of its rows ({', '.join(self.arrays)} cut) have it as their mean; got {found:.6g} nats for "
-                f"{expected:.6g}: only sites in the plate may depend on these arrays."
+                f"of its rows ({', '.join(self.arrays)} cut) have it and its gradient as their mean; got "
+                f"{mean[0]:.6g} nats for {expected[0]:.6g} and a gradient that is off by up to "
+                f"{np.abs(mean - expected)[1:].max():.2g}: only sites in the plate may depend on these arrays, and "
+                "each row on its own entries. Name others with `minibatch=Minibatch(size, rows, plate, arrays)`."
             )
 
 
-def find_minibatch(model: Model, size: int) -> Minibatch:
-    """Batches of so many rows of the plate that all observed sites share.
+def find_minibatch(model: Model, size: int | Minibatch) -> Minibatch:
+    """Batches of so many rows of the plate that all observed sites share; one that names plate and arrays as it is.
 
     Raises:
         ValueError: There is no such plate, it has latent sites of its own, no array has its length, or there are not
             so many rows.
     """
+    if isinstance(size, Minibatch):
+        lengths = {name: len(model.arrays[name]) for name in size.arrays if np.ndim(model.arrays.get(name, 0))}
+        if not (
+            size.arrays and list(lengths.values()) == [size.rows] * len(size.arrays) and 1 <= size.size <= size.rows
+        ):
+            raise ValueError(
+                f"Expected a minibatch of some of {size.rows:,} rows, of which arrays of model '{model.name}' have one "
+                f"entry each; got {size} for arrays of {', '.join(f'{k} {v:,}' for k, v in lengths.items()) or 'none'}."
+            )
+        return size
     observed = [model.sites[name] for name in model.observed]
     first = _plates(observed[0]) if observed else []
     shared = [plate for plate in first if all(plate in _plates(site) for site in observed)]

@@ -78,7 +78,7 @@ def prepare(
         if chosen is None:
             return None
         anywhere = Start(np.zeros(space.size), None, 0.0, 0.0, is_mode=False)
-        given = {"arrays": model.arrays, "frame": chosen.frame(anywhere)}
+        given = _given(model, minibatch) | {"frame": chosen.frame(anywhere)}
         working = _working_guide(built, chosen)
         loss = StickTheLandingELBO(_PARTICLES)
         program = _program(model, guide, minibatch)
@@ -157,7 +157,7 @@ def _run(
         progress(f"fit {guide.name}", steps, max(expected, steps + 1), f"ELBO {elbo:.2f}")
 
     built = build_guide(model, guide, starts.space.unravel(start.loc))
-    given: dict[str, Any] = {"arrays": model.arrays, "frame": {}}
+    given = _given(model, minibatch)
     if prepared:
         given["frame"] = frame = prepared.coordinates.frame(start)
         programs, compiling = prepared.programs(), 0.0
@@ -205,13 +205,19 @@ def _run(
 def _working_guide(built: Any, chosen: Coordinates) -> Callable[..., Any]:
     """The autoguide as a function of the dimensionless parameters, given the model's arrays and a start's frame."""
 
-    def working(*, arrays: Any, frame: Any) -> Any:
+    def working(*, arrays: Any, frame: Any, order: Any = None) -> Any:
         given = {name: numpyro.param(name, value) for name, value in chosen.initial.items()}
         params = chosen.to_params(given, frame)
         with handlers.block(hide=list(params)), handlers.substitute(data=params):
             return built(**arrays)
 
     return working
+
+
+def _given(model: Model, minibatch: Minibatch | None) -> dict[str, Any]:
+    """What programs are called with, but for a start's frame."""
+    rows = {"order": minibatch.order()} if minibatch else {}
+    return {"arrays": model.arrays, "frame": {}, **rows}
 
 
 def _program(model: Model, guide: Guide, minibatch: Minibatch | None) -> Callable[..., Any]:
@@ -221,8 +227,8 @@ def _program(model: Model, guide: Guide, minibatch: Minibatch | None) -> Callabl
 
 
 def _without_frame(program: Callable[..., Any]) -> Callable[..., Any]:
-    """The model, or a guide in its own parameters, beside a working guide: it has no use for the frame."""
-    return lambda *, arrays, frame: program(**arrays)
+    """The model, or a guide in its own parameters, beside a working guide: it has no use for frame and order."""
+    return lambda *, arrays, frame, order=None: program(**arrays)
 
 
 def _failure(

@@ -12,6 +12,9 @@ marginal that clearly falls from the one to the other. What is left is walked al
 place before: as a scale goes to zero or without end, the curvatures of the others part by so many decades that no other
 units leave their determinant as a number.
 
+A tail that is level only tens of nats below the fit is none, though it has no finite integral either: programs clamp
+probabilities and rates (NumPyro's `Bernoulli(probs=...)` at 36 nats a row), and no sampler would ever go there.
+
 A proper prior ends any tail, but where it does may be too far to be seen; so only coordinates whose own prior is
 improper are followed, as far as 10^6 sds or numbers go, and nothing is claimed of less than 10.
 """
@@ -55,6 +58,9 @@ _ROUND = (0.5, 2.0)  # the curvatures that are left in units that fit
 _LOPSIDED = 0.1  # between a second derivative and the same one the other way round: more is rounding
 _SLOW = 0.9  # nats for each e-fold of the distance: one is where integrals end to be finite
 _FAST = 1.1
+_CARRIED = (
+    14.0  # nats: a level tail so far below the fit that e^14 times the walk would not hold its mass is no finding
+)
 _CLEAR = 3.0
 _DECIDED = 30.0  # sds from which on a fall that is fast enough ends a walk
 _STEEP = 20.0  # nats of a fall over half a decade that ends it from 3 sds on
@@ -113,7 +119,7 @@ def flat_coordinates(model: Model, chart: str, space: Space) -> tuple[FlatCoordi
         end = begin + int(np.prod(shape))
         site = sites[name]
         if site.kind == LATENT and not site.proper:
-            longest = _E_FOLDS if site.support == "positive" else math.inf
+            longest = _E_FOLDS if site.support in ("positive", "half-line") else math.inf
             found += [FlatCoordinate(i, _shown(names[i], site.support), longest) for i in range(begin, end)]
         begin = end
     return tuple(found)
@@ -174,18 +180,24 @@ class _Ray:
         The others may have several maxima. Where the density falls in one of them, it may not in another, and one may
         end on the way; only where it falls by far more than it must is one enough.
         """
-        beginnings = [(0.0, self.loc, _FIRST)]
+        here = self._settled(self._beginning(0.0, self.loc), 0.0)
+        if here is None:
+            return None
+        beginnings = [(here, _FIRST)]
         if searched is not None:
-            beginnings.insert(0, (_SCREENED_AT, searched, 0.0))
-        for distance, x, ahead in beginnings:
-            begin = _Place(distance, x, self.factor, self.line[self.others], math.nan, math.nan)
-            places = self._walk(begin, distance + ahead)
+            beginnings.insert(0, (self._beginning(_SCREENED_AT, searched), _SCREENED_AT))
+        for begin, first in beginnings:
+            places = self._walk(begin, first)
             if _is_steep(places):
                 return None
-            found = self._judged(places)
+            found = self._judged(places, here)
             if found:
                 return found
         return None
+
+    def _beginning(self, distance: float, x: np.ndarray) -> _Place:
+        """A point from which Newton's method sets out, in the fit's own units."""
+        return _Place(distance, x, self.factor, self.line[self.others], math.nan, math.nan)
 
     def _walk(self, begin: _Place, distance: float) -> list[_Place]:
         """Places farther and farther out, the first at a distance, until one says enough or numbers end."""
@@ -205,9 +217,12 @@ class _Ray:
             distance = min(here.distance + step, _LAST)
         return places
 
-    def _judged(self, places: Sequence[_Place]) -> Failure | None:
+    def _judged(self, places: Sequence[_Place], fit: _Place) -> Failure | None:
         fallen = _falls(places)
         if fallen is None or not (places[-1].distance >= _LEAST and max(fallen.rates) < _SLOW):
+            return None
+        # A density may be level far below the fit only because a program has clamped a probability or a rate.
+        if places[-1].log_marginal + math.log(places[-1].distance) < fit.log_marginal - _CARRIED:
             return None
         where = f"{self.coordinate.name} goes to {'+' if self.way > 0 else '-'}infinity"
         first, last = fallen.places[0], fallen.places[-1]

@@ -107,9 +107,9 @@ def climb(
     left = np.inf
     with np.errstate(over="ignore", invalid="ignore"):
         first = objective(x)
+        slope = float(np.linalg.norm(first[1]))
     # L-BFGS-B's first step has length one, whatever the gradient. In these units it is the gradient itself, which is
     # Newton's step wherever the curvature is about one.
-    slope = float(np.linalg.norm(first[1]))
     unit = min(1.0, slope) if slope > 0 else 1.0
 
     def loss(steps: np.ndarray) -> tuple[float, np.ndarray]:
@@ -136,7 +136,8 @@ def climb(
     with np.errstate(over="ignore", invalid="ignore"):
         minimize(loss, np.zeros_like(x), jac=True, method="L-BFGS-B", callback=enough, options=limits)
         elbo, found, gradient = best
-        left = remaining(objective, found, gradient) if np.isinf(left) and np.isfinite(elbo) else left
+        if np.isfinite(elbo) and not left < residual:  # it ended early, and what is known is no more than too much
+            left = remaining(objective, found, gradient)
     return Climbed(found, course[0], elbo, left, len(course), np.array(course))
 
 
@@ -149,8 +150,8 @@ def remaining(objective: FixedDrawsELBO, x: np.ndarray, gradient: np.ndarray, *,
 
     H is the curvature of the part of the ELBO that is known exactly, and costs no draws: in most directions it is about
     one, but a family may have flat ones, in which a small gradient leads far. Directions flatter than a thousandth
-    count as a thousandth. By conjugate gradients, at most a hundred steps of them, each of which raises it; where it
-    falls, H is bent upwards along a step, and what it had risen to counts.
+    count as a thousandth. By conjugate gradients, at most a hundred steps of them, each of which raises it: an estimate
+    from below. Where it falls, H is bent upwards along a step, and what it had risen to is all that is known.
 
     Args:
         objective: The ELBO.

@@ -8,7 +8,6 @@ draws, paired, so that gains far below the ELBO's own noise are seen.
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from collections.abc import Callable
@@ -112,7 +111,7 @@ def lower_programs(
         model: NumPyro callable; of a part of the rows, where there are minibatches, its density is an estimate.
         guide: Its guide.
         loss: The objective.
-        given: Keyword arguments of both; the data are `arrays`.
+        given: Keyword arguments of both; for minibatches the data are `arrays` and the rows' order is `order`.
         key: For the parameters' first values.
         minibatch: What a step sees of the data; all of it if None.
     """
@@ -125,15 +124,13 @@ def lower_programs(
     length = _BLOCK // 5 if long_steps else _BLOCK
 
     def block(state: Any, given: Any) -> tuple[Any, Params, Any, Any]:
-        drawn = functools.partial(minibatch.drawn, order=minibatch.order()) if minibatch else None
-
         def step(carry: Any, _: None) -> tuple[Any, Any]:
             state, total = carry
             seen = given
-            if drawn:
+            if minibatch:
                 kept, own = jax.random.split(state.rng_key)
                 state = state._replace(rng_key=kept)
-                seen = given | {"arrays": drawn(own, arrays=given["arrays"])}
+                seen = minibatch.seen(own, given)
             state, value = svi.update(state, **seen)
             total = jax.tree.map(jnp.add, total, svi.optim.get_params(state.optim_state))
             return (state, total), value
@@ -154,12 +151,11 @@ def lower_programs(
     def check_on_some(key: jax.Array, params: Params, given: Any) -> Any:
         """Each draw with a batch of its own: of two iterates the same ones."""
         assert minibatch is not None
-        constrained, order = svi.constrain_fn(params), minibatch.order()
+        constrained = svi.constrain_fn(params)
 
         def one(key: jax.Array) -> Any:
             of_rows, of_draw = jax.random.split(key)
-            seen = given | {"arrays": minibatch.drawn(of_rows, order=order, arrays=given["arrays"])}
-            return log_weight(of_draw, constrained, model, guide, seen)
+            return log_weight(of_draw, constrained, model, guide, minibatch.seen(of_rows, given))
 
         return jax.lax.map(one, jax.random.split(key, _CHECK_DRAWS), batch_size=_AT_ONCE)
 
