@@ -19,7 +19,7 @@ from toolkit.status import Status
 
 _ROOM = 1.5  # times the effective draws that are asked for, since a longer run may mix worse than it seemed to
 _MOST_TIMES = 8  # as many draws: if that is too few, it is another trouble
-_DEFAULTS = {"warmup": 1_000, "target_accept": 0.9}  # of a study
+_DEFAULTS = {"draws": 1_000, "warmup": 1_000, "target_accept": 0.9}  # of a study
 
 
 def against(reference: Any) -> str:
@@ -148,9 +148,10 @@ def _mended(reference: Any, command: str) -> dict[str, str]:
     least = reference.diagnostics[["ess_bulk", "ess_tail"]].min(axis=None)
     wanted = ESS_LIMIT / least if least > 0 else math.inf
     factor = 2 if wanted < 2 / _ROOM else 4 if wanted < 4 / _ROOM else _MOST_TIMES
-    longer = {"draws": f"{factor * kept}"}
-    if reference.status is not Status.FEW_DRAWS:
-        longer["warmup"] = f"{2 * int(_given(command, 'warmup'))}"
+    longer = {"draws": f"{max(factor * kept, int(_DEFAULTS['draws']))}"}
+    warmup, usual = int(_given(command, "warmup")), int(_DEFAULTS["warmup"])
+    if reference.status is not Status.FEW_DRAWS or warmup < usual:
+        longer["warmup"] = f"{max(2 * warmup, usual)}"
     return longer
 
 

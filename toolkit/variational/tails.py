@@ -235,7 +235,7 @@ class _Ray:
         return Failure(
             Status.IMPROPER,
             f"as {where}, its density {text} from {first.distance:.2g} to {last.distance:.2g} sds, where a finite "
-            f"integral needs more than {needed:.1f}",
+            f"integral needs a fall of more than {needed:.1f} nats",
         )
 
     def _settled(self, before: _Place, distance: float) -> _Place | None:
