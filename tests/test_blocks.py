@@ -122,6 +122,7 @@ def arrow() -> AutoBlockNormal:
 # -- NumPyro's SVI with it --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_svi_recovers_a_posterior_that_has_the_pattern() -> None:
     guide, params = fitted("coupled")
     loc, covariance = np.asarray(params["auto_loc"]), np.asarray(guide.get_posterior(params).covariance_matrix)

@@ -169,6 +169,7 @@ LABELS = "has labels that may switch"
 BOTH = {"centre": -1, "weight": -1}
 
 
+@pytest.mark.slow
 def test_labels_that_may_switch_are_found_to() -> None:
     small = lda.simulate(jax.random.key(0), documents=4, words=9, topics=3, tokens=20)
     for model in (mixed(BOTH), lda.model(small, topics=3)):

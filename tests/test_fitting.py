@@ -347,6 +347,7 @@ def test_a_kept_fit_draws_the_same(tmp_path, correlated):
     assert kept_fit(storage, "another", fitted.model, fitted.guide) is None
 
 
+@pytest.mark.slow
 def test_a_kept_flow_draws_the_same(tmp_path):
     storage, fitted = Storage(tmp_path), fit(line(), "iaf", key=KEY, max_gradients=8_000)
     keep_fit(storage, "flow", fitted)

@@ -222,7 +222,7 @@ def test_programs_for_other_batches_are_refused(model: Model) -> None:
         fit(model, "mean_field", key=KEY, minibatch=100, prepared=prepared)
 
 
-@pytest.mark.parametrize("guide", ["mean_field", "full_rank"])
+@pytest.mark.parametrize("guide", ["mean_field", pytest.param("full_rank", marks=pytest.mark.slow)])
 def test_a_fit_by_minibatches_ends_where_the_one_by_all_rows_does(model: Model, guide: str) -> None:
     best = fit(model, guide, key=KEY)
     fitted = fit(model, guide, key=KEY, minibatch=100)
