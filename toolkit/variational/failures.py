@@ -37,7 +37,7 @@ from toolkit.variational.gaussians import Diagonal, Family, Frame, Member, Quadr
 from toolkit.variational.solvers.fixed_draws import FixedDrawsELBO, climb
 from toolkit.variational.space import Space
 
-_DRAWS = 256
+_DRAWS, _SCREENED_DRAWS = 256, 32
 _DRAWS_AN_EDGE = 4_096
 _SUSPICIOUS = 0.3  # sds from where a location should be, or nats that a scale's logarithm is short of a stationary ELBO
 _NOT_NEAR = 10.0  # unconstrained units from the origin, farther than which a location is measured by itself as well
@@ -337,6 +337,7 @@ def _along(space: Space, direction: np.ndarray) -> Failure:
 
 def _largest(space: Space, weights: np.ndarray) -> str:
     """The coordinates that weigh most."""
+    weights = np.nan_to_num(weights)  # of what has left the numbers, too
     order = [int(i) for i in np.argsort(-weights) if weights[i] > _NAMED * weights.max()]
     names = [coordinate_names(space)[i] for i in sorted(order[:_MOST_NAMED])]
     more = f" and {len(order) - _MOST_NAMED} more" if len(order) > _MOST_NAMED else ""
@@ -395,31 +396,44 @@ def _too_narrow(space: Space, member: Member) -> Failure | None:
 
 def _collapsing(density: LogDensity, member: Member, *, key: Key) -> Failure | None:
     """A coordinate along which the density has a spike that no narrower Gaussian ever fills."""
-    base = matched_draws(_DRAWS, density.size, key=key)
-    sds = _sds(member)
-    cloud = member.loc + sds * base
+    few, many = (matched_draws(draws, density.size, key=branch(key, draws)) for draws in (_SCREENED_DRAWS, _DRAWS))
     for number in range(min(density.size, _DENSE)):
-        centre, width = member.loc[number], max(sds[number], 1e-8 * abs(member.loc[number]))
-        energies = list[np.ndarray]()
-        while len(energies) <= _NARROWINGS:
-            line = np.repeat(member.loc[None], _DRAWS + 1, 0)
-            line[:, number] = centre + width * np.linspace(-4, 4, _DRAWS + 1)
-            values, _ = density.over(line)
-            centre, width = line[int(np.argmax(np.nan_to_num(values, nan=-math.inf))), number], width / 10
-            cloud[:, number] = centre + width * base[:, number]
-            energies.append(density.over(cloud)[0])
-            if len(energies) > 1:
-                rise = energies[-1] - energies[-2] - math.log(10)
-                if not np.quantile(rise, 0.25) > -0.5 * math.log(10):  # at the foot of a wall only those outside rise
-                    break
-                if not (is_sound(rise) and rise.mean() > max(_WORTH / 4, 2 * rise.std() / math.sqrt(_DRAWS))):
-                    break
-        else:
+        if _narrowed(density, member, number, few, times=1, surely=False) is None:
+            continue
+        centre = _narrowed(density, member, number, many, times=_NARROWINGS, surely=True)
+        if centre is not None:
             name = coordinate_names(density.space)[number]
             where = f"the scale of {name} runs to zero at {centre:.4g}"
             return Failure(Status.UNBOUNDED, f"{where}, and the log density rises without end")
-        cloud[:, number] = member.loc[number] + sds[number] * base[:, number]
     return None
+
+
+def _narrowed(
+    density: LogDensity, member: Member, number: int, base: np.ndarray, *, times: int, surely: bool
+) -> float | None:
+    """Where a coordinate's scale can be divided by ten, several times over; None where that costs ELBO.
+
+    At most draws the density must rise nearly as the entropy falls; surely, the mean must gain beyond its noise.
+    """
+    sds, draws = _sds(member), len(base)
+    cloud = member.loc + sds * base
+    centre, width = member.loc[number], max(sds[number], 1e-8 * abs(member.loc[number]))
+    energies = list[np.ndarray]()
+    for _ in range(times + 1):
+        line = np.repeat(member.loc[None], draws + 1, 0)
+        line[:, number] = centre + width * np.linspace(-4, 4, draws + 1)
+        values, _ = density.over(line)
+        centre, width = line[int(np.argmax(np.nan_to_num(values, nan=-math.inf))), number], width / 10
+        cloud[:, number] = centre + width * base[:, number]
+        energies.append(density.over(cloud)[0])
+        if len(energies) > 1:
+            rise = energies[-1] - energies[-2] - math.log(10)
+            if not np.quantile(rise, 0.25) > -0.5 * math.log(10):  # at the foot of a wall only those outside rise
+                return None
+            gained = is_sound(rise) and rise.mean() > max(_WORTH / 4, 2 * rise.std() / math.sqrt(draws))
+            if surely and not gained:
+                return None
+    return float(centre)
 
 
 def _is_far_out(member: Member) -> bool:

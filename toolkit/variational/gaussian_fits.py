@@ -45,6 +45,7 @@ _NATURAL_DRAWS = 1_024
 _SCREENED = 80  # evaluations from each start; the proof goes on from the best one
 _DECREMENT_DRAWS = 4_096
 _ROUNDS = 8
+_RESIDUAL = 0.05  # of the tolerance, that a climb may leave: its last tenth would take a third of the evaluations
 _OPTIMISM = 0.4  # of the tolerance, that a certificate may be too high by: what draws are enough for
 _EVALUATIONS_EXPECTED = 6  # of a certificate's climb
 _UNKNOWN_SCALE = 0.1  # of a posterior of which no curvature is known, in unconstrained units
@@ -293,7 +294,7 @@ def _solved(
         climbed = climb(
             FixedDrawsELBO(density, family, quadratic, base),
             np.zeros(family.parameters),
-            residual=tolerance / 100,
+            residual=_RESIDUAL * tolerance,
             max_evaluations=int(np.clip(budget // draws, 1, _SCREENED)),
             report=lambda steps, elbo: report("climbing", steps, steps + 1, elbo),
         )
@@ -430,7 +431,7 @@ def _proved(
             best.quadratic,
             key=branch(own, 0),
             draws=draws,
-            residual=tolerance / 100,
+            residual=_RESIDUAL * tolerance,
             scope=scope,
             hopeless=math.inf if insists else tolerance,
             max_evaluations=min(EVALUATIONS, _EVALUATIONS_EXPECTED * affordable // draws),

@@ -36,7 +36,8 @@ _SAME_ELBO = 3.0  # nats between two Gaussians that are on their way to one opti
 _SAME_LABELS = 0.05  # of the norm: a transform's Jacobian moves the modes of two labellings apart by a little
 _BOX_PRECISION = 4.0  # a sd of a half, for unconstrained coordinates of which nothing is known
 _ESCAPES = 4  # searches that ran off, from whose beginnings a mean field climbs
-_ESCAPE_DRAWS, _ESCAPE_STEPS = 64, 150
+_ESCAPE_DRAWS, _ESCAPE_STEPS, _ESCAPE_STAGE = 64, 150, 25
+_NO_START = 1e10  # unconstrained units: beyond, an escape is itself a run-off
 _NARROW = -3.0  # of the first log scale there, in working units: an eighth of the box
 _DRAWS_A_DIMENSION = 4  # common draws of the natural-gradient steps; fewer than one would fit the draws
 _LEAST_DRAWS = 256
@@ -324,13 +325,30 @@ class _Escape:
 
 
 def _escaped(density: LogDensity, end: _End, *, key: Key) -> _Escape | None:
-    """The climb of a mean field from a search's beginning; None where no ELBO is finite."""
-    family = Diagonal(Frame.of(end.begin, np.full(density.size, _BOX_PRECISION)))
-    nothing = Quadratic(end.begin, np.zeros(density.size), np.zeros(density.size))
+    """The climb of a mean field from a search's beginning; None where no ELBO is finite.
+
+    It sets out again and again in units of its own sds: those of the beginning are nobody's.
+    """
     base = matched_draws(_ESCAPE_DRAWS, density.size, key=key)
-    start = np.concatenate([np.zeros(density.size), np.full(density.size, _NARROW)])
-    best = climb(FixedDrawsELBO(density, family, nothing, base), start, residual=0.1, max_evaluations=_ESCAPE_STEPS)
-    return _Escape(end, family, family.member(best.x), best.elbo) if np.isfinite(best.elbo) else None
+    frame, narrow = Frame.of(end.begin, np.full(density.size, _BOX_PRECISION)), _NARROW
+    escape: _Escape | None = None
+    left = _ESCAPE_STEPS
+    while left > 0:
+        family, nothing = Diagonal(frame), Quadratic(frame.loc, np.zeros(density.size), np.zeros(density.size))
+        begin = np.concatenate([np.zeros(density.size), np.full(density.size, narrow)])
+        stage = min(left, _ESCAPE_STAGE)
+        climbed = climb(FixedDrawsELBO(density, family, nothing, base), begin, residual=0.1, max_evaluations=stage)
+        left -= climbed.evaluations
+        member = family.member(climbed.x)
+        sizes = np.concatenate([np.abs(member.loc), np.sqrt(member.variances)])
+        if not np.isfinite(climbed.elbo) or (escape and not sizes.max() < _NO_START):
+            break
+        settled = escape and climbed.elbo - escape.elbo < _SAME_ELBO and climbed.evaluations < stage
+        escape = _Escape(end, family, member, climbed.elbo)
+        if settled or not (sizes.max() < _NO_START and member.variances.min() > _NO_START**-2):
+            break
+        frame, narrow = Frame.of(member.loc, 1 / member.variances), 0.0
+    return escape
 
 
 def _is_same(one: _Escape, other: _Escape) -> bool:
@@ -354,9 +372,10 @@ def _grown(density: LogDensity, end: _End, loc: np.ndarray, precision: np.ndarra
         gaussian = natural_steps(density, loc, precision, base=base, steps=_STEPS)
     except np.linalg.LinAlgError:  # a curvature of so many decades that rounding has made some of it negative
         return nothing
-    if not np.isfinite(gaussian.elbo):
+    precision = gaussian.precision
+    if not (np.isfinite(gaussian.elbo) and (np.diag(precision) > 0).all()):  # rounding may have left nothing of it
         return nothing
-    return Start(gaussian.loc, gaussian.precision, gaussian.elbo, -end.loss, is_mode)
+    return Start(gaussian.loc, precision, gaussian.elbo, -end.loss, is_mode)
 
 
 def _draws(size: int) -> int:
@@ -386,13 +405,17 @@ def _searched_from(density: LogDensity, points: list[np.ndarray]) -> list[_End]:
     """Where searches by L-BFGS end.
 
     After some rounds those under way go on in the coordinates of the curvature where the best of them is: most are by
-    then on their way to one mode, and the rounds halve. The last rounds are for those whom another's curvature misled.
+    then on their way to one mode, and the rounds halve. The last rounds are for those whom another's curvature misled;
+    where none has ended before and the best is in no bowl, all are running off, and the rounds are spared.
     """
     if not points:
         return []
     x, losses = np.stack(points), np.full(len(points), np.inf)
     under_way = np.arange(len(points))
-    for rounds, curved in _ROUNDS if density.size <= _CHEAP else _LARGE_ROUNDS:
+    phases = _ROUNDS if density.size <= _CHEAP else _LARGE_ROUNDS
+    for number, (rounds, curved) in enumerate(phases):
+        if 0 < number == len(phases) - 1 and len(under_way) == len(points) and not _is_bowl(density, x, losses):
+            break
         frame = _metric(density, x[under_way], losses[under_way] if curved else None)
 
         def lost(at: np.ndarray, frame: Frame = frame) -> tuple[np.ndarray, np.ndarray]:
@@ -415,10 +438,20 @@ def _metric(density: LogDensity, x: np.ndarray, losses: np.ndarray | None) -> Fr
     plain = Frame.of(np.zeros(density.size), np.ones(density.size))
     if losses is None:
         return plain
+    precision, _ = _bend(density, x, losses)
+    return plain if precision is None else Frame.of(x[int(np.argmin(losses))], precision)
+
+
+def _is_bowl(density: LogDensity, x: np.ndarray, losses: np.ndarray) -> bool:
+    """Whether the density is curved downwards in all directions at the best of several points."""
+    return _bend(density, x, losses)[1]
+
+
+def _bend(density: LogDensity, x: np.ndarray, losses: np.ndarray) -> tuple[np.ndarray | None, bool]:
+    """A precision from the curvature at the best of several points, and whether it was positive definite as it was."""
     best = x[int(np.argmin(losses))]
     hessian, _ = _differences(density, best, 1e-4 * np.maximum(np.abs(best), 1.0))
-    precision, _ = positive_definite(-hessian) if np.isfinite(hessian).all() else (None, False)
-    return plain if precision is None else Frame.of(best, precision)
+    return positive_definite(-hessian) if np.isfinite(hessian).all() else (None, False)
 
 
 def positive_definite(matrix: np.ndarray) -> tuple[np.ndarray | None, bool]:
