@@ -588,7 +588,7 @@ def test_what_depends_on_when_a_fit_was_stopped_is_not_shown(status: Status) -> 
 
 def test_effective_draws_below_the_limit_do_not_look_as_if_they_reached_it() -> None:
     table = pd.DataFrame({"rhat": [1.002], "ess_bulk": [399.7], "ess_tail": [1_391.2]}, index=["a"])
-    assert [cell.text for cell in worst_diagnostics(table).rows[0]] == ["a", "1.0020", "399", "1,391"]
+    assert [cell.text for cell in worst_diagnostics(table).rows[0]] == ["a", "1.002", "399", "1,391"]
 
 
 def test_draws_from_a_file_claim_no_count_of_divergences() -> None:

@@ -104,7 +104,8 @@ def read_dataset(path: str | Path, fn: Callable[..., Any], static: Mapping[str, 
         raise ValueError(
             f"Expected data for the argument{'s' if len(missing) > 1 else ''} {', '.join(map(repr, missing))} of "
             f"'{getattr(fn, '__name__', 'the model')}'; '{path.name}' holds "
-            f"{', '.join(map(repr, columns)) or 'nothing'}."
+            f"{', '.join(map(repr, columns)) or 'nothing'}: add the column, or give what is no data as an "
+            "option (on the command line --option name=value)."
         )
     arrays, coords = {}, {}
     for parameter in parameters:

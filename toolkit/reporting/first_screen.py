@@ -14,7 +14,7 @@ from toolkit.comparison.sentences import whose
 from toolkit.reporting.contents import Answer
 from toolkit.reporting.palette import Look
 from toolkit.reporting.tables import seconds
-from toolkit.sampling.diagnostics import ESS_LIMIT
+from toolkit.sampling.diagnostics import ESS_LIMIT, rounded_rhat
 from toolkit.status import Status
 
 _ROOM = 1.5  # times the effective draws that are asked for, since a longer run may mix worse than it seemed to
@@ -91,7 +91,7 @@ def _numbers(reference: Any) -> list[str]:
     table, hits, diverged = reference.diagnostics, reference.tree_depth_hits, reference.divergences
     rhat, ess = float(table["rhat"].max()), float(table[["ess_bulk", "ess_tail"]].min(axis=None))
     # Infinite where a chain stands still, NaN where nothing varies.
-    known = f"R-hat ≤ {math.ceil(rhat * 1_000) / 1_000:.3f}" if math.isfinite(rhat) else ""
+    known = f"R-hat ≤ {rounded_rhat(rhat)}" if math.isfinite(rhat) else ""
     numbers = [known or f"R-hat {'infinite' if rhat == math.inf else 'unknown'}"]
     numbers.append(f"ESS ≥ {math.floor(ess):,}" if math.isfinite(ess) else "ESS unknown")
     if diverged is not None:

@@ -13,6 +13,7 @@ from toolkit.estimate import decimals, rounded
 from toolkit.reporting.arrival import GAP, OPTIMA, gap_cell, no_optimum, optima_cell
 from toolkit.reporting.contents import Cell, Column, Table
 from toolkit.reporting.palette import Look
+from toolkit.sampling.diagnostics import rounded_rhat
 
 NONE = "–"
 SHARED = (
@@ -232,7 +233,7 @@ def worst_diagnostics(diagnostics: pd.DataFrame, most: int = 5) -> Table:
     rows = [
         (
             Cell(str(name)),
-            Cell(f"{row['rhat']:.4f}" if math.isfinite(row["rhat"]) else NONE),
+            Cell(rounded_rhat(row["rhat"]) if math.isfinite(row["rhat"]) else NONE),
             Cell(_whole(row["ess_bulk"])),
             Cell(_whole(row["ess_tail"])),
         )

@@ -116,7 +116,7 @@ def _rhat(evidence: Evidence) -> str:
     if above.empty:
         return ""
     return (
-        f"R-hat is {_number(above.max())} for {above.idxmax()} and above {RHAT_LIMIT} (Vehtari et al. 2021) for "
+        f"R-hat is {rounded_rhat(above.max())} for {above.idxmax()} and above {RHAT_LIMIT} (Vehtari et al. 2021) for "
         f"{len(above):,} of {len(rhat):,} scalars: the chains have not mixed; draw more, or look for several modes."
     )
 
@@ -174,6 +174,6 @@ def _ess(evidence: Evidence, part: str) -> str:
     )
 
 
-def _number(rhat: float) -> str:
-    """R-hat rounded up, so that what is above the limit does not look as if it kept it."""
+def rounded_rhat(rhat: float) -> str:
+    """R-hat to three digits, rounded up, so that what is above the limit does not look as if it kept it."""
     return f"{math.ceil(rhat * 1_000 * (1 - 1e-9)) / 1_000:.3f}" if rhat < 10 else f"{rhat:.3g}"

@@ -396,7 +396,8 @@ def _not_below(
 def _gain(density: LogDensity, best: Optimum, x: np.ndarray, draws: int, *, key: Key) -> Estimate:
     """How far a member of the family lies above an optimum, in nats, on common draws of their own."""
     objective = FixedDrawsELBO(density, best.family, best.quadratic, matched_draws(draws, best.family.base, key=key))
-    gain = objective.each(x) - objective.each(best.x)
+    with np.errstate(invalid="ignore"):  # of draws without a finite density in both
+        gain = objective.each(x) - objective.each(best.x)
     return Estimate.of_mean(gain) if is_sound(gain) else Estimate(-math.inf, math.nan)
 
 

@@ -12,7 +12,7 @@ from scipy.stats import rankdata
 from toolkit.reporting.contents import Picture
 from toolkit.reporting.figures.canvas import MANY_MARKS, blank, plain, styled
 from toolkit.reporting.palette import BAND, DOTS, INK, RIGHT, SOFT
-from toolkit.sampling.diagnostics import ESS_LIMIT, RHAT_LIMIT
+from toolkit.sampling.diagnostics import ESS_LIMIT, RHAT_LIMIT, rounded_rhat
 
 _DASHES = ("-", "--", "-.", ":")
 _POINTS = 200
@@ -40,7 +40,7 @@ def reference_health(reference: Any, worst: str, draws: np.ndarray) -> Picture:
             axes.set_visible(False)
     table = reference.diagnostics
     alt = (
-        f"Reference: largest R-hat {table['rhat'].max():.3f} ({worst}), smallest bulk ESS "
+        f"Reference: largest R-hat {rounded_rhat(float(table['rhat'].max()))} ({worst}), smallest bulk ESS "
         f"{table['ess_bulk'].min() // 1:,.0f}, "
         f"smallest tail ESS {table['ess_tail'].min() // 1:,.0f}"
         f"{'' if reference.divergences is None else f', {reference.divergences:,} divergences'}."

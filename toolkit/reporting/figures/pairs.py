@@ -66,9 +66,9 @@ def pair_contours(
         handles += [Line2D([], [], color=looks[name].mark.light, label=name) for name in guides]
         figure.legend(handles=handles, loc="outside upper left", ncols=min(len(handles), 5), fontsize=8.5)
     worst = pairs.iloc[int(pairs["difference"].abs().to_numpy().argmax())]
+    shown = "worst pair" if len(chosen) == 1 else f"{len(chosen)} worst pairs"
     alt = (
-        f"The {len(chosen)} worst pairs. The largest error of a correlation: {worst['quantity_a']} "
-        f"with {worst['quantity_b']}, "
+        f"The {shown}. The largest error of a correlation: {worst['quantity_a']} with {worst['quantity_b']}, "
         f"{worst['reference']:.2f} for {against} and {worst['guide_value']:.2f} for {worst['guide']}."
     )
     reading = (
