@@ -52,7 +52,7 @@ class Certificate:
 
     Attributes:
         gap: In nats, the mean over the sets of draws, with its standard error: what was found, and no limit. A bound
-            counts for each set what the climb may have left, at least a hundredth of the tolerance, so that it is
+            counts for each set what the climb may have left, at least a twentieth of the tolerance, so that it is
             never 0.
         limit: The upper 95 % limit of the gap in nats, by Student's t: what to read and to report.
         scope: Whether it bounds the gap to the best of the family (`GLOBAL`), to the best that can be reached by
