@@ -29,7 +29,7 @@ class Estimate(NamedTuple):
         return f"{value} ± {se}" if se else value
 
 
-_EXACT = 1e-14  # of a number: an error below it says how sums are rounded and nothing more
+_EXACT = 1e-10  # of a number: an error below it says how sums and differences are rounded and nothing more
 
 
 def decimals(se: float) -> int:

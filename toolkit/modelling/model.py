@@ -21,6 +21,7 @@ from numpyro.infer.util import potential_energy, transform_fn
 from toolkit.modelling.dataset import Dataset
 from toolkit.modelling.enumeration import SummedOut, sum_out_discrete
 from toolkit.modelling.labels import Labels
+from toolkit.modelling.once import once_a_chart
 from toolkit.modelling.sites import DETERMINISTIC, FACTOR, LATENT, OBSERVED, Site, improper_start, trace_sites
 
 Sites = Mapping[str, Any]
@@ -154,7 +155,8 @@ class Model:
         """Names of the latent sites whose prior is improper and cannot be drawn from."""
         return tuple(site.name for site in self.sites.values() if site.kind == LATENT and not site.proper)
 
-    def parameters(self, chart: str | None = None) -> tuple[str, ...]:
+    @once_a_chart
+    def parameters(self, chart: str) -> tuple[str, ...]:
         """Names of the parameters that the callable itself has in a chart, such as a learned degree of centring."""
         names: list[str] = []
 

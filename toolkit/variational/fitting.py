@@ -298,7 +298,7 @@ def _by_gaussian(
             max_gradients=budget,
             elbo_draws=elbo_draws,
             report=report,
-            flat=flat_coordinates(model, starts.chart, starts.space),
+            flat=flat_coordinates(model, starts.chart),
         )
     status, message = ended.status, ended.message
     if status in _MAY_HIDE_AN_EDGE:

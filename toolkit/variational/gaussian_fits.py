@@ -39,7 +39,7 @@ _LEAST_DRAWS, _FIRST_DRAWS, _MOST_DRAWS = 256, 1_024, 16_384
 _PROJECTION_DRAWS, _PROJECTED = 256, 16  # at least, and for each dimension up to the many that a matrix asks for
 _COMPARED_DRAWS = 1_024  # where the ELBOs of two optima are compared
 _CHOSEN_DRAWS = 256  # where a control variate is
-_ELBO_DRAWS = (1_024, 4_096)  # at least and at most
+_ELBO_DRAWS, _ELBO_PIECE = (1_024, 4_096), 128  # at least and at most, and what they are a multiple of
 _SMALL = 0.1  # of the tolerance: the ELBO's standard error for which no more draws are asked
 _NATURAL_DRAWS = 1_024
 _SCREENED = 80  # evaluations from each start; the proof goes on from the best one
@@ -495,7 +495,7 @@ def _draws_for(best: Optimum, se: float) -> int:
     where the tail has been missed.
     """
     wanted = (best.spread / se) ** 2 if math.isfinite(best.spread) else math.inf
-    return int(np.clip(_power_of_two(min(wanted, _ELBO_DRAWS[1])), *_ELBO_DRAWS))
+    return int(np.clip(_ELBO_PIECE * math.ceil(min(wanted, _ELBO_DRAWS[1]) / _ELBO_PIECE), *_ELBO_DRAWS))
 
 
 def _measured(density: LogDensity, best: Optimum, *, key: Key, draws: int) -> tuple[Estimate, np.ndarray]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from toolkit.modelling.model import Model
+from toolkit.modelling.once import once_a_chart
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,9 @@ class Space:
         return jnp.concatenate([jnp.ravel(values[name]) for name in self.names])
 
 
-def latent_space(model: Model, chart: str | None = None) -> Space:
+@once_a_chart
+def latent_space(model: Model, chart: str) -> Space:
     """The model's latent sites in a chart and their unconstrained shapes, in program order."""
-    known, chart = _known.setdefault(model, {}), model.chart if chart is None else chart
-    if chart not in known:
-        known[chart] = _traced(model, chart)
-    return known[chart]
-
-
-_known: WeakKeyDictionary[Model, dict[str, Space]] = WeakKeyDictionary()
-
-
-def _traced(model: Model, chart: str) -> Space:
     names: list[str] = []
 
     def point() -> dict[str, Any]:

@@ -251,7 +251,7 @@ def _failure(
     quadratic = Quadratic(member.loc, np.zeros(density.size), known)
     suspected = status is not Status.ARRIVED
     found = find_failure(density, form, member, quadratic, key=jax.random.fold_in(key, 1), suspected=suspected)
-    return found or find_heavy_tail(density, flat_coordinates(model, starts.chart, starts.space), member)
+    return found or find_heavy_tail(density, flat_coordinates(model, starts.chart), member)
 
 
 def _skipped(solution: Solution) -> str:

@@ -29,13 +29,14 @@ import numpy as np
 import scipy.linalg
 
 from toolkit.modelling.model import Model
+from toolkit.modelling.once import once_a_chart
 from toolkit.modelling.sites import LATENT, trace_sites
 from toolkit.status import Status
 from toolkit.variational.density import LogDensity
 from toolkit.variational.failures import Failure, coordinate_names
 from toolkit.variational.gaussians import Member
 from toolkit.variational.solvers.lockstep import minimise_each
-from toolkit.variational.space import Space
+from toolkit.variational.space import latent_space
 
 _SIZE = 100  # dimensions: in more, determinants are dear
 _SCREENED_AT = 100.0  # sds, where most coordinates of regressions are told to be held
@@ -109,11 +110,12 @@ class _Place:
         return self.height + self.volume
 
 
-def flat_coordinates(model: Model, chart: str, space: Space) -> tuple[FlatCoordinate, ...]:
+@once_a_chart
+def flat_coordinates(model: Model, chart: str) -> tuple[FlatCoordinate, ...]:
     """The unconstrained coordinates in a chart of all sites with an improper prior."""
     if not model.flat_priors:
         return ()
-    sites = trace_sites(model.bound(chart), model.arrays)
+    sites, space = trace_sites(model.bound(chart), model.arrays), latent_space(model, chart)
     names, found, begin = coordinate_names(space), list[FlatCoordinate](), 0
     for name, shape in zip(space.names, space.shapes, strict=True):
         end = begin + int(np.prod(shape))

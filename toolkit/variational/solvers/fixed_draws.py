@@ -104,10 +104,18 @@ def climb(
         report: Called at each evaluation with its number and the ELBO.
     """
     best, course = (-np.inf, x, np.zeros_like(x)), list[float]()
-    left = np.inf
+
+    def left_at(at: np.ndarray, gradient: np.ndarray) -> float:
+        return remaining(objective, at, gradient, enough=residual) if gradient @ gradient < residual else np.inf
+
     with np.errstate(over="ignore", invalid="ignore"):
         first = objective(x)
         slope = float(np.linalg.norm(first[1]))
+        left = left_at(x, first[1]) if np.isfinite(first[0]) else np.inf
+    if left < residual:
+        if report:
+            report(1, first[0])
+        return Climbed(x, first[0], first[0], left, 1, np.array([first[0]]))
     # L-BFGS-B's first step has length one, whatever the gradient. In these units it is the gradient itself, which is
     # Newton's step wherever the curvature is about one.
     unit = min(1.0, slope) if slope > 0 else 1.0
@@ -127,8 +135,7 @@ def climb(
 
     def enough(intermediate_result: OptimizeResult) -> None:
         nonlocal left
-        _, at, gradient = best
-        left = remaining(objective, at, gradient, enough=residual) if gradient @ gradient < residual else np.inf
+        left = left_at(*best[1:])
         if left < residual:
             raise StopIteration
 
