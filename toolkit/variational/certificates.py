@@ -97,6 +97,7 @@ def bound_gap(
     key: Key,
     draws: int,
     residual: float,
+    enough: float = 0.0,
     scope: Scope,
     sets: int = SETS,
     hopeless: float = math.inf,
@@ -114,6 +115,8 @@ def bound_gap(
         draws: In each set, a power of two.
         residual: In nats: each climb goes on until no more than this is left to gain on its draws; it is added to the
             bound, or what is left where that is more.
+        enough: In nats: a climb also ends when its gain and what is left come to no more than this; the bound is then
+            that sum, and no tighter than was asked.
         scope: `GLOBAL` or `LOCAL`.
         sets: Independent sets of draws, at least two.
         hopeless: A gain in nats; if the first climb gains more, no bound is asked for.
@@ -125,7 +128,7 @@ def bound_gap(
     for number in range(sets):
         base = matched_draws(draws, family.base, key=branch(key, number))
         objective = FixedDrawsELBO(density, family, quadratic, base)
-        end = climb(objective, x, residual=residual, max_evaluations=max_evaluations, report=report)
+        end = climb(objective, x, residual=residual, enough=enough, max_evaluations=max_evaluations, report=report)
         ends.append(end)
         gains.append(end.elbo - end.begun + max(end.residual, residual))
         if gains[0] > hopeless:

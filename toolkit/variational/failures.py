@@ -319,7 +319,10 @@ def _straightened(
 
 def _is_flat(density: LogDensity, loc: np.ndarray, line: np.ndarray) -> bool:
     far = np.array([0.0, *_FLAT_RAY, *(-distance for distance in _FLAT_RAY)])
-    values, _ = density.over(loc + far[:, None] * line)
+    points = loc + far[:, None] * line
+    if not (points[1:] != points[0]).any(1).all():  # straightening has left nothing of the direction
+        return False
+    values, _ = density.over(points)
     return bool(np.isfinite(values).all() and (np.abs(values - values[0]) < _FLAT_CHANGE).all())
 
 

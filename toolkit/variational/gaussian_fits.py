@@ -46,6 +46,7 @@ _SCREENED = 80  # evaluations from each start; the proof goes on from the best o
 _DECREMENT_DRAWS = 4_096
 _ROUNDS = 8
 _RESIDUAL = 0.05  # of the tolerance, that a climb may leave: its last tenth would take a third of the evaluations
+_TIGHT_ENOUGH = 0.7  # of the tolerance: a bound of one set that needs to be no tighter
 _OPTIMISM = 0.4  # of the tolerance, that a certificate may be too high by: what draws are enough for
 _EVALUATIONS_EXPECTED = 6  # of a certificate's climb
 _UNKNOWN_SCALE = 0.1  # of a posterior of which no curvature is known, in unconstrained units
@@ -433,6 +434,7 @@ def _proved(
             key=branch(own, 0),
             draws=draws,
             residual=_RESIDUAL * tolerance,
+            enough=_TIGHT_ENOUGH * tolerance,
             scope=scope,
             hopeless=math.inf if insists else tolerance,
             max_evaluations=min(EVALUATIONS, _EVALUATIONS_EXPECTED * affordable // draws),

@@ -91,6 +91,7 @@ def climb(
     x: np.ndarray,
     *,
     residual: float,
+    enough: float = 0.0,
     max_evaluations: int = EVALUATIONS,
     report: Callable[[int, float], None] | None = None,
 ) -> Climbed:
@@ -99,23 +100,27 @@ def climb(
     Args:
         objective: ELBO and gradient.
         x: Where to begin.
-        residual: The climb ends when no more than this is left to gain.
+        residual: The climb ends when no more than this is left to gain,
+        enough: or when all that it has gained and what is left come to no more than this.
         max_evaluations: The most evaluations.
         report: Called at each evaluation with its number and the ELBO.
     """
     best, course = (-np.inf, x, np.zeros_like(x)), list[float]()
+    left = np.inf
 
-    def left_at(at: np.ndarray, gradient: np.ndarray) -> float:
-        return remaining(objective, at, gradient, enough=residual) if gradient @ gradient < residual else np.inf
+    def is_over(elbo: float, at: np.ndarray, gradient: np.ndarray) -> bool:
+        nonlocal left
+        ends_at = max(residual, enough - (elbo - first[0]))
+        left = remaining(objective, at, gradient, enough=ends_at) if gradient @ gradient < ends_at else np.inf
+        return left < ends_at
 
     with np.errstate(over="ignore", invalid="ignore"):
         first = objective(x)
         slope = float(np.linalg.norm(first[1]))
-        left = left_at(x, first[1]) if np.isfinite(first[0]) else np.inf
-    if left < residual:
-        if report:
-            report(1, first[0])
-        return Climbed(x, first[0], first[0], left, 1, np.array([first[0]]))
+        if np.isfinite(first[0]) and is_over(first[0], x, first[1]):
+            if report:
+                report(1, first[0])
+            return Climbed(x, first[0], first[0], left, 1, np.array([first[0]]))
     # L-BFGS-B's first step has length one, whatever the gradient. In these units it is the gradient itself, which is
     # Newton's step wherever the curvature is about one.
     unit = min(1.0, slope) if slope > 0 else 1.0
@@ -133,15 +138,13 @@ def climb(
             best = elbo, at, gradient
         return -elbo, -unit * gradient
 
-    def enough(intermediate_result: OptimizeResult) -> None:
-        nonlocal left
-        left = left_at(*best[1:])
-        if left < residual:
+    def looked(intermediate_result: OptimizeResult) -> None:
+        if is_over(*best):
             raise StopIteration
 
     limits = {"maxcor": _MEMORY, "maxfun": max_evaluations, "maxiter": max_evaluations, "ftol": 0.0, "gtol": 0.0}
     with np.errstate(over="ignore", invalid="ignore"):
-        minimize(loss, np.zeros_like(x), jac=True, method="L-BFGS-B", callback=enough, options=limits)
+        minimize(loss, np.zeros_like(x), jac=True, method="L-BFGS-B", callback=looked, options=limits)
         elbo, found, gradient = best
         if np.isfinite(elbo) and not left < residual:  # it ended early, and what is known is no more than too much
             left = remaining(objective, found, gradient)

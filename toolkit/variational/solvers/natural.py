@@ -24,7 +24,7 @@ from toolkit.variational.gaussians import inverse_factor
 _LEAST, _MOST = 0.05, 20.0  # by how much a step may change a variance, before it is weighed by its rate
 STEPS = 150  # averaged ones, at most
 _SLOWEST = 0.01  # a rate at which steps are no longer worth their draws
-_WORTH = 0.1  # nats, that a step of a start must gain: the climb that follows is cheaper
+_WORTH = 0.03  # nats, that a step of a start must gain: the climb that follows is cheaper
 _NEAR = 2.0  # times the gap that noise alone keeps up at a constant rate
 _ENOUGH = 0.5  # of the tolerance, since the estimate has an error
 _SMOOTHED = 6  # products of gradients, over which the estimate of what is left to gain is averaged
@@ -76,7 +76,7 @@ def natural_steps(
         loc: Where to begin, shape (size,).
         precision: With which precision, shape (size, size), positive definite.
         base: Base draws, (draws, size).
-        steps: The most steps; they end when one gains less than a tenth of a nat.
+        steps: The most steps; they end when one gains less than 0.03 nats.
     """
     factor = inverse_factor(precision)
     slope = _slope(density, loc, factor, base)
