@@ -40,6 +40,7 @@ from toolkit.variational.gaussians import (
     best_factor,
     inverse_factor,
 )
+from toolkit.variational.solvers.fixed_draws import Units
 from toolkit.variational.space import latent_space
 
 KEY = jax.random.PRNGKey(0)
@@ -256,6 +257,37 @@ def test_curvature_at_zero_is_one_in_location_and_factor_on_a_gaussian() -> None
         zero = np.zeros(family.parameters)
         curvature = np.array([(slope(zero - step) - slope(zero + step)) / 2e-5 for step in steps])
         np.testing.assert_allclose(curvature, np.eye(family.parameters), atol=1e-6)
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["dense", "diagonal"])
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_bend_is_the_hessian_of_what_is_known_exactly(diagonal: bool, known: bool) -> None:
+    family, quadratic = LowRank(frame_of(diagonal=diagonal), 2), quadratic_of(3, diagonal=known)
+    x = parameters(family)
+
+    def slope(at: np.ndarray) -> np.ndarray:
+        return family.exact(at, family.undrawn(at), quadratic)[1]
+
+    steps = 1e-5 * np.eye(len(x))
+    hessian = np.stack([(slope(x + step) - slope(x - step)) / 2e-5 for step in steps])
+    bent = family.bend(x, quadratic)
+    np.testing.assert_allclose(bent, -hessian[SIZE:, SIZE:], atol=1e-6 * np.abs(bent).max())
+    np.testing.assert_allclose(hessian[:SIZE, SIZE:], 0, atol=1e-6 * np.abs(bent).max())  # shifts stand alone
+
+
+def test_units_pull_what_they_move_and_even_out_the_curvature() -> None:
+    family, quadratic = LowRank(frame_of(), 2), quadratic_of(3)
+    x = family.near(family.member(np.zeros(family.parameters)))
+    units = Units(family, x, quadratic)
+    first, second = np.random.default_rng(0).standard_normal((2, family.parameters))
+    assert units.pull(first) @ second == pytest.approx(first @ units.move(second))
+    moved = np.stack([units.move(unit) for unit in np.eye(family.parameters)])[SIZE:, SIZE:]
+    curvature = np.linalg.eigvalsh(moved @ family.bend(x, quadratic) @ moved.T)
+    assert curvature.max() == pytest.approx(1, abs=0.2)
+    assert curvature.max() < 1
+    plain = Units(Diagonal(frame_of()), np.zeros(2 * SIZE), quadratic)
+    np.testing.assert_array_equal(plain.move(first), first)
+    np.testing.assert_array_equal(plain.pull(first), first)
 
 
 def test_larger_families_name_members_of_smaller_ones() -> None:

@@ -31,7 +31,7 @@ from toolkit.estimate import Estimate
 from toolkit.variational.density import LogDensity
 from toolkit.variational.draws import Key, base_draws, branch, matched_draws
 from toolkit.variational.gaussians import Family, Member, Quadratic
-from toolkit.variational.solvers.fixed_draws import EVALUATIONS, Climbed, FixedDrawsELBO, climb
+from toolkit.variational.solvers.fixed_draws import EVALUATIONS, Climbed, FixedDrawsELBO, Units, climb
 from toolkit.variational.solvers.natural import decrement
 
 SETS = 4
@@ -125,10 +125,19 @@ def bound_gap(
     """
     ends = list[Climbed]()
     gains = list[float]()
+    units = Units(family, x, quadratic)
     for number in range(sets):
         base = matched_draws(draws, family.base, key=branch(key, number))
         objective = FixedDrawsELBO(density, family, quadratic, base)
-        end = climb(objective, x, residual=residual, enough=enough, max_evaluations=max_evaluations, report=report)
+        end = climb(
+            objective,
+            x,
+            residual=residual,
+            enough=enough,
+            units=units,
+            max_evaluations=max_evaluations,
+            report=report,
+        )
         ends.append(end)
         gains.append(end.elbo - end.begun + max(end.residual, residual))
         if gains[0] > hopeless:

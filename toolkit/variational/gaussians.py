@@ -144,6 +144,10 @@ class Family(Protocol):
         """Entropy plus the mean of a quadratic over the member, in nats, and its gradient (parameters,)."""
         ...
 
+    def bend(self, x: np.ndarray, quadratic: Quadratic) -> np.ndarray | None:
+        """Minus the Hessian of `exact` in the parameters behind the shifts; None where it is about one."""
+        ...
+
 
 @dataclass(frozen=True)
 class Frame:
@@ -266,6 +270,9 @@ class Diagonal:
         gradient = np.concatenate([self._frame.pull(by_loc), (1 - spread) / _ROOT_2])
         return value + self.entropy(member) - 0.5 * float(spread.sum()), gradient
 
+    def bend(self, x: np.ndarray, quadratic: Quadratic) -> None:
+        """None: in these parameters the curvature is about one."""
+
 
 class Triangular:
     """A location and a Cholesky factor, full or zero outside a pattern, in an order of the coordinates.
@@ -342,6 +349,9 @@ class Triangular:
         gradient = self._packed(x, self._frame.pull(by_loc), -self._root.T @ pulled[self._order])
         gradient[self.size : 2 * self.size] += 1 / _ROOT_2
         return value, gradient
+
+    def bend(self, x: np.ndarray, quadratic: Quadratic) -> None:
+        """None: in these parameters the curvature is about one."""
 
     def _split(self, x: np.ndarray) -> list[np.ndarray]:
         return np.split(x, [self.size, 2 * self.size])
@@ -472,6 +482,30 @@ class LowRank:
         value += self.entropy(member) - 0.5 * float(spread.sum() + np.einsum("ir,ir->", moved, pulled))
         by_scale = 1 - spread - np.einsum("ir,ir->i", columns, solved)
         return value, self._packed(by_loc, by_scale / scale, solved / scale[:, None] - pulled)
+
+    def bend(self, x: np.ndarray, quadratic: Quadratic) -> np.ndarray:
+        """Minus the Hessian of `exact` in stretches and columns, shape (size (1 + rank),) twice; shifts have about one.
+
+        With covariance C = S S + B B', K its inverse and P the quadratic's precision, from d C's first and second
+        derivatives in (K - P) / 2 and -(K dC K dC) / 2.
+        """
+        member = self.undrawn(x)
+        scale, columns = _scale(member), _columns(member)
+        moved = scale[:, None] * columns
+        # (I + W W')^-1 = I - W (I + W' W)^-1 W'
+        inverse = np.eye(self.size) - columns @ np.linalg.solve(self._inner(member), columns.T)
+        inverse /= np.outer(scale, scale)
+        precision = np.diag(quadratic.precision) if quadratic.precision.ndim == 1 else quadratic.precision
+        solved = inverse @ moved
+        unit = self._scale / _ROOT_2
+        stretches = (unit * scale)[:, None] * inverse**2 * (unit * scale)
+        stretches = 2 * stretches - np.diag(unit**2 * np.diag(inverse - precision))
+        pulled, turned = self._frame.pull(inverse).T, self._frame.pull(solved)
+        mixed = 2 * np.einsum("i,ij,ib->ijb", unit * scale, pulled, solved).reshape(self.size, -1)
+        inner, left = self._frame.pull(pulled), self._frame.pull(self._frame.pull(inverse - precision).T)
+        own = np.einsum("ij,ab->iajb", inner, moved.T @ solved) + np.einsum("ib,ja->iajb", turned, turned)
+        own -= np.einsum("ij,ab->iajb", left, np.eye(self.rank))
+        return np.block([[stretches, mixed], [mixed.T, own.reshape(2 * (self.size * self.rank,))]])
 
     def _mixed(self, member: Member, base: np.ndarray) -> np.ndarray:
         """Draws in units of the scale, (n, size)."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.linalg
 from scipy.optimize import OptimizeResult, minimize
 from scipy.sparse.linalg import LinearOperator, cg
 
@@ -22,6 +23,8 @@ EVALUATIONS = 200  # of a climb, at most
 _DIFFERENCE = 1e-5  # of a curvature's difference quotient, in working parameters
 _FLATTEST = 1e-3
 _CG_STEPS = 100
+_MOST_PARAMETERS = 4_000  # whose curvature is factorised
+_LEAST_BENDS = (0.25, 1.0)  # added to a curvature: less would let steps leap along what is flat only nearby
 
 
 class FixedDrawsELBO:
@@ -65,6 +68,46 @@ class FixedDrawsELBO:
             return values - known + self.family.exact(x, member, self.quadratic)[0]
 
 
+class Units:
+    """Steps from a member in which the curvature that is known without draws is about one.
+
+    Most families' parameters are such units already. In a low-rank Gaussian's it spans three decades, which each climb
+    would have to learn anew. Directions flatter than a quarter stay flat, such as turns of its columns, which
+    change nothing.
+
+    Args:
+        family: The family.
+        x: The member's parameters.
+        quadratic: Near log p under the member.
+    """
+
+    def __init__(self, family: Family, x: np.ndarray, quadratic: Quadratic) -> None:
+        self._shifts, self._root = family.size, None
+        bent = family.bend(x, quadratic) if family.parameters <= _MOST_PARAMETERS else None
+        if bent is None or not np.isfinite(bent).all():
+            return
+        for least in _LEAST_BENDS:
+            try:
+                self._root = scipy.linalg.cholesky(bent + least * np.eye(len(bent)), check_finite=False)
+                return
+            except np.linalg.LinAlgError:  # bent upwards by more: far from an optimum
+                continue
+
+    def move(self, steps: np.ndarray) -> np.ndarray:
+        """The parameters' change, from steps (parameters,)."""
+        if self._root is None:
+            return steps
+        behind = scipy.linalg.solve_triangular(self._root, steps[self._shifts :], check_finite=False)
+        return np.concatenate([steps[: self._shifts], behind])
+
+    def pull(self, gradient: np.ndarray) -> np.ndarray:
+        """The gradient with respect to steps, from that with respect to parameters."""
+        if self._root is None:
+            return gradient
+        behind = scipy.linalg.solve_triangular(self._root, gradient[self._shifts :], trans="T", check_finite=False)
+        return np.concatenate([gradient[: self._shifts], behind])
+
+
 @dataclass(frozen=True)
 class Climbed:
     """Where a climb ended.
@@ -92,6 +135,7 @@ def climb(
     *,
     residual: float,
     enough: float = 0.0,
+    units: Units | None = None,
     max_evaluations: int = EVALUATIONS,
     report: Callable[[int, float], None] | None = None,
 ) -> Climbed:
@@ -102,6 +146,7 @@ def climb(
         x: Where to begin.
         residual: The climb ends when no more than this is left to gain,
         enough: or when all that it has gained and what is left come to no more than this.
+        units: In which its steps are measured; those of the curvature at `x` if None.
         max_evaluations: The most evaluations.
         report: Called at each evaluation with its number and the ELBO.
     """
@@ -116,18 +161,19 @@ def climb(
 
     with np.errstate(over="ignore", invalid="ignore"):
         first = objective(x)
-        slope = float(np.linalg.norm(first[1]))
         if np.isfinite(first[0]) and is_over(first[0], x, first[1]):
             if report:
                 report(1, first[0])
             return Climbed(x, first[0], first[0], left, 1, np.array([first[0]]))
+        units = Units(objective.family, x, objective.quadratic) if units is None else units
+        slope = float(np.linalg.norm(units.pull(first[1])))
     # L-BFGS-B's first step has length one, whatever the gradient. In these units it is the gradient itself, which is
     # Newton's step wherever the curvature is about one.
     unit = min(1.0, slope) if slope > 0 else 1.0
 
     def loss(steps: np.ndarray) -> tuple[float, np.ndarray]:
         nonlocal best
-        at = x + unit * steps
+        at = x + unit * units.move(steps)
         elbo, gradient = objective(at) if course else first
         course.append(elbo)
         if report:
@@ -136,7 +182,7 @@ def climb(
             return 1e300, np.zeros_like(at)  # a wall, which the line search turns away from
         if elbo > best[0]:
             best = elbo, at, gradient
-        return -elbo, -unit * gradient
+        return -elbo, -unit * units.pull(gradient)
 
     def looked(intermediate_result: OptimizeResult) -> None:
         if is_over(*best):
