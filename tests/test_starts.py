@@ -50,14 +50,19 @@ def test_a_hierarchy_without_a_mode_has_one_start_near_its_optimum(seed: int) ->
     assert start.elbo > best.elbo.value - 3
 
 
-def test_an_escape_that_runs_off_itself_is_given_up() -> None:
-    """A latent that nothing holds: the mean field of an escape widens without end, which is told and not crashed on."""
+def test_searches_that_are_slow_still_end_at_modes() -> None:
+    """A mixture of ten components: after 125 rounds no search has ended, and the best of them is at a saddle."""
+    rng = np.random.default_rng(0)
+    y = rng.choice(np.linspace(-20, 20, 10), 500) + rng.standard_normal(500)
 
-    def unheld(y):
-        a = numpyro.sample("a", dist.ImproperUniform(dist.constraints.real, (), ()))
-        b = numpyro.sample("b", dist.ImproperUniform(dist.constraints.real, (), ()))
-        numpyro.factor("funnel", -0.5 * (y - b) ** 2 * jnp.exp(-2 * a) - a)
+    def mixture(y):
+        with numpyro.plate("components", 10):
+            mu = numpyro.sample("mu", dist.Normal(0, 15))
+            sigma = numpyro.sample("sigma", dist.HalfNormal(3))
+        weights = numpyro.sample("weights", dist.Dirichlet(jnp.ones(10)))
+        with numpyro.plate("rows", len(y)):
+            parts = dist.MixtureSameFamily(dist.Categorical(probs=weights[None]), dist.Normal(mu[None], sigma[None]))
+            numpyro.sample("y", parts, obs=y)
 
-    starts = find_starts(Model(unheld, Dataset("unheld", {"y": np.array(0.3)})), key=jax.random.PRNGKey(0))
-    assert all(np.isfinite(start.loc).all() for start in starts.points)
-    assert all(start.precision is None or (np.diag(start.precision) > 0).all() for start in starts.points)
+    starts = find_starts(Model(mixture, Dataset("ten", {"y": y})), key=jax.random.PRNGKey(0))
+    assert any(start.is_mode for start in starts.points)

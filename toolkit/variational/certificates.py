@@ -52,8 +52,7 @@ class Certificate:
 
     Attributes:
         gap: In nats, the mean over the sets of draws, with its standard error: what was found, and no limit. A bound
-            counts for each set what the climb may have left, at least a twentieth of the tolerance, so that it is
-            never 0.
+            counts for each set what the climb may have left.
         limit: The upper 95 % limit of the gap in nats, by Student's t: what to read and to report.
         scope: Whether it bounds the gap to the best of the family (`GLOBAL`), to the best that can be reached by
             climbing (`LOCAL`), or estimates the latter (`ESTIMATE`).
@@ -98,6 +97,7 @@ def bound_gap(
     draws: int,
     residual: float,
     enough: float = 0.0,
+    least_steps: int = 0,
     scope: Scope,
     sets: int = SETS,
     hopeless: float = math.inf,
@@ -117,6 +117,7 @@ def bound_gap(
             bound, or what is left where that is more.
         enough: In nats: a climb also ends when its gain and what is left come to no more than this; the bound is then
             that sum, and no tighter than was asked.
+        least_steps: Of each climb, see `climb`.
         scope: `GLOBAL` or `LOCAL`.
         sets: Independent sets of draws, at least two.
         hopeless: A gain in nats; if the first climb gains more, no bound is asked for.
@@ -134,15 +135,16 @@ def bound_gap(
             x,
             residual=residual,
             enough=enough,
+            least_steps=least_steps,
             units=units,
             max_evaluations=max_evaluations,
             report=report,
         )
         ends.append(end)
-        gains.append(end.elbo - end.begun + max(end.residual, residual))
+        gains.append(end.elbo - end.begun + end.residual)
         if gains[0] > hopeless:
             return Bounded(None, np.array(gains), tuple(ends))
-    return Bounded(_certificate(np.array(gains), scope, draws), np.array(gains), tuple(ends))
+    return Bounded(_certificate(np.array(gains), scope, draws, least=residual), np.array(gains), tuple(ends))
 
 
 def estimate_gap(
@@ -162,11 +164,11 @@ def estimate_gap(
     return _certificate(decrement(density, loc, factor, bases), Scope.ESTIMATE, draws)
 
 
-def _certificate(gains: np.ndarray, scope: Scope, draws: int) -> Certificate:
+def _certificate(gains: np.ndarray, scope: Scope, draws: int, *, least: float = 0.0) -> Certificate:
     gap = Estimate.of_mean(gains) if np.isfinite(gains).all() else Estimate(math.inf, math.nan)
     reach = stats.t.ppf(_LEVEL, len(gains) - 1) * gap.se
     limit = gap.value + reach if math.isfinite(gap.value) else math.inf
-    return Certificate(gap, float(limit), scope, draws, len(gains))
+    return Certificate(gap, max(float(limit), least), scope, draws, len(gains))
 
 
 def project(

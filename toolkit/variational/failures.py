@@ -341,6 +341,8 @@ def _along(space: Space, direction: np.ndarray) -> Failure:
 def _largest(space: Space, weights: np.ndarray) -> str:
     """The coordinates that weigh most."""
     weights = np.nan_to_num(weights)  # of what has left the numbers, too
+    if not weights.max() > 0:
+        return "the coordinates"
     order = [int(i) for i in np.argsort(-weights) if weights[i] > _NAMED * weights.max()]
     names = [coordinate_names(space)[i] for i in sorted(order[:_MOST_NAMED])]
     more = f" and {len(order) - _MOST_NAMED} more" if len(order) > _MOST_NAMED else ""
@@ -423,8 +425,8 @@ def _narrowed(
     centre, width = member.loc[number], max(sds[number], 1e-8 * abs(member.loc[number]))
     energies = list[np.ndarray]()
     for _ in range(times + 1):
-        line = np.repeat(member.loc[None], draws + 1, 0)
-        line[:, number] = centre + width * np.linspace(-4, 4, draws + 1)
+        line = np.repeat(member.loc[None], _DRAWS + 1, 0)  # always so fine: the spike is between coarser points
+        line[:, number] = centre + width * np.linspace(-4, 4, _DRAWS + 1)
         values, _ = density.over(line)
         centre, width = line[int(np.argmax(np.nan_to_num(values, nan=-math.inf))), number], width / 10
         cloud[:, number] = centre + width * base[:, number]
@@ -571,7 +573,7 @@ def _inverse(correlation: np.ndarray) -> np.ndarray | None:
 
 def _named(space: Space, energy: float, volume: float, logs: np.ndarray, moved: np.ndarray) -> Failure:
     """The status of a run-off, and which coordinates run."""
-    if energy > max(volume, 0.0):
+    if math.isnan(energy) or energy > max(volume, 0.0):  # infinity less infinity: log p has left the numbers
         if moved.max() < _FAR and -logs.min() > math.log1p(moved.max()):
             what = f"the scale of {_largest(space, np.maximum(-logs, 0.0))} runs to zero"
         else:

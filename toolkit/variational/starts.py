@@ -37,7 +37,7 @@ _SAME_LABELS = 0.05  # of the norm: a transform's Jacobian moves the modes of tw
 _BOX_PRECISION = 4.0  # a sd of a half, for unconstrained coordinates of which nothing is known
 _ESCAPES = 4  # searches that ran off, from whose beginnings a mean field climbs
 _ESCAPE_DRAWS, _ESCAPE_STEPS, _ESCAPE_STAGE = 64, 150, 25
-_NO_START = 1e10  # unconstrained units: beyond, an escape is itself a run-off
+_NO_START = 1e10  # unconstrained units: beyond, an escape is itself a run-off, and goes no further
 _NARROW = -3.0  # of the first log scale there, in working units: an eighth of the box
 _DRAWS_A_DIMENSION = 4  # common draws of the natural-gradient steps; fewer than one would fit the draws
 _LEAST_DRAWS = 256
@@ -370,10 +370,12 @@ def _grown(density: LogDensity, end: _End, loc: np.ndarray, precision: np.ndarra
     nothing = Start(loc, None, -np.inf, -end.loss, is_mode)
     try:
         gaussian = natural_steps(density, loc, precision, base=base, steps=_STEPS)
+        if not np.isfinite(gaussian.elbo):
+            return nothing
+        precision = gaussian.precision
     except np.linalg.LinAlgError:  # a curvature of so many decades that rounding has made some of it negative
         return nothing
-    precision = gaussian.precision
-    if not (np.isfinite(gaussian.elbo) and (np.diag(precision) > 0).all()):  # rounding may have left nothing of it
+    if not (np.diag(precision) > 0).all():  # or has left nothing of it
         return nothing
     return Start(gaussian.loc, precision, gaussian.elbo, -end.loss, is_mode)
 
@@ -405,17 +407,14 @@ def _searched_from(density: LogDensity, points: list[np.ndarray]) -> list[_End]:
     """Where searches by L-BFGS end.
 
     After some rounds those under way go on in the coordinates of the curvature where the best of them is: most are by
-    then on their way to one mode, and the rounds halve. The last rounds are for those whom another's curvature misled;
-    where none has ended before and the best is in no bowl, all are running off, and the rounds are spared.
+    then on their way to one mode, and the rounds halve. The last rounds are for those whom another's curvature misled.
     """
     if not points:
         return []
     x, losses = np.stack(points), np.full(len(points), np.inf)
     under_way = np.arange(len(points))
     phases = _ROUNDS if density.size <= _CHEAP else _LARGE_ROUNDS
-    for number, (rounds, curved) in enumerate(phases):
-        if 0 < number == len(phases) - 1 and len(under_way) == len(points) and not _is_bowl(density, x, losses):
-            break
+    for rounds, curved in phases:
         frame = _metric(density, x[under_way], losses[under_way] if curved else None)
 
         def lost(at: np.ndarray, frame: Frame = frame) -> tuple[np.ndarray, np.ndarray]:
@@ -438,20 +437,10 @@ def _metric(density: LogDensity, x: np.ndarray, losses: np.ndarray | None) -> Fr
     plain = Frame.of(np.zeros(density.size), np.ones(density.size))
     if losses is None:
         return plain
-    precision, _ = _bend(density, x, losses)
-    return plain if precision is None else Frame.of(x[int(np.argmin(losses))], precision)
-
-
-def _is_bowl(density: LogDensity, x: np.ndarray, losses: np.ndarray) -> bool:
-    """Whether the density is curved downwards in all directions at the best of several points."""
-    return _bend(density, x, losses)[1]
-
-
-def _bend(density: LogDensity, x: np.ndarray, losses: np.ndarray) -> tuple[np.ndarray | None, bool]:
-    """A precision from the curvature at the best of several points, and whether it was positive definite as it was."""
     best = x[int(np.argmin(losses))]
     hessian, _ = _differences(density, best, 1e-4 * np.maximum(np.abs(best), 1.0))
-    return positive_definite(-hessian) if np.isfinite(hessian).all() else (None, False)
+    precision, _ = positive_definite(-hessian) if np.isfinite(hessian).all() else (None, False)
+    return plain if precision is None else Frame.of(best, precision)
 
 
 def positive_definite(matrix: np.ndarray) -> tuple[np.ndarray | None, bool]:

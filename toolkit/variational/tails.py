@@ -346,8 +346,7 @@ def _undecided(density: LogDensity, rays: Sequence[_Ray]) -> list[tuple[_Ray, np
     left = np.flatnonzero(~(near.stationary & (-near.slopes > volumes + 10 / _SCREENED_AT)))
     if not len(left):
         return []
-    # Near a Gaussian's tail maxima lie on straight lines through its centre.
-    far = _Maxima(density, [rays[int(i)] for i in left], _STEP * _SCREENED_AT, begin=_STEP * near.shifts[left])
+    far = _Maxima(density, [rays[int(i)] for i in left], _STEP * _SCREENED_AT)
     lost = near.log_marginals(left) - far.log_marginals(np.arange(len(left)))
     undecided = left[~(lost > _CLEAR * math.log(_STEP))]
     return [(rays[int(i)], near.points[i] if near.ended[i] else None) for i in undecided]
@@ -360,7 +359,6 @@ class _Maxima:
         density: Log p(x, z).
         rays: Along which coordinates.
         distance: In sds.
-        begin: Where the searches begin, as `shifts`; on the regression lines if None.
 
     Attributes:
         points: Where the searches ended, (rays, size).
@@ -370,9 +368,7 @@ class _Maxima:
         stationary: Where the others' gradients are small beside that, (rays,).
     """
 
-    def __init__(
-        self, density: LogDensity, rays: Sequence[_Ray], distance: float, begin: np.ndarray | None = None
-    ) -> None:
+    def __init__(self, density: LogDensity, rays: Sequence[_Ray], distance: float) -> None:
         size = density.size
         self._density = density
         self._lines = np.stack([ray.at(distance) for ray in rays])
@@ -384,9 +380,8 @@ class _Maxima:
             values, gradients = density.over(self._placed(x[:, :-1], rows))
             return -values, np.concatenate([-self._pulled(gradients, rows), np.zeros((len(x), 1))], 1)
 
-        shifts = np.zeros((len(rays), size - 1)) if begin is None else begin
-        numbered = np.concatenate([shifts, everyone[:, None]], 1)
-        found = minimise_each(losses, numbered, decrease=1e-6, gradient=1e-2, max_rounds=_SCREENED_ROUNDS)
+        begin = np.concatenate([np.zeros((len(rays), size - 1)), everyone[:, None]], 1)
+        found = minimise_each(losses, begin, decrease=1e-6, gradient=1e-2, max_rounds=_SCREENED_ROUNDS)
         self.shifts = found.x[:, :-1]
         self.points = self._placed(self.shifts, everyone)
         values, gradients = density.over(self.points)

@@ -135,6 +135,7 @@ def climb(
     *,
     residual: float,
     enough: float = 0.0,
+    least_steps: int = 0,
     units: Units | None = None,
     max_evaluations: int = EVALUATIONS,
     report: Callable[[int, float], None] | None = None,
@@ -146,6 +147,7 @@ def climb(
         x: Where to begin.
         residual: The climb ends when no more than this is left to gain,
         enough: or when all that it has gained and what is left come to no more than this.
+        least_steps: Taken in any case: near a saddle, where a family is not concave, little seems to be left.
         units: In which its steps are measured; those of the curvature at `x` if None.
         max_evaluations: The most evaluations.
         report: Called at each evaluation with its number and the ELBO.
@@ -161,7 +163,7 @@ def climb(
 
     with np.errstate(over="ignore", invalid="ignore"):
         first = objective(x)
-        if np.isfinite(first[0]) and is_over(first[0], x, first[1]):
+        if not least_steps and np.isfinite(first[0]) and is_over(first[0], x, first[1]):
             if report:
                 report(1, first[0])
             return Climbed(x, first[0], first[0], left, 1, np.array([first[0]]))
@@ -184,8 +186,12 @@ def climb(
             best = elbo, at, gradient
         return -elbo, -unit * units.pull(gradient)
 
+    taken = 0
+
     def looked(intermediate_result: OptimizeResult) -> None:
-        if is_over(*best):
+        nonlocal taken
+        taken += 1
+        if taken >= least_steps and is_over(*best):
             raise StopIteration
 
     limits = {"maxcor": _MEMORY, "maxfun": max_evaluations, "maxiter": max_evaluations, "ftol": 0.0, "gtol": 0.0}

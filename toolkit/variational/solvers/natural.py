@@ -84,7 +84,7 @@ def natural_steps(
     if not np.isfinite(slope.elbo):
         return Gaussian(loc, factor, -np.inf)
     for _ in range(steps):
-        if _product(slope, slope) < _WORTH:  # no step gains more
+        if _product(slope, slope) < _WORTH:  # to second order no step gains more
             break
         moved, turned = _step(loc, factor, slope, rate)
         new = _slope(density, moved, turned, base)
