@@ -20,8 +20,8 @@ GAP = Column(
     "How far the ELBO of the family's best may lie above this fit's: the upper 95 % limit. A global bound speaks of "
     "the best of the whole family; a local bound of the optimum that can be reached by climbing from here, and "
     "restarts speak to the rest; an estimate of the latter too, and is no bound. Where there is no limit, a dash "
-    "with the reason. No limit of a bound is below a twentieth of the tolerance (0.005 at the default; a fifth of that "
-    "for low rank): so much each climb of a certificate may leave.",
+    "with the reason. No limit of a bound is below a hundredth of the tolerance (0.001 at the default): so much each "
+    "climb of a certificate may leave.",
 )
 OPTIMA = Column(
     "optima",

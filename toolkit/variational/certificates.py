@@ -52,7 +52,8 @@ class Certificate:
 
     Attributes:
         gap: In nats, the mean over the sets of draws, with its standard error: what was found, and no limit. A bound
-            counts for each set what the climb may have left.
+            counts for each set what the climb may have left, at least a hundredth of the tolerance, so that it is
+            never 0.
         limit: The upper 95 % limit of the gap in nats, by Student's t: what to read and to report.
         scope: Whether it bounds the gap to the best of the family (`GLOBAL`), to the best that can be reached by
             climbing (`LOCAL`), or estimates the latter (`ESTIMATE`).
@@ -96,8 +97,7 @@ def bound_gap(
     key: Key,
     draws: int,
     residual: float,
-    enough: float = 0.0,
-    least_steps: int = 0,
+    least_steps: int = 1,
     scope: Scope,
     sets: int = SETS,
     hopeless: float = math.inf,
@@ -115,8 +115,6 @@ def bound_gap(
         draws: In each set, a power of two.
         residual: In nats: each climb goes on until no more than this is left to gain on its draws; it is added to the
             bound, or what is left where that is more.
-        enough: In nats: a climb also ends when its gain and what is left come to no more than this; the bound is then
-            that sum, and no tighter than was asked.
         least_steps: Of each climb, see `climb`.
         scope: `GLOBAL` or `LOCAL`.
         sets: Independent sets of draws, at least two.
@@ -134,17 +132,16 @@ def bound_gap(
             objective,
             x,
             residual=residual,
-            enough=enough,
             least_steps=least_steps,
             units=units,
             max_evaluations=max_evaluations,
             report=report,
         )
         ends.append(end)
-        gains.append(end.elbo - end.begun + end.residual)
+        gains.append(end.elbo - end.begun + max(end.residual, residual))
         if gains[0] > hopeless:
             return Bounded(None, np.array(gains), tuple(ends))
-    return Bounded(_certificate(np.array(gains), scope, draws, least=residual), np.array(gains), tuple(ends))
+    return Bounded(_certificate(np.array(gains), scope, draws), np.array(gains), tuple(ends))
 
 
 def estimate_gap(
@@ -164,11 +161,11 @@ def estimate_gap(
     return _certificate(decrement(density, loc, factor, bases), Scope.ESTIMATE, draws)
 
 
-def _certificate(gains: np.ndarray, scope: Scope, draws: int, *, least: float = 0.0) -> Certificate:
+def _certificate(gains: np.ndarray, scope: Scope, draws: int) -> Certificate:
     gap = Estimate.of_mean(gains) if np.isfinite(gains).all() else Estimate(math.inf, math.nan)
     reach = stats.t.ppf(_LEVEL, len(gains) - 1) * gap.se
     limit = gap.value + reach if math.isfinite(gap.value) else math.inf
-    return Certificate(gap, max(float(limit), least), scope, draws, len(gains))
+    return Certificate(gap, float(limit), scope, draws, len(gains))
 
 
 def project(

@@ -45,6 +45,7 @@ _NATURAL_DRAWS = 1_024
 _SCREENED = 80  # evaluations from each start; the proof goes on from the best one
 _DECREMENT_DRAWS = 4_096
 _ROUNDS = 8
+_RESIDUAL = 0.01  # of the tolerance, that a climb may leave as far as is known; five times as much held less often
 _OPTIMISM = 0.4  # of the tolerance, that a certificate may be too high by: what draws are enough for
 _EVALUATIONS_EXPECTED = 6  # of a certificate's climb
 _UNKNOWN_SCALE = 0.1  # of a posterior of which no curvature is known, in unconstrained units
@@ -52,26 +53,6 @@ _UNKNOWN_SCALE = 0.1  # of a posterior of which no curvature is known, in uncons
 # is in the family so much room is a KL of 2 nats, from which on Pinsker's bound on probabilities says nothing.
 _USABLE_LIMIT = 2.0
 _SAME_OPTIMUM = 0.5  # posterior sds between locations of one optimum
-
-
-@dataclass(frozen=True)
-class _Care:
-    """When climbs in a family end.
-
-    Attributes:
-        residual: Of the tolerance, that may be left to gain: the last tenth would take a third of the evaluations.
-        enough: Of the tolerance, that a certificate's set may have gained and left: it need be no tighter.
-        least_steps: Before an end is believed.
-    """
-
-    residual: float
-    enough: float
-    least_steps: int
-
-    @classmethod
-    def of(cls, form: GaussianForm) -> _Care:
-        """More of it where the ELBO has saddles, near which little seems to be left: low rank's columns."""
-        return cls(0.05, 0.7, 0) if form.concave else cls(0.01, 0.0, 2)
 
 
 @dataclass(frozen=True)
@@ -201,7 +182,7 @@ def fit_gaussian(
             density,
             best,
             scope,
-            _Care.of(form),
+            _least_steps(form),
             key=branch(key, 1_001),
             tolerance=tolerance,
             left=left,
@@ -316,18 +297,23 @@ def _solved(
     else:
         family = form.family(frame)
         draws = _first_draws(family)
-        base, care = matched_draws(draws, family.base, key=branch(key, 0)), _Care.of(form)
+        base = matched_draws(draws, family.base, key=branch(key, 0))
         climbed = climb(
             FixedDrawsELBO(density, family, quadratic, base),
             np.zeros(family.parameters),
-            residual=care.residual * tolerance,
-            least_steps=care.least_steps,
+            residual=_RESIDUAL * tolerance,
+            least_steps=_least_steps(form),
             max_evaluations=int(np.clip(budget // draws, 1, _SCREENED)),
             report=lambda steps, elbo: report("climbing", steps, steps + 1, elbo),
         )
         x, steps, course = climbed.x, np.arange(1, climbed.evaluations + 1), climbed.course
     trace = Trace(steps.astype(float), course, np.zeros(len(course)))
     return _looked_at(density, family, x, quadratic, trace, key=branch(key, 1), draws=compared)
+
+
+def _least_steps(form: GaussianForm) -> int:
+    """Of a climb before its end is believed: where the ELBO has saddles, little seems to be left near them."""
+    return 1 if form.concave else 2
 
 
 def _looked_at(
@@ -432,7 +418,7 @@ def _proved(
     density: LogDensity,
     best: Optimum,
     scope: Scope,
-    care: _Care,
+    least_steps: int,
     *,
     key: Key,
     tolerance: float,
@@ -460,9 +446,8 @@ def _proved(
             best.quadratic,
             key=branch(own, 0),
             draws=draws,
-            residual=care.residual * tolerance,
-            enough=care.enough * tolerance,
-            least_steps=care.least_steps,
+            residual=_RESIDUAL * tolerance,
+            least_steps=least_steps,
             scope=scope,
             hopeless=math.inf if insists else tolerance,
             max_evaluations=min(EVALUATIONS, _EVALUATIONS_EXPECTED * affordable // draws),

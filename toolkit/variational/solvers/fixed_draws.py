@@ -134,8 +134,7 @@ def climb(
     x: np.ndarray,
     *,
     residual: float,
-    enough: float = 0.0,
-    least_steps: int = 0,
+    least_steps: int = 1,
     units: Units | None = None,
     max_evaluations: int = EVALUATIONS,
     report: Callable[[int, float], None] | None = None,
@@ -145,9 +144,8 @@ def climb(
     Args:
         objective: ELBO and gradient.
         x: Where to begin.
-        residual: The climb ends when no more than this is left to gain,
-        enough: or when all that it has gained and what is left come to no more than this.
-        least_steps: Taken in any case: near a saddle, where a family is not concave, little seems to be left.
+        residual: The climb ends when no more than this is left to gain.
+        least_steps: Taken in any case: what seems to be left is reckoned with the curvature that is known.
         units: In which its steps are measured; those of the curvature at `x` if None.
         max_evaluations: The most evaluations.
         report: Called at each evaluation with its number and the ELBO.
@@ -155,18 +153,13 @@ def climb(
     best, course = (-np.inf, x, np.zeros_like(x)), list[float]()
     left = np.inf
 
-    def is_over(elbo: float, at: np.ndarray, gradient: np.ndarray) -> bool:
+    def is_over(at: np.ndarray, gradient: np.ndarray) -> bool:
         nonlocal left
-        ends_at = max(residual, enough - (elbo - first[0]))
-        left = remaining(objective, at, gradient, enough=ends_at) if gradient @ gradient < ends_at else np.inf
-        return left < ends_at
+        left = remaining(objective, at, gradient, enough=residual) if gradient @ gradient < residual else np.inf
+        return left < residual
 
     with np.errstate(over="ignore", invalid="ignore"):
         first = objective(x)
-        if not least_steps and np.isfinite(first[0]) and is_over(first[0], x, first[1]):
-            if report:
-                report(1, first[0])
-            return Climbed(x, first[0], first[0], left, 1, np.array([first[0]]))
         units = Units(objective.family, x, objective.quadratic) if units is None else units
         slope = float(np.linalg.norm(units.pull(first[1])))
     # L-BFGS-B's first step has length one, whatever the gradient. In these units it is the gradient itself, which is
@@ -191,7 +184,7 @@ def climb(
     def looked(intermediate_result: OptimizeResult) -> None:
         nonlocal taken
         taken += 1
-        if taken >= least_steps and is_over(*best):
+        if taken >= least_steps and is_over(*best[1:]):
             raise StopIteration
 
     limits = {"maxcor": _MEMORY, "maxfun": max_evaluations, "maxiter": max_evaluations, "ftol": 0.0, "gtol": 0.0}
