@@ -243,8 +243,8 @@ MISUSE = {
     "an array without a name": ([kinds("mean"), "--data", "single.npz"], "it holds a single array without a name"),
     "missing column": (
         [GROWTH, "--data", "other.csv"],
-        "Expected data for the arguments 'age', 'school' of 'growth'; 'other.csv' holds 'x': add the column, or give what "
-        "is no data as an option (on the command line --option name=value).",
+        "Expected data for the arguments 'age', 'school' of 'growth'; 'other.csv' holds 'x': add the column, or give "
+        "what is no data as an option (on the command line --option name=value).",
     ),
     "missing value": ([kinds("mean"), "--data", "hole.csv"], "Expected finite numbers in data array 'y'; got 1 NaN"),
     "missing text": ([GROWTH, "--data", "text_hole.csv"], "Expected a value in every row of the text column 'school'"),
