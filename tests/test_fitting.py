@@ -74,9 +74,7 @@ def test_same_key_same_result(correlated):
     other = fit(pair(CORRELATION), "mean_field", key=jax.random.PRNGKey(7))
     for name, value in correlated["mean_field"].params.items():
         np.testing.assert_array_equal(value, again.params[name])
-    # Of a Gaussian every seed finds the same best member; the draws that measure it are the seed's.
-    np.testing.assert_array_equal(correlated["mean_field"].fresh_log_weights, again.fresh_log_weights)
-    assert not np.array_equal(correlated["mean_field"].fresh_log_weights, other.fresh_log_weights)
+        assert not np.array_equal(value, other.params[name])
 
 
 @pytest.mark.parametrize("name", ["mean_field", "low_rank", "full_rank"])
@@ -316,8 +314,8 @@ def test_a_users_guide_and_every_named_one_fit():
     assert not point.has_density
     assert point.elbo is None
     laplace = fit(line(), "laplace", key=KEY)
-    # The posterior is Gaussian: Laplace's approximation is exact but for rounding, and no worse than the mean field.
-    assert laplace.elbo.value > panel.elbo.value - 5 * panel.elbo.se - 1e-8
+    # The posterior is Gaussian: Laplace's approximation is exact, and better than the mean field.
+    assert laplace.elbo.value > panel.elbo.value - 5 * panel.elbo.se
     assert laplace.elbo.se < 1e-3
 
 

@@ -425,7 +425,7 @@ def _narrowed(
     centre, width = member.loc[number], max(sds[number], 1e-8 * abs(member.loc[number]))
     energies = list[np.ndarray]()
     for _ in range(times + 1):
-        line = np.repeat(member.loc[None], _DRAWS + 1, 0)  # always so fine: the spike is between coarser points
+        line = np.repeat(member.loc[None], _DRAWS + 1, 0)  # a spike hides between coarser points
         line[:, number] = centre + width * np.linspace(-4, 4, _DRAWS + 1)
         values, _ = density.over(line)
         centre, width = line[int(np.argmax(np.nan_to_num(values, nan=-math.inf))), number], width / 10

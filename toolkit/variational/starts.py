@@ -413,8 +413,7 @@ def _searched_from(density: LogDensity, points: list[np.ndarray]) -> list[_End]:
         return []
     x, losses = np.stack(points), np.full(len(points), np.inf)
     under_way = np.arange(len(points))
-    phases = _ROUNDS if density.size <= _CHEAP else _LARGE_ROUNDS
-    for rounds, curved in phases:
+    for rounds, curved in _ROUNDS if density.size <= _CHEAP else _LARGE_ROUNDS:
         frame = _metric(density, x[under_way], losses[under_way] if curved else None)
 
         def lost(at: np.ndarray, frame: Frame = frame) -> tuple[np.ndarray, np.ndarray]:

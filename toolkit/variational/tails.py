@@ -361,8 +361,7 @@ class _Maxima:
         distance: In sds.
 
     Attributes:
-        points: Where the searches ended, (rays, size).
-        shifts: The same from the Gaussian's regression lines, in units of the others' sds, (rays, others).
+        points: Where searches from the Gaussian's regression lines ended, (rays, size).
         ended: Which ended by themselves at a finite density, (rays,).
         slopes: Of log p along the coordinate there, in nats for each of its sds, (rays,).
         stationary: Where the others' gradients are small beside that, (rays,).
@@ -382,8 +381,8 @@ class _Maxima:
 
         begin = np.concatenate([np.zeros((len(rays), size - 1)), everyone[:, None]], 1)
         found = minimise_each(losses, begin, decrease=1e-6, gradient=1e-2, max_rounds=_SCREENED_ROUNDS)
-        self.shifts = found.x[:, :-1]
-        self.points = self._placed(self.shifts, everyone)
+        self._x = found.x[:, :-1]
+        self.points = self._placed(self._x, everyone)
         values, gradients = density.over(self.points)
         units, numbers = [ray.unit for ray in rays], [ray.coordinate.number for ray in rays]
         self.ended = found.ended & np.isfinite(values)
@@ -396,9 +395,9 @@ class _Maxima:
 
         NaN where there is no maximum, or rounding has left nothing of the curvature.
         """
-        width = self.shifts.shape[1]
+        width = self._x.shape[1]
         steps = _DIFFERENCE * np.concatenate([np.zeros((1, width)), np.eye(width), -np.eye(width)])
-        tried, each = np.repeat(self.shifts[rows], len(steps), 0), np.repeat(rows, len(steps))
+        tried, each = np.repeat(self._x[rows], len(steps), 0), np.repeat(rows, len(steps))
         values, gradients = self._density.over(self._placed(tried + np.tile(steps, (len(rows), 1)), each))
         heights = values.reshape(len(rows), -1)[:, 0]
         slopes = self._pulled(gradients, each).reshape(len(rows), len(steps), width)
