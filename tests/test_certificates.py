@@ -247,6 +247,19 @@ def test_what_a_climb_left_is_told_in_full_when_it_was_stopped() -> None:
     assert truncated > 0
 
 
+def test_where_the_known_curvature_bends_upwards_the_last_step_says_what_is_left() -> None:
+    density, loc, precision = five()
+    family = Triangular(Frame.of(loc, precision))
+    base = matched_draws(256, 5, key=KEY)
+    x = 0.01 * np.random.default_rng(3).standard_normal(family.parameters)
+    for bent, least in ((precision, 0.0), (-3 * precision, 0.5)):
+        objective = FixedDrawsELBO(density, family, Quadratic(loc, np.zeros(5), bent), base)
+        _, gradient = objective(x)
+        left = remaining(objective, x, gradient, at_least=0.5)
+        assert left >= least
+        assert (left == remaining(objective, x, gradient)) == (least == 0.0)
+
+
 # -- scopes -----------------------------------------------------------------------------------------------------------
 
 

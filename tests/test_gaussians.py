@@ -290,6 +290,29 @@ def test_units_pull_what_they_move_and_even_out_the_curvature() -> None:
     np.testing.assert_array_equal(plain.pull(first), first)
 
 
+@pytest.mark.parametrize("family", [LowRank(frame_of(), 2), Triangular(frame_of())], ids=["low rank", "full rank"])
+def test_units_learn_the_curvature_along_a_climbs_steps(family: LowRank | Triangular) -> None:
+    """After a pair, the inverse Hessian that the units stand for takes its bend to its step; flat ones are left out."""
+    random = np.random.default_rng(0)
+    size = family.parameters
+    units = Units(family, family.near(family.member(np.zeros(size))), quadratic_of(3))
+    root = random.standard_normal((size, size)) / np.sqrt(size) + np.eye(size)
+    hessian = root @ root.T
+    steps = random.standard_normal((8, size))
+    flat = (steps[0], -1e-9 * steps[0])
+    units.learn([*((step, hessian @ step) for step in steps), flat])
+    first, second = random.standard_normal((2, size))
+    assert units.pull(first) @ second == pytest.approx(first @ units.move(second))
+    last = steps[-1]
+    np.testing.assert_allclose(units.move(units.pull(hessian @ last)), last, atol=1e-8 * np.abs(last).max())
+    before = Units(family, family.near(family.member(np.zeros(size))), quadratic_of(3))
+
+    def missed(units: Units) -> float:
+        return float(np.mean([np.linalg.norm(units.move(units.pull(hessian @ step)) - step) for step in steps]))
+
+    assert missed(units) < 0.5 * missed(before)
+
+
 def test_larger_families_name_members_of_smaller_ones() -> None:
     frame = frame_of()
     diagonal, low, full = Diagonal(frame), LowRank(frame, 2), Triangular(frame, np.array(ARROW.order))

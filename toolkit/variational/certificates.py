@@ -20,7 +20,7 @@ ELBO is concave in them (Challis & Barber 2013; Domke 2020, theorem 9), every op
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -31,7 +31,7 @@ from toolkit.estimate import Estimate
 from toolkit.variational.density import LogDensity
 from toolkit.variational.draws import Key, base_draws, branch, matched_draws
 from toolkit.variational.gaussians import Family, Member, Quadratic
-from toolkit.variational.solvers.fixed_draws import EVALUATIONS, Climbed, FixedDrawsELBO, Units, climb
+from toolkit.variational.solvers.fixed_draws import EVALUATIONS, Climbed, FixedDrawsELBO, Pair, Units, climb
 from toolkit.variational.solvers.natural import decrement
 
 SETS = 4
@@ -101,6 +101,7 @@ def bound_gap(
     scope: Scope,
     sets: int = SETS,
     hopeless: float = math.inf,
+    pairs: Sequence[Pair] = (),
     max_evaluations: int = EVALUATIONS,
     report: Callable[[int, float], None] | None = None,
 ) -> Bounded:
@@ -119,12 +120,14 @@ def bound_gap(
         scope: `GLOBAL` or `LOCAL`.
         sets: Independent sets of draws, at least two.
         hopeless: A gain in nats; if the first climb gains more, no bound is asked for.
+        pairs: What earlier climbs of this family have learned of its curvature.
         max_evaluations: The most evaluations of a climb; what it leaves is added to the bound.
         report: Called at each evaluation with its number and the ELBO.
     """
     ends = list[Climbed]()
     gains = list[float]()
     units = Units(family, x, quadratic)
+    units.learn(pairs)
     for number in range(sets):
         base = matched_draws(draws, family.base, key=branch(key, number))
         objective = FixedDrawsELBO(density, family, quadratic, base)
@@ -138,6 +141,7 @@ def bound_gap(
             report=report,
         )
         ends.append(end)
+        units.learn(end.pairs)
         gains.append(end.elbo - end.begun + max(end.residual, residual))
         if gains[0] > hopeless:
             return Bounded(None, np.array(gains), tuple(ends))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from numpyro.infer.reparam import Reparam
 
@@ -89,10 +90,9 @@ class LogDensity:
                 missing = batch - len(piece)
                 if missing:
                     piece = np.concatenate([piece, np.broadcast_to(piece[:1], (missing, self.size))])
-                found, slopes = program(piece, self._arrays)
+                found = np.asarray(program(piece, self._arrays))[: batch - missing]
                 rows = slice(begin, begin + batch - missing)
-                values[rows] = np.asarray(found)[: batch - missing]
-                gradients[rows] = np.asarray(slopes)[: batch - missing]
+                values[rows], gradients[rows] = found[:, 0], found[:, 1:]
                 begin += batch
         return values, gradients
 
@@ -140,13 +140,19 @@ def _compiled(model: Model, chart: str, space: Space, arrays: Any, holds: tuple[
         return model.log_density(space.unravel(vector), arrays, chart)
 
     both = jax.jit(jax.value_and_grad(log_density))  # traced once for the two programs
+
+    def log_density_and_gradient(vector: Any, arrays: Any) -> Any:
+        """Value and gradient in one vector (1 + size,): to fetch a second array takes as long as a small program."""
+        value, gradient = both(vector, arrays)
+        return jnp.concatenate([value[None], gradient])
+
     scalars = sum(math.prod(site.shape) for site in model.sites.values())
     width, batch = (
         1 << (int(np.clip(at_once // scalars, least, most)).bit_length() - 1)
         for at_once, least, most in ((_FEW_SCALARS, 1, _FEW), (_BATCH_SCALARS, _FEW, _BATCH))
     )
     # Tracing shares NumPyro's one stack of handlers; compiling does not.
-    abreast = jax.jit(jax.vmap(both, in_axes=(0, None)))
+    abreast = jax.jit(jax.vmap(log_density_and_gradient, in_axes=(0, None)))
     lowered = [abreast.lower(np.zeros((count, space.size)), arrays) for count in (width, batch)]
     with ThreadPoolExecutor(2) as pool:
         few, many = pool.map(lambda lowered: lowered.compile(QUICK), lowered)

@@ -24,7 +24,7 @@ from toolkit.variational.density import LogDensity
 from toolkit.variational.draws import Key, branch, generator, matched_draws
 from toolkit.variational.failures import Failure, find_failure, find_ridge, is_sound
 from toolkit.variational.gaussians import Family, Frame, Member, Quadratic, Triangular
-from toolkit.variational.solvers.fixed_draws import EVALUATIONS, FixedDrawsELBO, climb
+from toolkit.variational.solvers.fixed_draws import EVALUATIONS, FixedDrawsELBO, Pair, climb
 from toolkit.variational.solvers.natural import STEPS, Gaussian, averaged_steps
 from toolkit.variational.solvers.svi import Trace
 from toolkit.variational.starts import HOPELESS, Start
@@ -47,6 +47,7 @@ _DECREMENT_DRAWS = 4_096
 _ROUNDS = 8
 _RESIDUAL = 0.01  # of the tolerance, that a climb may leave as far as is known; five times as much held less often
 _OPTIMISM = 0.4  # of the tolerance, that a certificate may be too high by: what draws are enough for
+_LEARNED = 60  # pairs of steps that a certificate's climbs are told of
 _EVALUATIONS_EXPECTED = 6  # of a certificate's climb
 _UNKNOWN_SCALE = 0.1  # of a posterior of which no curvature is known, in unconstrained units
 # Nats of a certificate's limit above which a fit without proof is no longer usable: a convention. Where the posterior
@@ -66,6 +67,7 @@ class Optimum:
         elbo: On draws that no climb has seen, in nats.
         spread: The sd in nats of what one such draw says of it.
         trace: The course.
+        pairs: What the climb has learned of the curvature.
     """
 
     family: Family
@@ -74,6 +76,7 @@ class Optimum:
     elbo: Estimate
     spread: float
     trace: Trace
+    pairs: tuple[Pair, ...] = ()
 
     @property
     def member(self) -> Member:
@@ -273,6 +276,7 @@ def _solved(
     report: Report,
 ) -> Optimum:
     """Where a start leads, by the solver asked for, its ELBO on so many draws."""
+    pairs = tuple[Pair, ...]()
     if start.precision is None:
         frame = Frame.of(start.loc, np.full(density.size, _UNKNOWN_SCALE**-2))
         quadratic = Quadratic(frame.loc, np.zeros(density.size), np.zeros(density.size))
@@ -307,8 +311,10 @@ def _solved(
             report=lambda steps, elbo: report("climbing", steps, steps + 1, elbo),
         )
         x, steps, course = climbed.x, np.arange(1, climbed.evaluations + 1), climbed.course
+        pairs = climbed.pairs
     trace = Trace(steps.astype(float), course, np.zeros(len(course)))
-    return _looked_at(density, family, x, quadratic, trace, key=branch(key, 1), draws=compared)
+    looked = _looked_at(density, family, x, quadratic, trace, key=branch(key, 1), draws=compared)
+    return replace(looked, pairs=pairs)
 
 
 def _least_steps(form: GaussianForm) -> int:
@@ -427,7 +433,7 @@ def _proved(
 ) -> tuple[Optimum, Proof]:
     """The optimum, improved until its certificate is below the tolerance, or draws, rounds or the budget run out."""
     certificate: Certificate | None = None
-    draws = _first_draws(best.family)
+    draws, pairs = _first_draws(best.family), best.pairs
     ended, why, insists = Status.BUDGET, f"more than {_ROUNDS} rounds of it", False
     too_few = f"draws are too few for {best.family.parameters:,} parameters"
     for number in range(_ROUNDS):
@@ -450,6 +456,7 @@ def _proved(
             least_steps=least_steps,
             scope=scope,
             hopeless=math.inf if insists else tolerance,
+            pairs=pairs,
             max_evaluations=min(EVALUATIONS, _EVALUATIONS_EXPECTED * affordable // draws),
             report=lambda steps, elbo: report("certificate", steps, steps + 1, elbo),
         )
@@ -468,6 +475,7 @@ def _proved(
         wanted = draws * max(optimism, 0.0) / (_OPTIMISM * tolerance) if math.isfinite(optimism) else 4 * draws
         # One that is better for certain; the limit of the one before holds for it as well.
         least = draws
+        pairs = (*pairs, *(pair for end in bounded.ends for pair in end.pairs))[-_LEARNED:]
         if gain.value > 2 * gain.se:
             best = moved
         elif draws == _MOST_DRAWS and insists:

@@ -7,7 +7,8 @@ matched to the normal's (`matched_draws`), so that fewer draws do.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,6 +69,9 @@ class FixedDrawsELBO:
             return values - known + self.family.exact(x, member, self.quadratic)[0]
 
 
+Pair = tuple[np.ndarray, np.ndarray]  # a step and how minus the gradient changed along it
+
+
 class Units:
     """Steps from a member in which the curvature that is known without draws is about one.
 
@@ -83,6 +87,7 @@ class Units:
 
     def __init__(self, family: Family, x: np.ndarray, quadratic: Quadratic) -> None:
         self._shifts, self._root = family.size, None
+        self._secants = list[tuple[np.ndarray, np.ndarray]]()
         bent = family.bend(x, quadratic) if family.parameters <= _MOST_PARAMETERS else None
         if bent is None or not np.isfinite(bent).all():
             return
@@ -93,19 +98,52 @@ class Units:
             except np.linalg.LinAlgError:  # bent upwards by more: far from an optimum
                 continue
 
+    def learn(self, pairs: Sequence[Pair]) -> None:
+        """Take in what a climb has found of the curvature, by BFGS updates of a root of the inverse.
+
+        Where the units are J, the inverse Hessian is J J', and after a pair it is J+ J+' with J+ = (I - s u') J
+        (Brodlie, Gourlay & Greenstadt 1973, Rank-one and rank-two corrections to positive definite matrices expressed
+        in product form).
+        """
+        for step, bend in pairs:
+            product = float(step @ bend)
+            bent = self._bent(step)  # by the curvature that the units stand for
+            before = float(step @ bent)
+            if not (0 < before < np.inf and _FLATTEST * before < product < np.inf):  # flat, or a bend of noise alone
+                continue
+            self._secants.append((step, bend / product - bent / np.sqrt(product * before)))
+
     def move(self, steps: np.ndarray) -> np.ndarray:
         """The parameters' change, from steps (parameters,)."""
-        if self._root is None:
-            return steps
-        behind = scipy.linalg.solve_triangular(self._root, steps[self._shifts :], check_finite=False)
-        return np.concatenate([steps[: self._shifts], behind])
+        moved = steps
+        if self._root is not None:
+            behind = scipy.linalg.solve_triangular(self._root, steps[self._shifts :], check_finite=False)
+            moved = np.concatenate([steps[: self._shifts], behind])
+        for step, by in self._secants:
+            moved = moved - step * (by @ moved)
+        return moved
 
     def pull(self, gradient: np.ndarray) -> np.ndarray:
         """The gradient with respect to steps, from that with respect to parameters."""
+        pulled = gradient
+        for step, by in reversed(self._secants):
+            pulled = pulled - by * (step @ pulled)
         if self._root is None:
-            return gradient
-        behind = scipy.linalg.solve_triangular(self._root, gradient[self._shifts :], trans="T", check_finite=False)
-        return np.concatenate([gradient[: self._shifts], behind])
+            return pulled
+        behind = scipy.linalg.solve_triangular(self._root, pulled[self._shifts :], trans="T", check_finite=False)
+        return np.concatenate([pulled[: self._shifts], behind])
+
+    def _bent(self, step: np.ndarray) -> np.ndarray:
+        """The Hessian times a step, where it is one in these units."""
+        back = step
+        for known, by in reversed(self._secants):
+            back = back + known * ((by @ back) / (1 - by @ known))
+        if self._root is not None:
+            behind = self._root.T @ (self._root @ back[self._shifts :])
+            back = np.concatenate([back[: self._shifts], behind])
+        for known, by in self._secants:
+            back = back + by * ((known @ back) / (1 - by @ known))
+        return back
 
 
 @dataclass(frozen=True)
@@ -119,6 +157,7 @@ class Climbed:
         residual: What a further climb could still gain on these draws, in nats; see `remaining`.
         evaluations: Of the ELBO and its gradient.
         course: The ELBO at each evaluation, (evaluations,).
+        pairs: The last steps, and how the slope changed along them; none where the climb did not come to its end.
     """
 
     x: np.ndarray
@@ -127,6 +166,7 @@ class Climbed:
     residual: float
     evaluations: int
     course: np.ndarray
+    pairs: tuple[Pair, ...]
 
 
 def climb(
@@ -151,11 +191,13 @@ def climb(
         report: Called at each evaluation with its number and the ELBO.
     """
     best, course = (-np.inf, x, np.zeros_like(x)), list[float]()
-    left = np.inf
+    left = gained = np.inf
 
     def is_over(at: np.ndarray, gradient: np.ndarray) -> bool:
         nonlocal left
-        left = remaining(objective, at, gradient, enough=residual) if gradient @ gradient < residual else np.inf
+        left = np.inf
+        if gradient @ gradient < residual:
+            left = remaining(objective, at, gradient, enough=residual, at_least=gained)
         return left < residual
 
     with np.errstate(over="ignore", invalid="ignore"):
@@ -179,11 +221,17 @@ def climb(
             best = elbo, at, gradient
         return -elbo, -unit * units.pull(gradient)
 
-    taken = 0
+    taken, here, height = 0, (x, first[1]), first[0]
+    pairs: deque[Pair] = deque(maxlen=_MEMORY)
 
     def looked(intermediate_result: OptimizeResult) -> None:
-        nonlocal taken
+        nonlocal taken, here, gained, height
         taken += 1
+        at, gradient = best[1:]
+        gained, height = best[0] - height, best[0]
+        if here[0] is not at:
+            pairs.append((at - here[0], here[1] - gradient))
+            here = at, gradient
         if taken >= least_steps and is_over(*best[1:]):
             raise StopIteration
 
@@ -192,30 +240,35 @@ def climb(
         minimize(loss, np.zeros_like(x), jac=True, method="L-BFGS-B", callback=looked, options=limits)
         elbo, found, gradient = best
         if np.isfinite(elbo) and not left < residual:  # it ended early, and what is known is no more than too much
-            left = remaining(objective, found, gradient)
-    return Climbed(found, course[0], elbo, left, len(course), np.array(course))
+            left = remaining(objective, found, gradient, at_least=gained)
+    arrived = left <= residual  # elsewhere, such as at a wall, the last steps say little of what others will meet
+    return Climbed(found, course[0], elbo, left, len(course), np.array(course), tuple(pairs) if arrived else ())
 
 
 class _Enough(Exception):  # noqa: N818 - no error: what SciPy's `cg` has no other word for
     """Conjugate gradients need go no further."""
 
 
-def remaining(objective: FixedDrawsELBO, x: np.ndarray, gradient: np.ndarray, *, enough: float = np.inf) -> float:
+def remaining(
+    objective: FixedDrawsELBO, x: np.ndarray, gradient: np.ndarray, *, enough: float = np.inf, at_least: float = 0.0
+) -> float:
     """What a climb could still gain, in nats: g' H^-1 g, twice what Newton's step would gain.
 
     H is the curvature of the part of the ELBO that is known exactly, and costs no draws: in most directions it is about
     one, but a family may have flat ones, in which a small gradient leads far. Directions flatter than a thousandth
     count as a thousandth. By conjugate gradients, at most a hundred steps of them, each of which raises it: an estimate
-    from below. Where it falls, H is bent upwards along a step, and what it had risen to is all that is known.
+    from below. Where it falls, H is bent upwards along a step: what it had risen to is then all that is known from H,
+    and it counts as no less than what the climb's last step gained.
 
     Args:
         objective: The ELBO.
         x: The parameters.
         gradient: Of the ELBO there.
         enough: In nats: more need not be known exactly.
+        at_least: In nats: what is left where H is bent upwards.
     """
     least = float(gradient @ gradient)  # as where H is one in all directions
-    risen = 0.0
+    risen, bent_upwards = 0.0, False
 
     def slope(at: np.ndarray) -> np.ndarray:
         return objective.family.exact(at, objective.family.undrawn(at), objective.quadratic)[1]
@@ -227,9 +280,10 @@ def remaining(objective: FixedDrawsELBO, x: np.ndarray, gradient: np.ndarray, *,
         return bent + _FLATTEST * vector
 
     def seen(solved: np.ndarray) -> None:
-        nonlocal risen
+        nonlocal risen, bent_upwards
         reached = float(gradient @ solved)
         if reached < risen:
+            bent_upwards = True
             raise _Enough
         risen = reached
         if risen > enough:
@@ -242,4 +296,4 @@ def remaining(objective: FixedDrawsELBO, x: np.ndarray, gradient: np.ndarray, *,
         pass
     except np.linalg.LinAlgError:  # at a member that rounding has made singular nothing is known of what is left
         return np.inf
-    return max(risen, least)
+    return max(risen, least, at_least if bent_upwards else 0.0)
