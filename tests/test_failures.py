@@ -9,9 +9,11 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from numpyro.distributions.distribution import validation_enabled
 from targets import impossible, pair
 
 from toolkit import Dataset, Estimate, Model, Status, fit
+from toolkit.modelling.density import invalid_sites
 from toolkit.variational.autoguides import GaussianForm
 from toolkit.variational.certificates import Certificate, Scope
 from toolkit.variational.density import LogDensity
@@ -188,6 +190,16 @@ def walled(edge=1.0, y=0.0):
         numpyro.sample("y", dist.Normal(z, 1), obs=y)
 
     return Model(edged, Dataset("walled", {"y": np.array(y)}))
+
+
+def test_sites_are_named_where_numpyros_validation_would_raise():
+    def rates(y=None):
+        z = numpyro.sample("z", dist.Normal(0, 1))
+        numpyro.sample("y", dist.NegativeBinomial2(jnp.exp(z), 1.0), obs=y)
+
+    with validation_enabled():
+        (clause,) = invalid_sites(Model(rates, Dataset("rates", {"y": np.array(3)})), {"z": np.array(1e4)})
+    assert clause.startswith("site 'y' has a log density of ")
 
 
 @pytest.mark.parametrize("solver", ["auto", "svi"])

@@ -12,7 +12,7 @@ from toolkit.modelling.sites import trace_sites
 from toolkit.variational.density import LogDensity
 from toolkit.variational.gaussians import Frame, Member
 from toolkit.variational.starts import find_starts
-from toolkit.variational.tails import FlatCoordinate, find_heavy_tail, flat_coordinates
+from toolkit.variational.tails import FlatCoordinate, find_heavy_tail, find_level_edge, flat_coordinates
 
 BUDGET = 60_000
 THREE = ["mean_field", "low_rank", "full_rank"]
@@ -257,6 +257,61 @@ def test_fits_of_separated_classes_are_improper(guide):
     assert fitted.status is Status.IMPROPER
     assert "beta[1] goes to +infinity" in fitted.message
     assert fitted.certificate is None
+
+
+def counts(events=(3.0, 1.5, 0.0)):
+    """A Poisson regression on classes with flat log rates; one without events holds its rate from above only."""
+
+    def poisson(row, y=None):
+        with numpyro.plate("class", len(events)):
+            log_rate = numpyro.sample("log_rate", flat())
+        with numpyro.plate("row", 20 * len(events)):
+            numpyro.sample("y", dist.Poisson(jnp.exp(log_rate[row])), obs=y)
+
+    row = np.repeat(np.arange(len(events)), 20)
+    return Model(poisson, Dataset("counts", {"row": row, "y": np.random.default_rng(0).poisson(np.array(events)[row])}))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("guide", THREE)
+def test_a_class_without_events_is_improper_although_its_rate_underflows_on_the_way(guide, seed):
+    """Below -745 the rate is zero and the gradient no number: the Gaussian spreads as far as these."""
+    fitted = fit(counts(), guide, key=jax.random.PRNGKey(seed))
+    assert fitted.status is Status.IMPROPER
+    assert "log_rate[2]" in fitted.message
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_degrees_of_freedom_with_a_flat_prior_run_off_and_are_improper(seed):
+    def robust(x, y=None):
+        alpha, beta = numpyro.sample("alpha", flat()), numpyro.sample("beta", flat())
+        sigma, nu = numpyro.sample("sigma", flat_positive()), numpyro.sample("nu", flat_positive())
+        with numpyro.plate("row", 80):
+            numpyro.sample("y", dist.StudentT(nu, alpha + beta * x, sigma), obs=y)
+
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(80)
+    model = Model(robust, Dataset("robust", {"x": x, "y": 1 + 2 * x + rng.standard_normal(80)}))
+    fitted = fit(model, "mean_field", key=jax.random.PRNGKey(seed), max_gradients=BUDGET)
+    assert fitted.status is Status.IMPROPER
+    assert "log(nu)" in fitted.message
+
+
+def test_a_level_edge_is_one_where_numbers_end_and_the_density_does_not():
+    wide = Member(np.array([1.1, 0.6, -350.0]), np.array([0.1, 0.1, 120.0]))
+
+    def found(model, member):
+        density = LogDensity(model)
+        return find_level_edge(density, flat_coordinates(model, model.chart), member)
+
+    failure = found(counts(), wide)
+    assert failure.status is Status.IMPROPER
+    assert "as log_rate[2] goes to -infinity, the log density stays level" in failure.message
+    assert "up to about -7" in failure.message
+    narrow = Member(wide.loc, np.array([0.1, 0.1, 1.0]))
+    assert found(counts(), narrow) is None, "numbers do not end within six sds"
+    held = Member(np.array([1.1, 0.6, 0.0]), np.array([0.1, 0.1, 350.0]))
+    assert found(counts((3.0, 1.5, 1.0)), held) is None, "numbers end, and the density had fallen long before"
 
 
 def test_a_fit_by_svi_is_improper_too():

@@ -141,9 +141,10 @@ def main() -> None:
     runs = [run for run in given.runs.split(",") if run]
     if runs:
         run_solver(solver, problem, given.folder, runs=runs, limit=given.limit, seed=given.seed)
-        # Measured in a process that has never seen float32: JAX 0.12 hands constants of one precision to programs of
-        # the other where a model is traced in both.
-        os.execv(sys.executable, [sys.executable, "-m", "competitors.cells", *_without_runs(sys.argv[1:])])
+        if not solver.in_float64:
+            # Measured in a process that has never seen float32: JAX 0.12 hands constants of one precision to programs
+            # of the other where a model is traced in both.
+            os.execv(sys.executable, [sys.executable, "-m", "competitors.cells", *_without_runs(sys.argv[1:])])
     if solver.verify:
         solver.verify(problem)
     measure = measurer(model, problem.space, draws=given.draws)

@@ -24,4 +24,4 @@ def prepare(problem: Problem) -> Solve:
     return solve
 
 
-SOLVERS = (Solver("elbowroom", ("mean_field", "low_rank", "full_rank"), prepare),)
+SOLVERS = (Solver("elbowroom", ("mean_field", "low_rank", "full_rank"), prepare, in_float64=True),)

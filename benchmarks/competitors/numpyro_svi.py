@@ -110,5 +110,7 @@ def prepare_member(problem: Problem, *, step_size: float) -> Solve:
 
 
 TUTORIAL = tuple(Solver(f"numpyro_{steps}", _ALL, partial(prepare_tutorial, steps=steps)) for steps in _TUTORIAL_STEPS)
-GRID = tuple(Solver(f"numpyro_grid_{size:g}", _ALL, partial(prepare_member, step_size=size)) for size in _GRID)
+GRID = tuple(
+    Solver(f"numpyro_grid_{size:g}", _ALL, partial(prepare_member, step_size=size), in_float64=True) for size in _GRID
+)
 SOLVERS = (*TUTORIAL, *GRID)

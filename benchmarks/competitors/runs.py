@@ -90,6 +90,7 @@ class Solver:
         packages: Import names of what it needs beyond the toolkit.
         covers: Whether it has a program of this posterior.
         verify: Raises unless its program has the model's density; None where it uses the model itself.
+        in_float64: Whether it traces the model in float64 alone, as the measuring does.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Solver:
     packages: tuple[str, ...] = ()
     covers: Callable[[str], bool] = lambda posterior: True
     verify: Callable[[Problem], None] | None = None
+    in_float64: bool = False
 
 
 def checkpoints(block: int, steps: int) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from numpyro import handlers
+from numpyro.distributions.distribution import validation_enabled
 from numpyro.infer.util import compute_log_probs
 
 from toolkit.modelling.model import Model
@@ -21,7 +22,8 @@ def invalid_sites(model: Model, unconstrained: Mapping[str, Any]) -> tuple[str, 
         model: Looked at in its own chart, on its own data.
         unconstrained: That chart's latents in unconstrained space.
     """
-    with jax.enable_x64(True), handlers.block(), warnings.catch_warnings():
+    # What NumPyro's validation would raise (a rate that is not a number) is what is looked for here, too.
+    with jax.enable_x64(True), handlers.block(), warnings.catch_warnings(), validation_enabled(False):
         # That values lie outside a support is what is looked for.
         warnings.simplefilter("ignore", UserWarning)
         values = model.constrain(unconstrained, model.arrays)

@@ -16,6 +16,7 @@ import numpy as np
 import numpyro
 import pandas as pd
 
+from toolkit.compilation import keep_compiled_programs
 from toolkit.cost import Cost
 from toolkit.modelling.density import invalid_sites
 from toolkit.modelling.model import ExactDraws, Model, Quantity
@@ -138,6 +139,7 @@ def reference(
         ValueError: A number is out of its range, or the model has no such chart.
     """
     _check_numbers(chains, warmup, draws, target_accept)
+    keep_compiled_programs()
     if model.exact is not None and not force:
         return _exact(model, model.exact, key, chains, draws)
     charted, settings = _charted(model, chart), Settings(warmup, draws, target_accept)

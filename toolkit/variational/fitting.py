@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from numpyro.infer.autoguide import AutoDAIS, AutoLowRankMultivariateNormal
 
+from toolkit.compilation import keep_compiled_programs
 from toolkit.cost import Cost
 from toolkit.modelling.density import invalid_sites
 from toolkit.modelling.model import Model
@@ -35,7 +36,7 @@ from toolkit.variational.nesting import contains
 from toolkit.variational.space import Space, latent_space
 from toolkit.variational.starts import Starts, find_starts
 from toolkit.variational.stochastic_fits import Prepared, fit_by_svi
-from toolkit.variational.tails import flat_coordinates
+from toolkit.variational.tails import find_level_edge, flat_coordinates
 
 AUTO, SVI = "auto", "svi"
 SOLVERS = (AUTO, FIXED_DRAWS, NATURAL_GRADIENT, SVI)
@@ -112,6 +113,7 @@ def fit(
             f"Expected what `prepare` gave for model '{model.name}', guide '{guide.name}' and minibatch {batch}; got "
             f"it for '{prepared.model.name}', '{prepared.guide.name}' and {prepared.minibatch}."
         )
+    keep_compiled_programs()
     with jax.enable_x64(True):
         space = latent_space(model, chart)
         if not isinstance(starts, int) and (starts.chart != chart or starts.space != space):
@@ -285,6 +287,7 @@ def _by_gaussian(
     def report(stage: str, done: int, total: int, elbo: float) -> None:
         progress(f"fit {guide.name}", done, max(total, done + 1), f"{stage}, ELBO {elbo:.2f}")
 
+    flat = flat_coordinates(model, starts.chart)
     with threads_for(density.size):
         ended = fit_gaussian(
             density,
@@ -298,14 +301,15 @@ def _by_gaussian(
             max_gradients=budget,
             elbo_draws=elbo_draws,
             report=report,
-            flat=flat_coordinates(model, starts.chart),
+            flat=flat,
         )
     status, message = ended.status, ended.message
     if status in _MAY_HIDE_AN_EDGE:
         own = branch(key, 2)
         edge = describe_edge(density, model, starts.chart, ended.optima[0].family, ended.member, key=own)
+        level = find_level_edge(density, flat, ended.member) if edge else None
         if edge:
-            status, message = edge.status, edge.message
+            status, message = (level or edge).status, (level or edge).message
     best = ended.optima[0]
     usable = status is not Status.DIVERGED
     return Fit(

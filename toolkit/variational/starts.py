@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from toolkit.compilation import keep_compiled_programs
 from toolkit.modelling.model import Model
 from toolkit.threads import threads_for
 from toolkit.variational.certificates import project
@@ -102,6 +103,7 @@ def find_starts(model: Model, *, key: jax.Array, chart: str | None = None, count
     """
     if count < 1:
         raise ValueError(f"Expected at least one search for a start; got {count}.")
+    keep_compiled_programs()
     with jax.enable_x64(True):
         return _found(model, key, model.chart if chart is None else chart, count)
 

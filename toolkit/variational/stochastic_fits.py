@@ -34,7 +34,7 @@ from toolkit.variational.objectives import StickTheLandingELBO
 from toolkit.variational.solvers.svi import Programs, Solution, lower_programs, optimise
 from toolkit.variational.space import latent_space
 from toolkit.variational.starts import DENSE_LIMIT, Start, Starts
-from toolkit.variational.tails import find_heavy_tail, flat_coordinates
+from toolkit.variational.tails import find_heavy_tail, find_level_edge, flat_coordinates
 
 _PARTICLES = 8
 _FIRST_STEP = 0.01  # of Adam, where nothing is known of the parameters' scales
@@ -241,17 +241,17 @@ def _failure(
     member = form.member(params)
     if not all(np.isfinite(part).all() for part in vars(member).values() if part is not None):
         return None
-    density = LogDensity(model, starts.chart)
+    density, flat = LogDensity(model, starts.chart), flat_coordinates(model, starts.chart)
     if status is Status.DIVERGED:
         family = form.family(Frame.of(start.loc, np.ones(density.size) if start.precision is None else start.precision))
         edge = describe_edge(density, model, starts.chart, family, member, key=jax.random.fold_in(key, 0))
         if edge:
-            return edge
+            return find_level_edge(density, flat, member) or edge
     known = np.zeros(density.size) if start.precision is None else start.precision
     quadratic = Quadratic(member.loc, np.zeros(density.size), known)
     suspected = status is not Status.ARRIVED
     found = find_failure(density, form, member, quadratic, key=jax.random.fold_in(key, 1), suspected=suspected)
-    return found or find_heavy_tail(density, flat_coordinates(model, starts.chart), member)
+    return found or find_heavy_tail(density, flat, member)
 
 
 def _skipped(solution: Solution) -> str:

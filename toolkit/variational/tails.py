@@ -66,6 +66,9 @@ _CLEAR = 3.0
 _DECIDED = 30.0  # sds from which on a fall that is fast enough ends a walk
 _STEEP = 20.0  # nats of a fall over half a decade that ends it from 3 sds on
 _STEEP_FROM = 3.0
+_EDGE_FROM, _EDGE_WITHIN, _EDGE_POINTS = 2.0, 6.0, 64  # sds from the fit where numbers end, and at how many looks
+_LEVEL = 0.5  # nats
+_NO_UNIT = 100.0  # e-folds: no positive quantity is 10^43 times its unit, or a part of it as small
 _WIDEST = 1e-4  # the least curvature at the fit in units of the fit's own: a mean field is too narrow
 
 
@@ -142,6 +145,14 @@ def find_heavy_tail(density: LogDensity, flat: Sequence[FlatCoordinate], member:
         flat: Which coordinates to follow.
         member: The Gaussian from which to set out.
     """
+    for one in flat:
+        if math.isfinite(one.longest) and abs(member.loc[one.number]) > _NO_UNIT:
+            where = f"{'+' if member.loc[one.number] > 0 else '-'}infinity"
+            return Failure(
+                Status.IMPROPER,
+                f"{one.name} has run off towards {where}, to {member.loc[one.number]:.3g}, where rounding is all that "
+                "the density is made of",
+            )
     if not flat or density.size > _SIZE:
         return None
     with np.errstate(all="ignore"):  # tails are followed to where numbers end
@@ -153,6 +164,40 @@ def find_heavy_tail(density: LogDensity, flat: Sequence[FlatCoordinate], member:
             found = ray.walked(searched)
             if found:
                 return found
+    return None
+
+
+def find_level_edge(density: LogDensity, flat: Sequence[FlatCoordinate], member: Member) -> Failure | None:
+    """Why draws of a Gaussian have no finite density although nothing ended the density there; None elsewhere.
+
+    A tail may be level up to where floating-point numbers end (the rate of a class without any events, once it
+    underflows): the Gaussian is then as wide as these are, too wide for a walk of ten sds. Each coordinate with an
+    improper prior is moved alone, up to six sds; where numbers end at two or more, a Gaussian would have fallen by two
+    nats, and any density that it was fitted to by some.
+
+    Args:
+        density: Log p(x, z).
+        flat: Which coordinates to move.
+        member: The Gaussian.
+    """
+    distances = np.linspace(0.0, _EDGE_WITHIN, _EDGE_POINTS)
+    with np.errstate(all="ignore"):
+        sds = np.sqrt(member.variances)
+        for one in flat:
+            for way in (1.0, -1.0):
+                points = np.repeat(member.loc[None], len(distances), 0)
+                points[:, one.number] += way * distances * sds[one.number]
+                values, gradients = density.over(points)
+                broken = np.flatnonzero(~(np.isfinite(values) & np.isfinite(gradients).all(1)))
+                if not len(broken) or distances[broken[0]] < _EDGE_FROM:
+                    continue
+                last = int(broken[0]) - 1
+                if abs(values[last] - values[0]) < _LEVEL:
+                    return Failure(
+                        Status.IMPROPER,
+                        f"as {one.name} goes to {'+' if way > 0 else '-'}infinity, the log density stays level as far "
+                        f"as it is a number, up to about {points[last, one.number]:.3g}",
+                    )
     return None
 
 

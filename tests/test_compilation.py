@@ -1,0 +1,58 @@
+"""Compiled programs are kept in the cache folder by default: a second process reads what the first one compiled."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FITTED = """
+import jax
+hits = []
+jax.monitoring.register_event_listener(lambda event, **_: hits.append(event))
+import models
+from toolkit import fit
+fitted = fit(models.load("collinear_logistic").model(), "mean_field", key=jax.random.PRNGKey(0), starts=1)
+print(fitted.status.name, hits.count("/jax/compilation_cache/cache_hits"))
+"""
+ASKED = """
+import jax
+from toolkit.compilation import keep_compiled_programs
+keep_compiled_programs()
+print(jax.config.jax_compilation_cache_dir)
+"""
+
+
+def said(program: str, cache: Path, **environment: str) -> list[str]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    given = {**inherited, "ELBOWROOM_CACHE": str(cache), "JAX_PLATFORMS": "cpu", **environment}
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env=given, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return ended.stdout.split()
+
+
+def test_a_second_process_reads_the_programs_of_a_fit(tmp_path: Path) -> None:
+    status, hits = said(FITTED, tmp_path)
+    assert (status, hits) == ("ARRIVED", "0")
+    assert list((tmp_path / "jax").glob("*log_density*"))
+    status, hits = said(FITTED, tmp_path)
+    assert status == "ARRIVED"
+    assert int(hits) > 0
+
+
+@pytest.mark.parametrize(
+    ("environment", "folder"),
+    [
+        ({}, "{cache}/jax"),
+        ({"JAX_ENABLE_COMPILATION_CACHE": "false"}, "None"),
+        ({"JAX_COMPILATION_CACHE_DIR": "elsewhere"}, "elsewhere"),
+    ],
+    ids=["by default", "turned off", "told where"],
+)
+def test_where_programs_are_kept(environment: dict[str, str], folder: str, tmp_path: Path) -> None:
+    assert said(ASKED, tmp_path, **environment) == [folder.format(cache=tmp_path)]
