@@ -281,8 +281,7 @@ def test_a_class_without_events_is_improper_although_its_rate_underflows_on_the_
     assert "log_rate[2]" in fitted.message
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_degrees_of_freedom_with_a_flat_prior_run_off_and_are_improper(seed):
+def test_degrees_of_freedom_with_a_flat_prior_run_off_and_are_improper():
     def robust(x, y=None):
         alpha, beta = numpyro.sample("alpha", flat()), numpyro.sample("beta", flat())
         sigma, nu = numpyro.sample("sigma", flat_positive()), numpyro.sample("nu", flat_positive())
@@ -292,7 +291,7 @@ def test_degrees_of_freedom_with_a_flat_prior_run_off_and_are_improper(seed):
     rng = np.random.default_rng(0)
     x = rng.standard_normal(80)
     model = Model(robust, Dataset("robust", {"x": x, "y": 1 + 2 * x + rng.standard_normal(80)}))
-    fitted = fit(model, "mean_field", key=jax.random.PRNGKey(seed), max_gradients=BUDGET)
+    fitted = fit(model, "mean_field", key=jax.random.PRNGKey(0), max_gradients=BUDGET)
     assert fitted.status is Status.IMPROPER
     assert "log(nu)" in fitted.message
 
