@@ -299,8 +299,10 @@ def test_units_learn_the_curvature_along_a_climbs_steps(family: LowRank | Triang
     root = random.standard_normal((size, size)) / np.sqrt(size) + np.eye(size)
     hessian = root @ root.T
     steps = random.standard_normal((8, size))
-    flat = (steps[0], -1e-9 * steps[0])
-    units.learn([*((step, hessian @ step) for step in steps), flat])
+    units.learn([(step, hessian @ step) for step in steps])
+    known = units.move(first := random.standard_normal(size))
+    units.learn([(steps[0], least * steps[0]) for least in (-1.0, 0.0, 1e-6)])  # bent upwards, flat, nearly flat
+    np.testing.assert_array_equal(units.move(first), known)
     first, second = random.standard_normal((2, size))
     assert units.pull(first) @ second == pytest.approx(first @ units.move(second))
     last = steps[-1]

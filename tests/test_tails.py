@@ -281,19 +281,21 @@ def test_a_class_without_events_is_improper_although_its_rate_underflows_on_the_
     assert "log_rate[2]" in fitted.message
 
 
-def test_degrees_of_freedom_with_a_flat_prior_run_off_and_are_improper():
-    def robust(x, y=None):
-        alpha, beta = numpyro.sample("alpha", flat()), numpyro.sample("beta", flat())
-        sigma, nu = numpyro.sample("sigma", flat_positive()), numpyro.sample("nu", flat_positive())
-        with numpyro.plate("row", 80):
-            numpyro.sample("y", dist.StudentT(nu, alpha + beta * x, sigma), obs=y)
+def test_a_scale_where_numbers_end_has_run_off_and_one_in_small_units_has_not():
+    density = LogDensity(cauchy(1))
+    scale = FlatCoordinate(0, "log(nu)", 2.0)
+    found = find_heavy_tail(density, [scale], Member(np.array([448.0]), np.ones(1)))
+    assert found.status is Status.IMPROPER
+    assert found.message == "log(nu) has run off towards +infinity, to 448, near where numbers end"
 
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal(80)
-    model = Model(robust, Dataset("robust", {"x": x, "y": 1 + 2 * x + rng.standard_normal(80)}))
-    fitted = fit(model, "mean_field", key=jax.random.PRNGKey(0), max_gradients=BUDGET)
-    assert fitted.status is Status.IMPROPER
-    assert "log(nu)" in fitted.message
+    def spread(y=None):
+        variance = numpyro.sample("variance", flat_positive())
+        with numpyro.plate("row", 30):
+            numpyro.sample("y", dist.Normal(0, jnp.sqrt(variance)), obs=y)
+
+    y = 1e-23 * np.random.default_rng(0).standard_normal(30)
+    fitted = fit(Model(spread, Dataset("spread", {"y": y})), "mean_field", key=jax.random.PRNGKey(0))
+    assert fitted.status is Status.ARRIVED
 
 
 def test_a_level_edge_is_one_where_numbers_end_and_the_density_does_not():
@@ -311,6 +313,20 @@ def test_a_level_edge_is_one_where_numbers_end_and_the_density_does_not():
     assert found(counts(), narrow) is None, "numbers do not end within six sds"
     held = Member(np.array([1.1, 0.6, 0.0]), np.array([0.1, 0.1, 350.0]))
     assert found(counts((3.0, 1.5, 1.0)), held) is None, "numbers end, and the density had fallen long before"
+
+
+@pytest.mark.parametrize("outside", [-np.inf, np.nan])
+def test_a_posterior_that_is_level_up_to_a_wall_of_its_own_is_not_improper(outside):
+    """Uniform, since its only observations are bounds; the wall is where the model put it."""
+
+    def bounded(y=None):
+        mu = numpyro.sample("mu", flat())
+        numpyro.factor("inside", jnp.where(jnp.abs(mu - y).max() < 1, 0.0, outside))
+
+    model = Model(bounded, Dataset("bounded", {"y": np.array([-0.3, 0.2, 0.4])}))
+    fitted = fit(model, "mean_field", key=jax.random.PRNGKey(0), max_gradients=BUDGET)
+    assert fitted.status is Status.DIVERGED
+    assert fitted.certificate is None
 
 
 def test_a_fit_by_svi_is_improper_too():

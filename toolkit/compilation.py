@@ -15,6 +15,9 @@ from toolkit.storage import cache_folder
 QUICK = {"xla_backend_optimization_level": 1}
 
 
+_JAX_LEAST_SECONDS, _LEAST_SECONDS = 1.0, 0.2  # of compiling, for a program to be kept: JAX's default and ours
+
+
 def peak_bytes(compiled: Any) -> int:
     """What a compiled program holds at once, or 0 where the backend does not say."""
     memory = compiled.memory_analysis()
@@ -26,10 +29,17 @@ def peak_bytes(compiled: Any) -> int:
 def keep_compiled_programs() -> None:
     """Let JAX keep compiled programs in the cache folder, unless it was told where (or that it should not) already.
 
-    `JAX_ENABLE_COMPILATION_CACHE=false` turns it off.
+    `JAX_ENABLE_COMPILATION_CACHE=false` turns it off. Where the folder cannot be written nothing is kept.
     """
     if jax.config.jax_compilation_cache_dir or os.environ.get("JAX_ENABLE_COMPILATION_CACHE", "").lower() == "false":
         return
     folder: Path = cache_folder() / "jax"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if not os.access(folder, os.W_OK):
+        return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    if jax.config.jax_persistent_cache_min_compile_time_secs == _JAX_LEAST_SECONDS:  # nobody chose another
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_SECONDS)

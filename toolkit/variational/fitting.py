@@ -303,15 +303,15 @@ def _by_gaussian(
             report=report,
             flat=flat,
         )
-    status, message = ended.status, ended.message
+    status, message, edge = ended.status, ended.message, None
     if status in _MAY_HIDE_AN_EDGE:
         own = branch(key, 2)
         edge = describe_edge(density, model, starts.chart, ended.optima[0].family, ended.member, key=own)
-        level = find_level_edge(density, flat, ended.member) if edge else None
         if edge:
-            status, message = (level or edge).status, (level or edge).message
+            edge = find_level_edge(density, flat, ended.member) or edge
+            status, message = edge.status, edge.message
     best = ended.optima[0]
-    usable = status is not Status.DIVERGED
+    usable = edge is None and status is not Status.DIVERGED
     return Fit(
         guide,
         model,
@@ -319,7 +319,7 @@ def _by_gaussian(
         message,
         elbo=ended.elbo,
         fresh_log_weights=ended.log_weights if usable else None,
-        certificate=ended.certificate,
+        certificate=ended.certificate if usable else None,
         optima=tuple(optimum.elbo for optimum in ended.optima),
         traces=tuple(optimum.trace for optimum in ended.optima),
         cost=Cost(density.compile_seconds, time.perf_counter() - begun, density.evaluations, density.peak_bytes),

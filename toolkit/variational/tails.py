@@ -68,7 +68,7 @@ _STEEP = 20.0  # nats of a fall over half a decade that ends it from 3 sds on
 _STEEP_FROM = 3.0
 _EDGE_FROM, _EDGE_WITHIN, _EDGE_POINTS = 2.0, 6.0, 64  # sds from the fit where numbers end, and at how many looks
 _LEVEL = 0.5  # nats
-_NO_UNIT = 100.0  # e-folds: no positive quantity is 10^43 times its unit, or a part of it as small
+_ENDS_OF_NUMBERS = 300.0  # e-folds, 10^130: of what exponentials can reach, and no quantity of any unit does
 _WIDEST = 1e-4  # the least curvature at the fit in units of the fit's own: a mean field is too narrow
 
 
@@ -138,7 +138,7 @@ def find_heavy_tail(density: LogDensity, flat: Sequence[FlatCoordinate], member:
     """Why a posterior has no finite mass along one of its coordinates; None where no such coordinate is found.
 
     It takes some tens of gradients for each coordinate whose density falls fast, and some hundreds for one with a
-    slow tail. In more than 100 dimensions nothing is looked for.
+    slow tail. In more than 100 dimensions no tail is followed.
 
     Args:
         density: Log p(x, z).
@@ -146,12 +146,11 @@ def find_heavy_tail(density: LogDensity, flat: Sequence[FlatCoordinate], member:
         member: The Gaussian from which to set out.
     """
     for one in flat:
-        if math.isfinite(one.longest) and abs(member.loc[one.number]) > _NO_UNIT:
-            where = f"{'+' if member.loc[one.number] > 0 else '-'}infinity"
+        at = member.loc[one.number]
+        if math.isfinite(one.longest) and abs(at) > _ENDS_OF_NUMBERS:
+            where = f"{'+' if at > 0 else '-'}infinity"
             return Failure(
-                Status.IMPROPER,
-                f"{one.name} has run off towards {where}, to {member.loc[one.number]:.3g}, where rounding is all that "
-                "the density is made of",
+                Status.IMPROPER, f"{one.name} has run off towards {where}, to {at:.3g}, near where numbers end"
             )
     if not flat or density.size > _SIZE:
         return None
@@ -168,12 +167,13 @@ def find_heavy_tail(density: LogDensity, flat: Sequence[FlatCoordinate], member:
 
 
 def find_level_edge(density: LogDensity, flat: Sequence[FlatCoordinate], member: Member) -> Failure | None:
-    """Why draws of a Gaussian have no finite density although nothing ended the density there; None elsewhere.
+    """Why draws of a Gaussian have no number for a density although the density does not end there; None elsewhere.
 
-    A tail may be level up to where floating-point numbers end (the rate of a class without any events, once it
-    underflows): the Gaussian is then as wide as these are, too wide for a walk of ten sds. Each coordinate with an
-    improper prior is moved alone, up to six sds; where numbers end at two or more, a Gaussian would have fallen by two
-    nats, and any density that it was fitted to by some.
+    A tail may be level up to where floating-point numbers end (the log rate of a class without any events, once its
+    exponential underflows): the Gaussian is then as wide as these are, too wide for a walk of ten sds. Each coordinate
+    with an improper prior is moved alone, up to six sds; where numbers end at two or more, a Gaussian would have fallen
+    by two nats, and any density that it was fitted to by some. Where the density is zero it does end; and a wall nearer
+    than exponentials reach is the model's own.
 
     Args:
         density: Log p(x, z).
@@ -191,12 +191,12 @@ def find_level_edge(density: LogDensity, flat: Sequence[FlatCoordinate], member:
                 broken = np.flatnonzero(~(np.isfinite(values) & np.isfinite(gradients).all(1)))
                 if not len(broken) or distances[broken[0]] < _EDGE_FROM:
                     continue
-                last = int(broken[0]) - 1
-                if abs(values[last] - values[0]) < _LEVEL:
+                first, at = values[broken[0]], points[broken[0], one.number]
+                if not np.isneginf(first) and abs(at) > _ENDS_OF_NUMBERS and np.ptp(values[: broken[0]]) < _LEVEL:
                     return Failure(
                         Status.IMPROPER,
                         f"as {one.name} goes to {'+' if way > 0 else '-'}infinity, the log density stays level as far "
-                        f"as it is a number, up to about {points[last, one.number]:.3g}",
+                        f"as it is a number, up to about {at:.3g}",
                     )
     return None
 

@@ -157,7 +157,8 @@ class Climbed:
         residual: What a further climb could still gain on these draws, in nats; see `remaining`.
         evaluations: Of the ELBO and its gradient.
         course: The ELBO at each evaluation, (evaluations,).
-        pairs: The last steps, and how the slope changed along them; none where the climb did not come to its end.
+        pairs: The last steps between its best points, and how the slope changed along them; none where the climb did
+            not come to its end.
     """
 
     x: np.ndarray

@@ -86,7 +86,7 @@ class _Searches:
     """
 
     _ROWS = (
-        *("numbers", "x", "loss", "gradient", "steps", "bends", "pairs", "direction", "slope"),
+        *("numbers", "x", "loss", "gradient", "steps", "bends", "known", "direction", "slope"),
         *("inverse", "squared", "length", "short", "long", "trials", "low", "low_loss", "low_gradient"),
     )
 
@@ -102,7 +102,7 @@ class _Searches:
         self.steps, self.bends = np.zeros((count, memory, size)), np.zeros((count, memory, size))
         # Of the pairs: the inverse of the upper triangle of step . bend, whose diagonal is one, and bend . bend.
         self.inverse, self.squared = np.tile(np.eye(memory), (count, 1, 1)), np.zeros((count, memory, memory))
-        self.pairs, self.trials = np.zeros(count, int), np.zeros(count, int)
+        self.known, self.trials = np.zeros(count, bool), np.zeros(count, int)
         self.direction, self.slope = np.zeros((count, size)), np.zeros(count)
         self.length, self.short, self.long = np.zeros(count), np.zeros(count), np.full(count, np.inf)
         # The farthest point of each line search that was low enough.
@@ -162,7 +162,7 @@ class _Searches:
         ended = np.zeros(len(self.x), bool)
         ended[rows] = small | (np.abs(gradient).max(1) <= self.least_gradient) | (np.abs(x).max(1) > _FAR)
         if lost is not None and lost.any():
-            ended |= lost & (self.pairs == 0)
+            ended |= lost & ~self.known
             self._forget(lost)  # what was remembered may have misled: once more, straight down
             found = found | lost
         if ended.any():
@@ -197,10 +197,10 @@ class _Searches:
         beside = (self.steps[kept, :-1] @ latest)[..., 0]
         self.inverse[kept, :-1, :-1] = self.inverse[kept, 1:, 1:]
         self.inverse[kept, :-1, -1] = -(self.inverse[kept, :-1, :-1] @ beside[..., None])[..., 0]
-        self.pairs[kept] += 1
+        self.known[kept] = True
 
     def _forget(self, rows: np.ndarray) -> None:
-        self.pairs[rows] = 0
+        self.known[rows] = False
         self.steps[rows] = self.bends[rows] = self.squared[rows] = 0.0
         self.inverse[rows] = np.eye(self.inverse.shape[1])
 
@@ -222,8 +222,8 @@ class _Searches:
             slope[uphill] = -np.vecdot(gradient[uphill], gradient[uphill])
             self._forget(np.arange(len(self.x))[rows][uphill])
         self.direction[rows], self.slope[rows] = direction, slope
-        first = self.pairs[rows] == 0
-        self.length[rows] = np.where(first, np.minimum(1.0, 1 / np.sqrt(np.vecdot(direction, direction))), 1.0)
+        first = np.minimum(1.0, 1 / np.sqrt(np.vecdot(direction, direction)))
+        self.length[rows] = np.where(self.known[rows], 1.0, first)
         self.trials[rows], self.short[rows], self.long[rows] = 0, 0.0, np.inf
 
     def _quasi_newton(self, rows: slice | np.ndarray, gradient: np.ndarray) -> np.ndarray:
