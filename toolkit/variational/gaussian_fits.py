@@ -35,7 +35,7 @@ Report = Callable[[str, int, int, float], None]
 FIXED_DRAWS, NATURAL_GRADIENT = "fixed_draws", "natural_gradient"
 FIXED_LIMIT = 300  # dimensions from which fixed draws no longer pin a full-rank factor
 
-_LEAST_DRAWS, _FIRST_DRAWS, _MOST_DRAWS = 256, 1_024, 16_384
+_LEAST_DRAWS, _FIRST_DRAWS, _MOST_DRAWS = 128, 1_024, 16_384
 _PROJECTION_DRAWS, _PROJECTED = 256, 16  # at least, and for each dimension up to the many that a matrix asks for
 _COMPARED_DRAWS = 1_024  # where the ELBOs of two optima are compared
 _CHOSEN_DRAWS = 256  # where a control variate is

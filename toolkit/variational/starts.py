@@ -40,8 +40,10 @@ _ESCAPES = 4  # searches that ran off, from whose beginnings a mean field climbs
 _ESCAPE_DRAWS, _ESCAPE_STEPS, _ESCAPE_STAGE = 64, 150, 25
 _NO_START = 1e10  # unconstrained units: beyond, an escape is itself a run-off, and goes no further
 _NARROW = -3.0  # of the first log scale there, in working units: an eighth of the box
-_DRAWS_A_DIMENSION = 4  # common draws of the natural-gradient steps; fewer than one would fit the draws
-_LEAST_DRAWS = 256
+# Common draws of the natural-gradient steps for each dimension, up to so many draws and beyond; fewer than one would
+# fit the draws.
+_DRAWS_A_DIMENSION, _UP_TO, _BEYOND = 8, 256, 4
+_LEAST_DRAWS = 128
 
 
 @dataclass(frozen=True)
@@ -384,7 +386,12 @@ def _grown(density: LogDensity, end: _End, loc: np.ndarray, precision: np.ndarra
 
 def _draws(size: int) -> int:
     """Common draws of natural-gradient steps: with few for each dimension the steps would fit the draws."""
-    return max(_LEAST_DRAWS, 1 << (_DRAWS_A_DIMENSION * size - 1).bit_length())
+    few = min(_power_of_two(_DRAWS_A_DIMENSION * size), _UP_TO)
+    return max(_LEAST_DRAWS, few, _power_of_two(_BEYOND * size))
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << (least - 1).bit_length()
 
 
 def _valid_points(density: LogDensity, key: Key, count: int) -> list[np.ndarray]:

@@ -391,7 +391,9 @@ def _undecided(density: LogDensity, rays: Sequence[_Ray]) -> list[tuple[_Ray, np
     left = np.flatnonzero(~(near.stationary & (-near.slopes > volumes + 10 / _SCREENED_AT)))
     if not len(left):
         return []
-    far = _Maxima(density, [rays[int(i)] for i in left], _STEP * _SCREENED_AT)
+    # The others have mostly gone on as they had begun.
+    begin = np.where(near.ended[:, None], _STEP * near.x, 0.0)[left]
+    far = _Maxima(density, [rays[int(i)] for i in left], _STEP * _SCREENED_AT, begin)
     lost = near.log_marginals(left) - far.log_marginals(np.arange(len(left)))
     undecided = left[~(lost > _CLEAR * math.log(_STEP))]
     return [(rays[int(i)], near.points[i] if near.ended[i] else None) for i in undecided]
@@ -404,16 +406,20 @@ class _Maxima:
         density: Log p(x, z).
         rays: Along which coordinates.
         distance: In sds.
+        begin: Where searches begin, away from the Gaussian's regression lines in each ray's units, (rays, others); on
+            the lines if None.
 
     Attributes:
-        points: Where searches from the Gaussian's regression lines ended, (rays, size).
+        x: Where searches ended, in these units, (rays, others).
+        points: The same as points, (rays, size).
         ended: Which ended by themselves at a finite density, (rays,).
         slopes: Of log p along the coordinate there, in nats for each of its sds, (rays,).
         stationary: Where the others' gradients are small beside that, (rays,).
     """
 
-    def __init__(self, density: LogDensity, rays: Sequence[_Ray], distance: float) -> None:
-        size = density.size
+    def __init__(
+        self, density: LogDensity, rays: Sequence[_Ray], distance: float, begin: np.ndarray | None = None
+    ) -> None:
         self._density = density
         self._lines = np.stack([ray.at(distance) for ray in rays])
         self._others, self._factors = np.stack([ray.others for ray in rays]), np.stack([ray.factor for ray in rays])
@@ -424,10 +430,11 @@ class _Maxima:
             values, gradients = density.over(self._placed(x[:, :-1], rows))
             return -values, np.concatenate([-self._pulled(gradients, rows), np.zeros((len(x), 1))], 1)
 
-        begin = np.concatenate([np.zeros((len(rays), size - 1)), everyone[:, None]], 1)
-        found = minimise_each(losses, begin, decrease=1e-6, gradient=1e-2, max_rounds=_SCREENED_ROUNDS)
-        self._x = found.x[:, :-1]
-        self.points = self._placed(self._x, everyone)
+        begin = np.zeros((len(rays), density.size - 1)) if begin is None else begin
+        numbered = np.concatenate([begin, everyone[:, None]], 1)
+        found = minimise_each(losses, numbered, decrease=1e-6, gradient=1e-2, max_rounds=_SCREENED_ROUNDS)
+        self.x = found.x[:, :-1]
+        self.points = self._placed(self.x, everyone)
         values, gradients = density.over(self.points)
         units, numbers = [ray.unit for ray in rays], [ray.coordinate.number for ray in rays]
         self.ended = found.ended & np.isfinite(values)
@@ -440,9 +447,9 @@ class _Maxima:
 
         NaN where there is no maximum, or rounding has left nothing of the curvature.
         """
-        width = self._x.shape[1]
+        width = self.x.shape[1]
         steps = _DIFFERENCE * np.concatenate([np.zeros((1, width)), np.eye(width), -np.eye(width)])
-        tried, each = np.repeat(self._x[rows], len(steps), 0), np.repeat(rows, len(steps))
+        tried, each = np.repeat(self.x[rows], len(steps), 0), np.repeat(rows, len(steps))
         values, gradients = self._density.over(self._placed(tried + np.tile(steps, (len(rows), 1)), each))
         heights = values.reshape(len(rows), -1)[:, 0]
         slopes = self._pulled(gradients, each).reshape(len(rows), len(steps), width)
