@@ -145,6 +145,11 @@ def find_heavy_tail(density: LogDensity, flat: Sequence[FlatCoordinate], member:
         flat: Which coordinates to follow.
         member: The Gaussian from which to set out.
     """
+    return _followed(density, flat, member) or _run_off(flat, member)
+
+
+def _run_off(flat: Sequence[FlatCoordinate], member: Member) -> Failure | None:
+    """A scale that is no longer a number of any unit, where no walk has told more."""
     for one in flat:
         at = member.loc[one.number]
         if math.isfinite(one.longest) and abs(at) > _ENDS_OF_NUMBERS:
@@ -152,6 +157,10 @@ def find_heavy_tail(density: LogDensity, flat: Sequence[FlatCoordinate], member:
             return Failure(
                 Status.IMPROPER, f"{one.name} has run off towards {where}, to {at:.3g}, near where numbers end"
             )
+    return None
+
+
+def _followed(density: LogDensity, flat: Sequence[FlatCoordinate], member: Member) -> Failure | None:
     if not flat or density.size > _SIZE:
         return None
     with np.errstate(all="ignore"):  # tails are followed to where numbers end
