@@ -10,12 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from numpyro import handlers
 from numpyro.distributions import biject_to
 from numpyro.infer import init_to_value
 from numpyro.infer.autoguide import (
+    AutoContinuous,
     AutoDiagonalNormal,
     AutoGuide,
     AutoLowRankMultivariateNormal,
@@ -40,7 +42,7 @@ def build_guide(model: Model, guide: Guide, start: Mapping[str, Any] | None = No
     with jax.enable_x64(True):
         outline = _outline(program, model.arrays, start) if start is not None and isinstance(built, _GAUSSIAN) else None
         if outline is not None:
-            _set_up_on_outline(built, outline, model.arrays)
+            _set_up_on_outline(built, outline, model.arrays, start or {})
             return built
         if start is not None:
             constrained = jax.jit(lambda point: constrain_fn(program, (), model.arrays, point))(dict(start))
@@ -149,18 +151,38 @@ def _is_latent(site: Mapping[str, Any]) -> bool:
     return site["type"] == "sample" and not site["is_observed"]
 
 
-def _set_up_on_outline(built: AutoGuide, outline: _Outline, arrays: Mapping[str, Any]) -> None:
-    """Let a Gaussian autoguide read an outline of its model instead of the model itself.
+def _set_up_on_outline(
+    built: AutoGuide, outline: _Outline, arrays: Mapping[str, Any], start: Mapping[str, Any]
+) -> None:
+    """Let a Gaussian autoguide read an outline of its model instead of the model itself, and only trace it.
 
     NumPyro runs the model and its density there three times, operation by operation; each kind of operation is compiled
-    on its own, which takes seconds. Of all that, a Gaussian autoguide keeps names, shapes, supports and plates.
+    on its own, which takes seconds. Of all that, a Gaussian autoguide keeps names, shapes, supports and plates, and
+    the values where it begins, which are known: they take the place of the traced ones.
     """
     program = built.model
     built.init_loc_fn = init_to_value(values=outline.values)
     built.model = handlers.mask(outline, mask=False)
     with handlers.block(), handlers.seed(rng_seed=0):
-        built._setup_prototype(**arrays)
+        if isinstance(built, AutoBlockNormal):  # which looks at the density for its blocks
+            built._setup_prototype(**arrays)
+        else:
+            jax.eval_shape(lambda: built._setup_prototype(**arrays))
     built.model = program
+    # Tracing has put the sites into alphabetical order; NumPyro's is the program's, and so is `Space`'s.
+    built._init_locs = {name: jnp.asarray(start[name]) for name in outline.values}
+    if isinstance(built, AutoContinuous):
+        built._init_latent = jnp.asarray(np.concatenate([np.ravel(start[name]) for name in built._init_locs]))
+        shapes = built._unpack_latent.unpack_fn.keywords["shape_dict"]
+        ordered = {name: shapes[name] for name in built._init_locs}
+        shapes.clear()
+        shapes.update(ordered)
+    for name, site in built.prototype_trace.items():
+        if name in outline.values:
+            site["value"] = outline.values[name]
+        elif site["type"] == "deterministic":
+            site["value"] = jnp.asarray(0.0)
+        site.get("kwargs", {}).pop("rng_key", None)
     if outline.replays:
         built._postprocess_fn = handlers.seed(partial(_replayed, program, arrays), rng_seed=0)
 

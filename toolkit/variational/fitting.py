@@ -122,7 +122,7 @@ def fit(
                 f"sites {', '.join(starts.space.names)}: find them with chart='{chart}'."
             )
         if isinstance(starts, int):
-            starts = find_starts(model, key=jax.random.fold_in(key, 0), chart=chart, count=starts)
+            starts = find_starts(model, key=branch(key, 0), chart=chart, count=starts)
         guide, columns = _with_columns(guide, starts, tolerance)
         if guide.rank is not None and guide.rank > space.size:
             raise ValueError(

@@ -93,7 +93,7 @@ class Starts:
     peak_bytes: int
 
 
-def find_starts(model: Model, *, key: jax.Array, chart: str | None = None, count: int = 8) -> Starts:
+def find_starts(model: Model, *, key: Key, chart: str | None = None, count: int = 8) -> Starts:
     """Starting points, in float64, from up to `count` searches that set out at dispersed points.
 
     Each search climbs the log density by L-BFGS; the curvature where it ends gives the scale, and a few
