@@ -31,8 +31,8 @@ resident memory minus that before the call; processes that a solver starts are n
 ELBO at each look. `status`: done; cut (the limit came before the budget was
 spent); over limit; not run (the cold call was over the limit); outrun; no result; failed.
 
-**Summary.** Geometric means of ratios of seconds over posteriors and guides. Cells with `>` enter at their limit, and
-make the mean a lower bound.
+**Summary.** Geometric means of ratios of seconds over posteriors and guides, of rows measured on one day. Cells with
+`>` enter at their limit, and make the mean a lower bound.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,8 @@ def _is_called(solver: str, name: str) -> bool:
 def measure(cell: Cell, *, limit: float, seed: int, draws: int) -> list[dict[str, Any]]:
     """The two rows of a cell, whatever becomes of it."""
     posterior, guide, name = cell
-    given = {"posterior": posterior, "guide": guide, "solver": name, "limit": f"{limit:g}"}
+    today = date.today().isoformat()
+    given = {"posterior": posterior, "guide": guide, "solver": name, "limit": f"{limit:g}", "day": today}
     runs = runs_of(name)
     absent = missing(SOLVERS[name])
     if absent:

@@ -285,6 +285,14 @@ def test_time_to_the_target_is_compared_only_where_elbowroom_arrived() -> None:
     assert found.left_out["without a yardstick"] == 1
 
 
+def test_seconds_of_two_days_are_not_divided() -> None:
+    ours = row("elbowroom", "1.0", day="2026-11-28")
+    rows = [ours, row("numpyro_20000", "3.0", day="2026-11-28"), row("pymc_advi", "30.0", day="2026-11-21")]
+    assert summarise(rows, solver="numpyro_20000", run="cold").mean == pytest.approx(3.0)
+    other = summarise(rows, solver="pymc_advi", run="cold")
+    assert (other.mean, other.cells, other.left_out["of another day"]) == (None, 0, 1)
+
+
 def test_seconds_are_read_as_they_are_written() -> None:
     for seconds in (Seconds(12.34), Seconds(600.0, censored=True)):
         assert Seconds.read(str(seconds)) == seconds

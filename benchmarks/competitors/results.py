@@ -13,7 +13,7 @@ TARGET = 0.1  # nats from the family's optimum at which a solver has arrived
 GRID_BEST = "numpyro_grid_best"
 COLUMNS = (
     *("posterior", "guide", "solver", "run", "status", "nats", "elbo", "se", "optimum", "seconds", "seconds_to_target"),
-    *("steps", "gradient_evaluations", "peak_mb", "limit", "seed", "version", "note", "path"),
+    *("steps", "gradient_evaluations", "peak_mb", "limit", "seed", "version", "day", "note", "path"),
 )
 OUTRUN = "outrun"  # ended once a sibling in the step-size grid had arrived sooner
 REPEATED = ("failed", "not installed")  # a cell that ended so is run again
@@ -175,8 +175,9 @@ def geometric_mean(ratios: Sequence[Ratio]) -> float | None:
 def summarise(rows: Sequence[Row], *, solver: str, run: str, column: str = "seconds") -> Summary:
     """How many times elbowroom's seconds a solver took, over the posteriors and guides that both have.
 
-    With the column `seconds_to_target` elbowroom must have arrived as well: where it ended more than the target (and
-    three standard errors) short, or where no yardstick says, the cell is left out and counted.
+    Only rows of one day are compared. With the column `seconds_to_target` elbowroom must have arrived as well: where it
+    ended more than the target (and three standard errors) short, or where no yardstick says, the cell is left out and
+    counted.
 
     Args:
         rows: The table.
@@ -186,6 +187,7 @@ def summarise(rows: Sequence[Row], *, solver: str, run: str, column: str = "seco
     """
     own = {row_key(row): row for row in rows if row["solver"] == "elbowroom" and row["run"] == run}
     left_out = {
+        "of another day": 0,
         "without a time": 0,
         "without a yardstick": 0,
         "where elbowroom did not arrive": 0,
@@ -211,7 +213,9 @@ def row_key(row: Mapping[str, str]) -> tuple[str, str]:
 
 
 def _ratio(row: Row, ours: Row, column: str) -> tuple[str, Ratio | None]:
-    """The ratio of one cell, or why there is none."""
+    """The ratio of one cell, or why there is none: seconds of two days may be those of two machines."""
+    if row["day"] != ours["day"]:
+        return "of another day", None
     if column == "seconds_to_target":
         if not ours["optimum"]:
             return "without a yardstick", None
