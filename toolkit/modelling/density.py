@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 from numpyro import handlers
-from numpyro.distributions.distribution import validation_enabled
 from numpyro.infer.util import compute_log_probs
 
 from toolkit.modelling.model import Model
@@ -22,14 +21,16 @@ def invalid_sites(model: Model, unconstrained: Mapping[str, Any]) -> tuple[str, 
         model: Looked at in its own chart, on its own data.
         unconstrained: That chart's latents in unconstrained space.
     """
-    # What NumPyro's validation would raise (a rate that is not a number) is what is looked for here, too.
-    with jax.enable_x64(True), handlers.block(), warnings.catch_warnings(), validation_enabled(False):
+    with jax.enable_x64(True), handlers.block(), warnings.catch_warnings():
         # That values lie outside a support is what is looked for.
         warnings.simplefilter("ignore", UserWarning)
-        values = model.constrain(unconstrained, model.arrays)
-        seeded = handlers.seed(model.bound(), rng_seed=0)
-        point = {name: values[name] for name in unconstrained}
-        densities, _ = compute_log_probs(seeded, (), model.arrays, point)
+        try:
+            values = model.constrain(unconstrained, model.arrays)
+            seeded = handlers.seed(model.bound(), rng_seed=0)
+            point = {name: values[name] for name in unconstrained}
+            densities, _ = compute_log_probs(seeded, (), model.arrays, point)
+        except ValueError as error:  # NumPyro's validation, of a rate that is not a number
+            return (f"the program raises '{error}'",)
     return tuple(
         f"site '{name}' has a log density of {float(density):g}"
         for name, density in densities.items()

@@ -174,6 +174,10 @@ def fit_gaussian(
         failure = find_ridge(density, best.member, key=branch(key, 1_005))
     if failure is None:
         failure = find_heavy_tail(density, flat, best.member)
+        if failure:  # a tail of one coordinate may be part of a whole line along which nothing changes
+            closely = branch(key, 1_004)
+            line = find_failure(density, form, best.member, best.quadratic, key=closely, suspected=True)
+            failure = line if line and line.status is Status.FLAT else failure
     own = branch(key, 1_002)
     if failure:
         return _without_optimum(density, best, optima, failure, elbo_draws or _ELBO_DRAWS[0], begun, key=own)
