@@ -56,3 +56,9 @@ def test_a_second_process_reads_the_programs_of_a_fit(tmp_path: Path) -> None:
 )
 def test_where_programs_are_kept(environment: dict[str, str], folder: str, tmp_path: Path) -> None:
     assert said(ASKED, tmp_path, **environment) == [folder.format(cache=tmp_path)]
+
+
+def test_nothing_is_kept_where_no_folder_can_be_made(tmp_path: Path) -> None:
+    taken = tmp_path / "file"
+    taken.write_text("")
+    assert said(ASKED, taken) == ["None"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import jax
@@ -29,6 +30,11 @@ def generator(key: Key) -> np.random.Generator:
 
 def _numbers(key: Key) -> tuple[int, ...]:
     return key if isinstance(key, tuple) else tuple(np.asarray(jax.random.key_data(key), np.uint32).ravel().tolist())
+
+
+def power_of_two(least: float) -> int:
+    """The smallest power of two that is not below a number: how many Sobol points to take."""
+    return 1 << max(0, math.ceil(math.log2(max(least, 1.0))))
 
 
 def base_draws(count: int, size: int, *, key: Key) -> np.ndarray:

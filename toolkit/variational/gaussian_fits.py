@@ -21,7 +21,7 @@ from toolkit.status import Status
 from toolkit.variational.autoguides import GaussianForm
 from toolkit.variational.certificates import SETS, Bounded, Certificate, Scope, bound_gap, estimate_gap, project
 from toolkit.variational.density import LogDensity
-from toolkit.variational.draws import Key, branch, generator, matched_draws
+from toolkit.variational.draws import Key, branch, generator, matched_draws, power_of_two
 from toolkit.variational.failures import Failure, find_failure, find_ridge, is_sound
 from toolkit.variational.gaussians import Family, Frame, Member, Quadratic, Triangular
 from toolkit.variational.solvers.fixed_draws import EVALUATIONS, FixedDrawsELBO, Pair, climb
@@ -293,7 +293,7 @@ def _solved(
             density,
             begin,
             key=branch(key, 0),
-            draws=max(_NATURAL_DRAWS, _power_of_two(2 * density.size)),
+            draws=max(_NATURAL_DRAWS, power_of_two(2 * density.size)),
             tolerance=tolerance,
             report=lambda steps, elbo: report("natural-gradient steps", steps, STEPS, elbo),
         )
@@ -339,9 +339,9 @@ def _looked_at(
     """A member with the control variate that suits it, and its ELBO on draws of their own."""
     member = family.member(x)
     wanted = min(_PROJECTED * density.size, max(4 * _PROJECTION_DRAWS, 4 * density.size))
-    projected = max(_PROJECTION_DRAWS, _power_of_two(wanted))
+    projected = max(_PROJECTION_DRAWS, power_of_two(wanted))
     near = project(density, family, member, quadratic, key=branch(key, 0), draws=projected)
-    base = matched_draws(max(draws, _power_of_two(2 * family.base)), family.base, key=branch(key, 1))
+    base = matched_draws(max(draws, power_of_two(2 * family.base)), family.base, key=branch(key, 1))
     points = family.points(member, base)
     values, _ = density.over(points)
     # Where gradients have heavy tails, what was fitted to few of them may be far from log p: then log q is nearer.
@@ -447,7 +447,7 @@ def _proved(
             why = f"of the budget {left():,} gradients are left, which do not suffice"
             if certificate or affordable < _first_draws(best.family):
                 break
-            draws = _power_of_two(affordable // 2 + 1)  # a limit above the tolerance is better than none
+            draws = power_of_two(affordable // 2 + 1)  # a limit above the tolerance is better than none
         insists = insists or number == _ROUNDS - 1 or 3 * draws > affordable
         bounded = bound_gap(
             density,
@@ -489,7 +489,7 @@ def _proved(
             insists = True
         else:
             least = 2 * draws  # to ask again and again until one answer pleases would prove nothing
-        draws = int(np.clip(_power_of_two(wanted), least, min(16 * draws, _MOST_DRAWS)))
+        draws = int(np.clip(power_of_two(wanted), least, min(16 * draws, _MOST_DRAWS)))
     if certificate and math.isfinite(certificate.limit):
         return best, Proof(certificate, ended, why)
     return best, Proof(None, ended, why)
@@ -569,10 +569,5 @@ def _without_optimum(
 
 def _first_draws(family: Family) -> int:
     """About one for each parameter, within limits, and enough for their moments to be matched."""
-    wanted = np.clip(_power_of_two(family.parameters), _LEAST_DRAWS, _FIRST_DRAWS)
-    return int(max(wanted, min(_power_of_two(4 * family.base), _MOST_DRAWS)))
-
-
-def _power_of_two(least: float) -> int:
-    """The smallest power of two that is not below a number."""
-    return 1 << max(0, math.ceil(math.log2(max(least, 1.0))))
+    wanted = np.clip(power_of_two(family.parameters), _LEAST_DRAWS, _FIRST_DRAWS)
+    return int(max(wanted, min(power_of_two(4 * family.base), _MOST_DRAWS)))

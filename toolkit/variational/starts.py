@@ -13,7 +13,7 @@ from toolkit.modelling.model import Model
 from toolkit.threads import threads_for
 from toolkit.variational.certificates import project
 from toolkit.variational.density import LogDensity
-from toolkit.variational.draws import Key, branch, generator, matched_draws
+from toolkit.variational.draws import Key, branch, generator, matched_draws, power_of_two
 from toolkit.variational.gaussians import DENSE_LIMIT, Diagonal, Frame, Member, Quadratic
 from toolkit.variational.solvers.fixed_draws import FixedDrawsELBO, climb
 from toolkit.variational.solvers.lockstep import minimise_each
@@ -386,12 +386,8 @@ def _grown(density: LogDensity, end: _End, loc: np.ndarray, precision: np.ndarra
 
 def _draws(size: int) -> int:
     """Common draws of natural-gradient steps: with few for each dimension the steps would fit the draws."""
-    few = min(_power_of_two(_DRAWS_A_DIMENSION * size), _UP_TO)
-    return max(_LEAST_DRAWS, few, _power_of_two(_BEYOND * size))
-
-
-def _power_of_two(least: int) -> int:
-    return 1 << (least - 1).bit_length()
+    few = min(power_of_two(_DRAWS_A_DIMENSION * size), _UP_TO)
+    return max(_LEAST_DRAWS, few, power_of_two(_BEYOND * size))
 
 
 def _valid_points(density: LogDensity, key: Key, count: int) -> list[np.ndarray]:
