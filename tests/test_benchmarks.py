@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import math
+import pickle
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,11 +29,11 @@ import hierarchy_optimum  # noqa: E402
 import posteriors  # noqa: E402
 import solvers  # noqa: E402
 import targets_large  # noqa: E402
-from competitors import GRID, SOLVERS, blackjax_vi, pymc_programs, pymc_vi, results  # noqa: E402
-from competitors.gaussians import Gaussian, Space, measurer  # noqa: E402
+from competitors import GRID, SOLVERS, blackjax_vi, cells, pymc_programs, pymc_vi, results  # noqa: E402
+from competitors.gaussians import Elbo, Gaussian, Space, measurer  # noqa: E402
 from competitors.numpyro_svi import guide_gaussian  # noqa: E402
 from competitors.results import Ratio, Seconds, completed, geometric_mean, grid_best, is_finished, summarise  # noqa: E402
-from competitors.runs import Clock, Problem, checkpoints, run_blocks  # noqa: E402
+from competitors.runs import Clock, Problem, Run, Snapshot, Solver, checkpoints, run_blocks  # noqa: E402
 
 
 def row(solver: str, seconds: str, **given: str) -> results.Row:
@@ -76,6 +79,37 @@ def test_elbo_of_the_posterior_itself_has_no_error_and_few_draws() -> None:
     )
     assert elbo.value == pytest.approx(0, abs=1e-6)
     assert elbo.draws == 20_000
+
+
+def scalar(log_density: Callable[[jax.Array], jax.Array]) -> Model:
+    """One real site with that log density."""
+
+    def program(unit):
+        z = numpyro.sample("z", dist.ImproperUniform(dist.constraints.real, (), ()))
+        numpyro.factor("density", log_density(unit * z))
+
+    return Model(program, Dataset("scalar", {"unit": np.array(1.0)}))
+
+
+def test_an_elbo_loses_noise_and_gains_no_bias_by_its_quadratic() -> None:
+    """On z - exp(z), whose mean is known; the plain mean's error comes from draws made here."""
+    model, sd = scalar(lambda z: z - jax.numpy.exp(z)), 0.5
+    elbo = measurer(model, Space.of_model(model), draws=20_000)(Gaussian.of_scales([0.0], [sd]))
+    exact = -math.exp(sd**2 / 2) + 0.5 * math.log(2 * math.pi * math.e * sd**2)
+    noise = np.random.default_rng(0).standard_normal(20_000)
+    plain = sd * noise - np.exp(sd * noise) + noise**2 / 2
+    assert elbo.draws == 20_000
+    assert abs(elbo.value - exact) < 5 * elbo.se
+    # What is left of the terms' sd is that of the exponential's Hermite terms from the third on: 0.06 of 0.51.
+    assert elbo.se < plain.std() / math.sqrt(20_000) / 4
+
+
+def test_a_quadratic_that_would_add_noise_is_not_taken_out() -> None:
+    """Gradients of 10,000 times a cosine say nothing of a wave ten nats high."""
+    model = scalar(lambda z: 10 * jax.numpy.sin(1_000 * z))
+    elbo = measurer(model, Space.of_model(model), draws=20_000)(Gaussian.of_scales([0.0], [1.0]))
+    assert abs(elbo.value - 0.5 * math.log(2 * math.pi * math.e)) < 5 * elbo.se
+    assert elbo.se == pytest.approx(math.sqrt(10**2 / 2 + 1 / 2) / math.sqrt(20_000), rel=0.05)
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
@@ -209,13 +243,89 @@ def test_checkpoints_double_and_end_at_the_budget() -> None:
 def test_a_row_is_completed_from_its_yardstick() -> None:
     path = "1000:2.5:-12.0 2000:4.5:-10.08 4000:8.5:-10.05"
     found = completed(row("numpyro_grid_0.1", "8.5", elbo="-10.05", path=path), {("line", "mean_field"): -10.0})
-    assert (found["optimum"], found["nats"], found["seconds_to_target"]) == ("-10.0000", "0.0500", "4.5")
+    assert (found["optimum"], found["nats"], found["seconds_to_target"]) == ("-10.0000", "0.0500", "4.361")
     short = completed(row("numpyro_2000", "8.5", elbo="-12", path="2000:8.5:-12"), {("line", "mean_field"): -10.0})
     assert (short["nats"], short["seconds_to_target"]) == ("2.0000", ">8.5")
     unknown = completed(short, {})
     assert (unknown["optimum"], unknown["nats"], unknown["seconds_to_target"]) == ("", "", "")
     over = completed(row("pymc_advi", ">600"), {("line", "mean_field"): -10.0})
     assert (over["nats"], over["seconds_to_target"]) == ("", ">600")
+
+
+REACHES = {
+    "no error": (0.0, 0.1),
+    "three errors more": (0.01, 0.13),
+    "no more than the target again": (0.04, 0.2),
+    "a huge error": (50.0, 0.2),
+    "an infinite error": (math.inf, 0.1),
+    "no error known": (math.nan, 0.1),
+}
+
+
+@pytest.mark.parametrize("case", REACHES)
+def test_an_error_helps_an_arrival_up_to_a_cap(case: str) -> None:
+    se, reach = REACHES[case]
+    assert results.reach(se) == pytest.approx(reach)
+    assert results.has_arrived(reach - 1e-6, se)
+    assert not results.has_arrived(reach + 1e-6, se)
+    assert not results.has_arrived(math.nan, se)
+
+
+# Paths to an optimum of -10: where the arrival lies between two looks is the crossing of a straight line in the
+# logarithm of the distance.
+ARRIVALS = {
+    "between two looks": ("1000:2:-12 2000:4:-10.05", "0", f"{2 + 2 * math.log(20) / math.log(40):.4g}"),
+    "a look beyond the optimum counts as 0.01 from it": ("1000:2:-11 2000:4:-9.9", "0", "3"),
+    "at the first look": ("1000:2:-10.05 2000:4:-10", "0", "2"),
+    "from no density": ("1000:2:-inf 2000:4:-10.05", "0", "4"),
+    "within its error": ("1000:2:-11 2000:4:-10.15", "0.02", f"{2 + 2 * math.log(0.16) / math.log(0.15):.4g}"),
+    "never": ("1000:2:-11 2000:4:-10.5", "0", ">4"),
+    "never, with a large error": ("1000:2:-11 2000:4:-10.5", "50", ">4"),
+    "never, with no error": ("1000:2:-10.15 2000:4:-inf", "nan", ">4"),
+    "never, from a table without errors": ("1000:2:-11 2000:4:-10.15", "", ">4"),
+}
+
+
+@pytest.mark.parametrize("case", ARRIVALS)
+def test_a_path_arrives_between_looks(case: str) -> None:
+    path, se, seconds = ARRIVALS[case]
+    found = completed(row("numpyro_grid_0.1", "4", se=se, path=path), {("line", "mean_field"): -10.0})
+    assert found["seconds_to_target"] == seconds
+
+
+@pytest.mark.parametrize("nats", [0.05, 0.12, 0.14, 0.19, 0.21])
+@pytest.mark.parametrize("se", ["0", "0.01", "0.02", "50", "nan", ""])
+def test_elbowroom_arrives_where_a_competitor_would(nats: float, se: str) -> None:
+    given = {"elbo": f"{-10 - nats}", "se": se, "path": f"0:1:{-10 - nats}"}
+    optima = {("line", "mean_field"): -10.0}
+    ours, theirs = (completed(row(name, "1", **given), optima) for name in ("elbowroom", results.GRID_BEST))
+    reason, ratio = results.ratio_of(theirs, ours, "seconds_to_target")
+    assert (ratio is None) == theirs["seconds_to_target"].startswith(">")
+    assert reason == ("where elbowroom did not arrive" if ratio is None else "")
+
+
+def test_a_table_from_before_a_column_was_there_is_read_and_completed(tmp_path: Path) -> None:
+    path, columns = tmp_path / "solvers.csv", [column for column in results.COLUMNS if column != "draws"]
+    old = row("numpyro_grid_0.1", "4", elbo="-10.05", se="0.01", path="1000:2:-12 2000:4:-10.05")
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerow(old)
+    found = [completed(one, {("line", "mean_field"): -10.0}) for one in results.read_rows(path)]
+    assert (found[0]["draws"], found[0]["nats"]) == ("", "0.0500")
+    assert not found[0]["seconds_to_target"].startswith(">")
+    results.write_rows(path, found)
+    assert results.read_rows(path) == found
+
+
+def test_a_row_says_how_many_draws_are_behind_its_elbo() -> None:
+    gaussian = Gaussian.of_scales([0.0], [1.0])
+    elbos = iter([Elbo(-2.0, 0.01, 20_000), Elbo(-1.0, 0.02, 30_000)])
+    outcome = Run((Snapshot(10, 0.5, gaussian), Snapshot(20, 1.0, gaussian)), 20)
+    found = cells.measured(None, outcome, 1.0, None, measure=lambda _: next(elbos))
+    assert (found["elbo"], found["se"], found["draws"]) == (-1.0, 0.02, 30_000)
+    assert found["path"] == "10:0.5:-2.0000 20:1.0:-1.0000"
+    assert not set(found) - set(results.COLUMNS)
 
 
 def members(*times: str, elbos: tuple[str, ...]) -> list[results.Row]:
@@ -285,6 +395,41 @@ def test_time_to_the_target_is_compared_only_where_elbowroom_arrived() -> None:
     assert found.left_out["without a yardstick"] == 1
 
 
+def test_numbers_are_rounded_for_reading() -> None:
+    numbers = {0.0123: "0.012", 0.5: "0.50", 3.14: "3.1", 24.68: "25", 1234.5: "1234", 0.0: "0"}
+    assert {number: results.readable(number) for number in numbers} == numbers
+    assert (str(Ratio(24.68)), str(Ratio(24.68, bound=True))) == ("25", ">25")
+
+
+def test_ratios_are_written_a_line_for_each_posterior_and_guide(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, ratios, yardsticks = (tmp_path / name for name in ("solvers.csv", "ratios.csv", "yardsticks.csv"))
+    yardsticks.write_text("posterior,guide,elbo\nline,mean_field,-10\n")
+    measured = {"elbo": "-9.996", "se": "0.001", "path": "0:0.5:-9.996"}
+    far = {"elbo": "-11", "se": "0.001", "path": "200000:20:-11"}
+    rows = [
+        row("elbowroom", ">600", guide="low_rank"),
+        row("elbowroom", "0.5", **measured),
+        row("elbowroom", "0.0123", run="warm", **measured),
+        row("numpyro_20000", "12.34"),
+        row("numpyro_20000", ">6.15", run="warm"),
+        row("pymc_advi", "3", day="2026-11-21"),
+        *(row(name, "20", **far) for name in GRID),
+        row("numpyro_20000", "7", posterior="other"),
+    ]
+    results.write_rows(out, rows)
+    options = ["--summary", "--out", str(out), "--yardsticks", str(yardsticks), "--ratios", str(ratios)]
+    monkeypatch.setattr(sys, "argv", ["solvers.py", *options])
+    solvers.main()
+    assert ratios.read_text().splitlines() == [
+        "posterior,guide,fit cold (s),fit warm (s),nats,"
+        "grid to target,numpyro_20000 cold,numpyro_20000 warm,pymc_advi cold",
+        "line,mean_field,0.50,0.012,0.00,>40,25,>500,",
+        "line,low_rank,>600,,,,,,",
+    ]
+
+
 def test_seconds_of_two_days_are_not_divided() -> None:
     ours = row("elbowroom", "1.0", day="2026-11-28")
     rows = [ours, row("numpyro_20000", "3.0", day="2026-11-28"), row("pymc_advi", "30.0", day="2026-11-21")]
@@ -333,7 +478,7 @@ def test_an_interrupted_table_goes_on_where_it_was(tmp_path: Path, monkeypatch: 
         return [names | told | {"run": run} for run in ("cold", "warm")]
 
     monkeypatch.setattr(solvers, "measure", measure)
-    options = ["a", "--solvers", "elbowroom", "--out", str(out), "--yardsticks", str(tmp_path / "none.csv")]
+    options = ["lda", "--solvers", "elbowroom", "--out", str(out), "--yardsticks", str(tmp_path / "none.csv")]
     monkeypatch.setattr(sys, "argv", ["solvers.py", *options])
     with pytest.raises(KeyboardInterrupt):
         solvers.main()
@@ -341,7 +486,26 @@ def test_an_interrupted_table_goes_on_where_it_was(tmp_path: Path, monkeypatch: 
     solvers.main()
     assert [guide for _, guide, _ in begun] == ["mean_field", "low_rank", "low_rank", "full_rank"]
     assert len(results.read_rows(out)) == 6
-    assert "[2/2] a full_rank elbowroom: done 1.5 s" in capsys.readouterr().out
+    assert "[2/2] lda full_rank elbowroom: done 1.5 s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        pytest.param(["radon"], "radon_variable_intercept_slope_noncentered; got 'radon'.", id="posterior"),
+        pytest.param(["lda", "--solvers", "stan"], "pymc_pathfinder; got 'stan'.", id="solver"),
+    ],
+)
+def test_a_wrong_name_ends_the_benchmark_before_it_begins(
+    wrong: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    out = tmp_path / "solvers.csv"
+    monkeypatch.setattr(sys, "argv", ["solvers.py", *wrong, "--out", str(out)])
+    with pytest.raises(SystemExit) as ended:
+        solvers.main()
+    assert ended.value.code == 2
+    assert told in " ".join(capsys.readouterr().err.split())
+    assert not out.exists()
 
 
 def test_solvers_are_chosen_by_name_or_first_part() -> None:
@@ -397,6 +561,40 @@ def test_what_lies_between_runs_has_no_limit(tmp_path: Path) -> None:
 def test_a_process_that_fails_gives_its_last_line(tmp_path: Path) -> None:
     error, over = solvers._watch(script(tmp_path, "raise FloatingPointError('NaN in step 3')"), tmp_path, limit=60)
     assert (error, over) == ("FloatingPointError: NaN in step 3", False)
+
+
+# Its memory
+
+
+MEGABYTES = 64
+
+
+def memory_of(tmp_path: Path) -> list[float | None]:
+    """What is kept of a solver that holds 64 MB for a moment in its first run, and nothing in its second."""
+
+    def solve(seed: int, clock: Clock) -> Run:
+        if seed == 0:
+            np.ones(MEGABYTES * 2**17)
+        return Run((), None)
+
+    solver = Solver("elbowroom", ("mean_field",), lambda problem: solve)
+    problem = Problem("line", None, "mean_field", Space((), ()))
+    cells.run_solver(solver, problem, tmp_path, runs=["cold", "warm"], limit=60, seed=0)
+    return [pickle.loads((tmp_path / f"{run}.pickle").read_bytes())[2] for run in ("cold", "warm")]
+
+
+@pytest.mark.skipif(not cells.reset_peak(), reason="the system does not let a process reset its peak of memory")
+def test_a_runs_peak_of_memory_is_its_own(tmp_path: Path) -> None:
+    np.ones(2 * MEGABYTES * 2**17)  # before the runs, and in neither's peak
+    cold, warm = memory_of(tmp_path)
+    # Linux counts pages in batches for each thread, which is a few MB at most.
+    assert cold == pytest.approx(MEGABYTES, abs=MEGABYTES / 4)
+    assert warm == pytest.approx(0, abs=MEGABYTES / 4)
+
+
+def test_a_peak_of_memory_that_cannot_be_reset_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cells, "_RESET", tmp_path / "no_folder" / "clear_refs")
+    assert memory_of(tmp_path) == [None, None]
 
 
 # PyMC's programs

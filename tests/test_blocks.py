@@ -520,6 +520,35 @@ def test_only_the_posterior_decides_and_not_how_it_is_computed(dense: bool) -> N
     assert blocks.words == "7 blocks of 2 along 'group' (effects); 2 shared coordinates coupled to all"
 
 
+def levels(y: Any = None, *, walking: bool) -> None:
+    sigma = numpyro.sample("sigma", dist.HalfNormal(1.0))
+    with numpyro.plate("time", 8):
+        level = numpyro.sample("level", dist.ImproperUniform(dist.constraints.real, (), ()))
+        numpyro.sample("y", dist.Normal(level, sigma), obs=y)
+    numpyro.factor("steps", -0.5 * (jnp.diff(level) ** 2 if walking else level**2).sum())
+
+
+def test_a_prior_that_couples_is_seen_beside_data_in_raw_units() -> None:
+    """The data's gradient is some 1e10 and rounds at 1e-6; neighbours change each other's by about one."""
+    data = {"y": 1e10 + np.arange(8.0)}
+    walk = plate_blocks(Model(levels, Dataset("walk", data, static={"walking": True})))
+    assert walk.full
+    assert walk.note == "what lies along 'time' is not independent given the rest"
+    apart = plate_blocks(Model(levels, Dataset("apart", data, static={"walking": False})))
+    assert apart.words == "8 blocks of 1 along 'time' (level); 1 shared coordinate coupled to all"
+
+
+def test_a_dependence_that_is_at_rest_at_one_pair_of_points_is_seen_at_another() -> None:
+    """Where the first is below 0.45, the two are independent, and at the first pair it lies at 0.27."""
+
+    def in_pieces(y: Any = None) -> None:
+        with numpyro.plate("item", 2):
+            z = numpyro.sample("z", dist.Normal(0, 1))
+        numpyro.sample("y", dist.Normal(jax.nn.relu(z[0] - 0.45) * z[1], 1), obs=y)
+
+    assert plate_blocks(Model(in_pieces, Dataset("relu", {"y": np.array(0.3)}))).full
+
+
 def test_a_simplex_counts_with_its_unconstrained_coordinates() -> None:
     def topics(counts: Any = None) -> None:
         base = numpyro.sample("base", dist.Normal(0, 1).expand([4]).to_event(1), infer={"event_dims": ["word"]})
@@ -618,6 +647,14 @@ SITES = "Expected groups to name latent sites, of mu, alpha, slope, beta; got "
         (
             lambda: plate_blocks(line(), along=["row"]),
             "Expected along to name plates around latent sites, and there is none; got 'row'.",
+        ),
+        (
+            lambda: plate_blocks(conjugate(), along="group"),
+            "Expected along to be a sequence of plate names; got 'group': write ('group',).",
+        ),
+        (
+            lambda: set_up(conjugate(), along="group"),
+            "Expected along to be a sequence of plate names; got 'group': write ('group',).",
         ),
         (lambda: plate_blocks(conjugate(), "polar"), "Expected chart to be one of"),
         (

@@ -25,6 +25,7 @@ from toolkit.compilation import keep_compiled_programs
 keep_compiled_programs()
 print(jax.config.jax_compilation_cache_dir)
 """
+TURNED_OFF = f"import jax; jax.config.update('jax_enable_compilation_cache', False){ASKED}"
 
 
 def said(program: str, cache: Path, **environment: str) -> list[str]:
@@ -49,13 +50,26 @@ def test_a_second_process_reads_the_programs_of_a_fit(tmp_path: Path) -> None:
     ("environment", "folder"),
     [
         ({}, "{cache}/jax"),
-        ({"JAX_ENABLE_COMPILATION_CACHE": "false"}, "None"),
         ({"JAX_COMPILATION_CACHE_DIR": "elsewhere"}, "elsewhere"),
     ],
-    ids=["by default", "turned off", "told where"],
+    ids=["by default", "told where"],
 )
 def test_where_programs_are_kept(environment: dict[str, str], folder: str, tmp_path: Path) -> None:
     assert said(ASKED, tmp_path, **environment) == [folder.format(cache=tmp_path)]
+
+
+@pytest.mark.parametrize(
+    ("program", "environment"),
+    [
+        (ASKED, {"JAX_ENABLE_COMPILATION_CACHE": "false"}),
+        (ASKED, {"JAX_ENABLE_COMPILATION_CACHE": "0"}),
+        (TURNED_OFF, {}),
+    ],
+    ids=["by a word", "by a number", "in the program"],
+)
+def test_nothing_is_kept_or_made_where_it_is_off(program: str, environment: dict[str, str], tmp_path: Path) -> None:
+    assert said(program, tmp_path, **environment) == ["None"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_is_kept_where_no_folder_can_be_made(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from numpyro.infer.reparam import LocScaleReparam, Reparam
 
 from toolkit import Dataset, Model, fit
 from toolkit.variational import density as densities
-from toolkit.variational.density import LogDensity
+from toolkit.variational.density import LogDensity, central_differences, difference_steps
 from toolkit.variational.space import latent_space
 
 KEY = jax.random.PRNGKey(0)
@@ -139,6 +139,20 @@ def test_a_points_numbers_do_not_depend_on_those_beside_it() -> None:
     np.testing.assert_array_equal(again[:10], values)
     np.testing.assert_array_equal(slopes[:10], gradients)
     assert not np.isfinite(again[10])
+
+
+def test_central_differences_of_a_quadratic_are_exact_but_for_rounding() -> None:
+    density = LogDensity(normals_of(1))
+    loc = np.array([0.5, -30.0, 0.0])
+    np.testing.assert_allclose(difference_steps(loc), [1e-4, 3e-3, 1e-4])
+    # Three coordinates with a prior variance of 4, whose sum each of four rows sees with a variance of 1.
+    hessian = -np.eye(3) / 4 - 4.0
+    _, gradients = density.over(loc[None])
+    for steps in (None, np.array([1e-4, 1e-3, 1e-2])):
+        found, gradient = central_differences(density, loc, steps)
+        # Gradients of about a hundred have rounding errors of a few hundred eps, divided by two steps of 1e-4.
+        np.testing.assert_allclose(found, hessian, rtol=0, atol=1e4 * np.finfo(float).eps / 2e-4)
+        np.testing.assert_allclose(gradient, gradients[0], rtol=1e-12)
 
 
 def test_evaluations_count_the_points_that_were_asked_for() -> None:

@@ -19,7 +19,7 @@ from toolkit.variational.certificates import Certificate, Scope
 from toolkit.variational.density import LogDensity
 from toolkit.variational.failures import coordinate_names, describe_edge, find_failure, find_ridge
 from toolkit.variational.gaussian_fits import Proof
-from toolkit.variational.gaussians import Diagonal, Frame, Member, Quadratic, Triangular
+from toolkit.variational.gaussians import Diagonal, Frame, LowRank, Member, Quadratic, Triangular
 from toolkit.variational.space import Space
 
 KEY = jax.random.PRNGKey(0)
@@ -28,6 +28,18 @@ BOTH = ["mean_field", "full_rank"]
 THREE = ["mean_field", "low_rank", "full_rank"]
 DIAGONAL = GaussianForm(Diagonal, vars, lambda params: Member(**params))
 FULL = GaussianForm(Triangular, vars, lambda params: Member(**params), full=True)
+
+
+def gdp(centre, prior_sd=None):
+    """A sum in dollars: an ordinary posterior with a mean of `centre` and an sd of 2e10."""
+
+    def national(y=None):
+        mu = numpyro.sample("mu", flat() if prior_sd is None else dist.Normal(0, prior_sd))
+        with numpyro.plate("row", 20):
+            numpyro.sample("y", dist.Normal(mu, 1e11), obs=y)
+
+    noise = np.random.default_rng(0).standard_normal(20)
+    return Model(national, Dataset("gdp", {"y": centre + 1e11 * (noise - noise.mean())}), log_concave=True)
 
 
 def flat():
@@ -263,6 +275,30 @@ def test_the_share_of_draws_beyond_an_edge():
     assert describe_edge(density, walled(), "plain", family, narrow, key=KEY) is None
 
 
+@pytest.mark.parametrize(
+    ("sds", "share"),
+    [
+        (3.0, "0.00[01][0-9]* of 4,096 draws of a Gaussian have"),  # 0.0013, and a few draws are an edge
+        (4.0, "0.00[34][0-9]* of 4,096 draws of a Gaussian half as wide again have"),  # P(z > 4 / 1.5) = 0.0038
+        (4.4, None),  # P(z > 4.4 / 1.5) = 0.0017, less than squeezing by any number of draws leaves
+    ],
+)
+def test_an_edge_is_told_as_near_as_a_squeezed_fit_comes(sds, share):
+    model = walled(sds)
+    family = Diagonal(Frame.of(np.zeros(1), np.ones(1)))
+    edge = describe_edge(LogDensity(model), model, "plain", family, Member(np.zeros(1), np.ones(1)), key=KEY)
+    assert (edge is None) == (share is None)
+    assert edge is None or re.match(share, edge.message)
+
+
+def test_draws_of_numpyros_low_rank_parameters_are_told_beyond_an_edge():
+    # As SVI has them: a scale and columns, without the factor by which the family draws. The variance is 1.
+    model, frame = walled(), Frame.of(np.zeros(1), np.ones(1))
+    member = Member(np.zeros(1), np.array([0.6]), np.array([[4 / 3]]))
+    edge = describe_edge(LogDensity(model), model, "plain", LowRank(frame, 1), member, key=KEY)
+    assert edge.message.startswith("0.16 of 4,096 draws")
+
+
 @pytest.mark.parametrize("guide", THREE)
 @pytest.mark.parametrize(
     ("model", "status", "names"),
@@ -316,7 +352,17 @@ def test_separable_classes_are_told_by_svi_too():
 
 @pytest.mark.parametrize("guide", BOTH)
 @pytest.mark.parametrize(
-    "model", [lambda: ridge(1e3), lambda: separable(10.0), pair, lambda: one_datum(10.0), lambda: one_datum(100.0)]
+    "model",
+    [
+        lambda: ridge(1e3),
+        lambda: separable(10.0),
+        pair,
+        lambda: one_datum(10.0),
+        lambda: one_datum(100.0),
+        lambda: gdp(1e13),
+        lambda: gdp(1e13, prior_sd=1e14),
+        lambda: gdp(0.0),
+    ],
 )
 def test_vague_priors_and_raw_units_are_not_failures(model, guide):
     fitted = fit(model(), guide, key=KEY)
@@ -336,6 +382,43 @@ def test_an_unfinished_fit_of_a_proper_posterior_is_no_failure(form):
     scales = np.array([1e3, 1e-3])
     loc = np.array([2.0, -3.0]) * scales + 30 * scales
     assert at(loc, np.diag((scales / 10) ** -2.0), pair(), form) is None
+
+
+@pytest.mark.parametrize("form", [DIAGONAL, FULL])
+@pytest.mark.parametrize("centre", [0.0, 1e13])
+@pytest.mark.parametrize(("apart", "wider"), [(0.0, 1.0), (30.0, 0.1)])
+def test_a_proper_posterior_in_large_units_is_no_failure(apart, wider, centre, form):
+    """Neither at its best Gaussian nor tens of sds away, although nothing less than 10^9 changes its density."""
+    sd = 1e11 / math.sqrt(20)
+    assert at(np.array([centre + apart * sd]), np.array([[(wider * sd) ** -2.0]]), gdp(centre), form) is None
+
+
+@pytest.mark.parametrize("form", [DIAGONAL, FULL])
+@pytest.mark.parametrize(
+    ("model", "loc", "status", "names"),
+    [
+        (ramp, [1e13, 0.15], Status.UNBOUNDED, "a runs"),
+        (separable, [-1.8e12, 1e13], Status.IMPROPER, "a and b grow"),  # halfway between the classes' nearest rows
+    ],
+)
+def test_a_run_off_is_told_where_units_end(model, loc, status, names, form):
+    sds = np.maximum(0.7, np.abs(loc) / 100)
+    found = at(np.array(loc), np.diag(sds**-2.0), model(), form)
+    assert found.status is status
+    assert names in found.message
+
+
+def test_where_numbers_end_the_density_is_compared_with_a_finite_one():
+    def beyond_one(y=None):
+        a, b = numpyro.sample("a", flat()), numpyro.sample("b", dist.Normal(0, 1))
+        numpyro.factor("level", jnp.where(jnp.abs(a) < 1, -jnp.inf, 1e4))
+        numpyro.sample("y", dist.Normal(b, 1), obs=y)
+
+    # Ten thousand nats are more than the 180 of the volume, and as many at 10 as at 10^80.
+    model = Model(beyond_one, Dataset("level", {"y": np.array(0.0)}))
+    found = at(np.array([1e80, 0.0]), np.diag([1e-158, 2.0]), model, DIAGONAL)
+    assert found.status is Status.IMPROPER
+    assert "a grows without end" in found.message
 
 
 def test_a_pole_that_can_be_normalised_is_no_failure():
@@ -374,7 +457,7 @@ def test_too_few_draws_for_a_family_are_told_with_their_number():
     fitted = fit(box(10, 1e6), "mean_field", key=KEY, starts=1)
     assert fitted.status is Status.TOO_FEW_DRAWS
     assert not fitted.status.ok
-    assert fitted.message.endswith(" nats: 16,384 draws are too few for 20 parameters")
+    assert fitted.message.endswith(" nats, an estimate: 16,384 draws are too few for 20 parameters")
     assert fitted.message.startswith(f"up to {fitted.certificate.limit:.2g}")
     assert fitted.certificate.limit > 2
     assert fitted.usable  # it may be looked at, and is not judged

@@ -18,6 +18,7 @@ from toolkit.variational.guides import find_guide
 from toolkit.variational.minibatches import Minibatch, find_minibatch
 from toolkit.variational.objectives import StickTheLandingELBO
 from toolkit.variational.space import latent_space
+from toolkit.variational.starts import find_starts
 from toolkit.variational.stochastic_fits import prepare
 
 KEY = jax.random.PRNGKey(0)
@@ -237,6 +238,16 @@ def test_a_fit_by_minibatches_ends_where_the_one_by_all_rows_does(model: Model, 
     steps = fitted.traces[0].steps[-1]
     spent = fitted.cost.gradient_evaluations - 8 * steps * 0.1
     assert 0 < spent < 2_000  # the starts
+
+
+def test_steps_on_minibatches_keep_to_the_budget_of_which_they_take_their_share(model: Model) -> None:
+    """A block of 250 steps has 2,000 gradients, a tenth of which counts: two blocks can be paid for."""
+    starts = find_starts(model, key=KEY, count=1)
+    begun = starts.gradient_evaluations
+    fitted = fit(model, "mean_field", key=KEY, minibatch=100, starts=starts, max_gradients=begun + 500)
+    assert fitted.status is Status.BUDGET
+    assert fitted.traces[0].steps.tolist() == [250, 500]
+    assert fitted.cost.gradient_evaluations == begun + 400
 
 
 def test_a_guide_that_starts_decide_takes_minibatches(model: Model) -> None:

@@ -17,7 +17,11 @@ import pytest
 
 from toolkit import Dataset, Estimate, Labels, Model, Status, fit
 from toolkit.reporting.arrival import as_high, optima_cell, optima_sentences
+from toolkit.variational import gaussian_fits
 from toolkit.variational.certificates import Certificate, Scope
+from toolkit.variational.gaussian_fits import Optimum, _is_same
+from toolkit.variational.gaussians import Diagonal, Frame, Quadratic
+from toolkit.variational.solvers.svi import Trace
 from toolkit.variational.starts import Start, Starts, find_starts
 
 KEY = jax.random.PRNGKey(0)
@@ -129,6 +133,33 @@ def test_modes_of_one_height_are_told_as_such(guide: str) -> None:
     assert f"They are {SEVERAL}" in sentence
     assert "local optima" not in sentence
     assert "nothing is averaged" in sentence
+
+
+def test_places_are_compared_by_the_gaussians_own_widths() -> None:
+    """What is near log p may be bent upwards, or not bent at all: nothing to measure a distance with."""
+    frame = Frame.of(np.zeros(2), np.diag([4.0, 1.0]))
+    family, course = Diagonal(frame), Trace(np.ones(1), np.ones(1), np.full(1, np.nan))
+
+    def optimum(shift: float, elbo: float, bend: float) -> Optimum:
+        bent = Quadratic(np.zeros(2), np.zeros(2), bend * np.eye(2))
+        return Optimum(family, np.array([shift, 0.0, 0.0, 0.0]), bent, Estimate(elbo, 0.01), 0.1, course)
+
+    for bend in (-1.0, 0.0, 1.0):
+        here = optimum(0.0, -3.0, bend)
+        assert _is_same(here, optimum(0.4, -3.0, bend))
+        assert not _is_same(here, optimum(0.6, -3.0, bend))
+        assert not _is_same(here, optimum(5.0, -3.0, bend))
+        assert not _is_same(here, optimum(0.0, -4.0, bend))
+
+
+def test_a_climb_that_was_stopped_goes_on_where_it_may_lead_to_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = fit(two_modes(), "mean_field", key=KEY, starts=starts_of())
+    monkeypatch.setattr(gaussian_fits, "_SCREENED", 1)
+    far = replace(starts_of(), points=tuple(replace(point, precision=None) for point in starts_of().points))
+    cut = fit(two_modes(), "mean_field", key=KEY, starts=far)
+    assert [round(end.value, 1) for end in cut.optima] == [round(end.value, 1) for end in whole.optima]
+    monkeypatch.setattr(gaussian_fits, "EVALUATIONS", 1)  # nothing goes on: what was stopped is no optimum
+    assert len(fit(two_modes(), "mean_field", key=KEY, starts=far).optima) == 1
 
 
 def test_a_density_with_one_mode_has_one_optimum() -> None:

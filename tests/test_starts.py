@@ -10,7 +10,7 @@ import numpyro.distributions as dist
 import pytest
 
 from toolkit import Dataset, Model, fit
-from toolkit.variational.starts import find_starts
+from toolkit.variational.starts import Start, _once_each, find_starts
 
 GROUPS, ROWS = 30, 5
 
@@ -48,6 +48,18 @@ def test_a_hierarchy_without_a_mode_has_one_start_near_its_optimum(seed: int) ->
     assert starts.gradient_evaluations < 30_000
     best = fit(model, "full_rank", key=key, starts=starts)
     assert start.elbo > best.elbo.value - 3
+
+
+def test_starts_at_one_place_and_height_are_one() -> None:
+    def start(x: float, elbo: float, precision: np.ndarray | None) -> Start:
+        return Start(np.array([x, 0.0]), precision, elbo, 0.0, is_mode=True)
+
+    # Half an sd is 5 in units of ten, and a half where no scale is known.
+    for precision, near, apart in ((np.diag([0.01, 1.0]), 4.9, 5.1), (None, 0.49, 0.51)):
+        first = start(0.0, 0.0, precision)
+        assert _once_each([first, start(near, -2.9, precision)]) == [first]
+        assert len(_once_each([first, start(apart, 0.0, precision)])) == 2
+        assert len(_once_each([first, start(near, -3.1, precision)])) == 2
 
 
 def test_searches_that_are_slow_still_end_at_modes() -> None:

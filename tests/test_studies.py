@@ -48,6 +48,14 @@ def test_the_same_call_goes_on_from_what_is_kept(finished):
     pd.testing.assert_frame_equal(again.comparison.table, kept.reset_index(drop=True))
 
 
+def test_a_family_is_fitted_anew_beside_one_that_it_contains(tmp_path):
+    storage = Storage(tmp_path)
+    study(line(), guides=("full_rank",), storage=storage, **QUICK)
+    beside = study(line(), guides=("mean_field", "full_rank"), storage=storage, **QUICK)
+    assert set(beside.resumed) == {"reference"}
+    assert "fit full_rank" in study(line(), guides=("full_rank",), storage=storage, **QUICK).resumed
+
+
 def test_stopping_in_the_reference_keeps_the_fits(tmp_path):
     storage = Storage(tmp_path)
 

@@ -6,13 +6,22 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from targets import SCALES, pair
 
 from toolkit import Dataset, Model, Status, fit
 from toolkit.modelling.sites import trace_sites
 from toolkit.variational.density import LogDensity
 from toolkit.variational.gaussians import Frame, Member
 from toolkit.variational.starts import find_starts
-from toolkit.variational.tails import FlatCoordinate, find_heavy_tail, find_level_edge, flat_coordinates
+from toolkit.variational.tails import (
+    FlatCoordinate,
+    _is_held,
+    _Place,
+    _Ray,
+    find_heavy_tail,
+    find_level_edge,
+    flat_coordinates,
+)
 
 BUDGET = 60_000
 THREE = ["mean_field", "low_rank", "full_rank"]
@@ -199,6 +208,34 @@ def test_coordinates_that_are_held_cost_little():
     for found, gradients in looked_for(dummy(exceptions=1)):
         assert found is None
         assert gradients < CHEAP
+
+
+def test_a_walk_along_a_gaussian_ends_where_it_has_fallen_by_far_more_than_it_must():
+    covariance = np.array([[1.0, 0.9], [0.9, 1.0]]) * np.outer(SCALES, SCALES)
+    loc = np.array([2.0, -3.0]) * SCALES
+    ray = _Ray(LogDensity(pair()), FlatCoordinate(0, "z[0]"), 1.0, loc, covariance)
+    places = ray._walk(ray._beginning(0.0, loc), 1.0)
+    assert [place.distance for place in places] == [1.0, 3.0, 7.0]
+    # -x^2 / 2 at 3 and at 7
+    assert places[1].log_marginal - places[2].log_marginal == pytest.approx(20.0, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("heights", "held"),
+    [
+        ({1.0: -0.5, 3.0: -4.5, 7.0: -24.5}, True),
+        ({1.0: -0.5, 2.5: -24.5}, False),  # too near
+        ({1.0: -0.5, 3.0: -4.5, 7.0: -22.5}, False),  # a tail that may be level from there on is still of weight
+        ({1.0: -0.5, 3.0: -4.5, 5.0: -12.5, 6.0: -18.0, 7.0: -24.5}, True),  # short steps add up
+        ({1.0: -0.5, 3.0: -12.5, 10.0: -24.5}, False),  # over a whole decade
+        ({3.0: -3.3, 10.0: -4.8, 32.0: -6.3}, True),  # like 1 / x^1.3
+        ({3.0: -3.3, 10.0: -4.4, 32.0: -5.5}, False),  # like 1 / x^0.95
+    ],
+)
+def test_what_is_held_has_fallen_by_twenty_nats_in_half_a_decade_or_faster_than_it_must_in_a_whole(heights, held):
+    nothing = np.empty(0)
+    places = [_Place(distance, nothing, nothing, nothing, height, 0.0) for distance, height in heights.items()]
+    assert _is_held(places) == held
 
 
 def test_where_the_density_itself_rises_there_is_no_bound():

@@ -29,9 +29,10 @@ def peak_bytes(compiled: Any) -> int:
 def keep_compiled_programs() -> None:
     """Let JAX keep compiled programs in the cache folder, unless it was told where (or that it should not) already.
 
-    `JAX_ENABLE_COMPILATION_CACHE=false` turns it off. Where the folder cannot be written nothing is kept.
+    `JAX_ENABLE_COMPILATION_CACHE=false`, or JAX's option of that name, turns it off. Where the folder cannot be written
+    nothing is kept.
     """
-    if jax.config.jax_compilation_cache_dir or os.environ.get("JAX_ENABLE_COMPILATION_CACHE", "").lower() == "false":
+    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
         return
     folder: Path = cache_folder() / "jax"
     try:

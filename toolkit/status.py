@@ -15,7 +15,7 @@ class Status(Enum):
 
     ARRIVED = "the optimiser arrived: going on no longer raises the ELBO"
     BUDGET = "the optimiser used up its budget before the ELBO was known to have stopped rising"
-    UNPROVEN = "no further gain was found, but how much the family's best may lie above is not known to the tolerance"
+    UNPROVEN = "the limit on how far the family's best may lie above is higher than the tolerance"
     TOO_FEW_DRAWS = "draws are too few for the family's parameters: they can be fitted to any draws that are affordable"
     NOISY = "the ELBO is too noisy to tell whether it still rises"
     BELOW_SMALLER_FAMILY = "a smaller family that this one contains has a higher ELBO: the optimiser is at fault"

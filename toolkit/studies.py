@@ -30,7 +30,7 @@ from toolkit.variational.fits import Fit
 from toolkit.variational.fitting import AUTO, MAX_GRADIENTS, SOLVERS, fit
 from toolkit.variational.guides import DEFAULT_GUIDES, Guide, find_guide
 from toolkit.variational.keeping import fit_key, keep_fit, kept_fit
-from toolkit.variational.nesting import check_nesting, smallest_first
+from toolkit.variational.nesting import check_nesting, contains, smallest_first
 from toolkit.variational.starts import Starts, find_starts
 
 _ELBO_DRAWS = 4_096  # k-hat is had from these draws' weights, too
@@ -168,7 +168,7 @@ def study(
         "target_accept": target_accept,
         "storage": storage,
     }
-    work = _Work(model, key, tolerance, max_gradients, solver, storage, progress)
+    work = _Work(model, tuple(chosen), key, tolerance, max_gradients, solver, storage, progress)
     stages, resumed = work.stages, work.resumed
     done = {guide.name: kept for guide in chosen if (kept := work.kept(guide))}
     missing = [guide for guide in chosen if guide.name not in done]
@@ -198,6 +198,7 @@ class _Work:
     """The fits of one study; `stages` and `resumed` tell what they took and what was there already."""
 
     model: Model
+    guides: tuple[Guide, ...]
     key: jax.Array
     tolerance: float
     max_gradients: int
@@ -247,13 +248,23 @@ class _Work:
         return named_key(self.key, f"fit {guide.name}")
 
     def _name(self, guide: Guide) -> str | None:
-        """The name of the guide's kept fit: what the model computes in the guide's own chart is part of it."""
-        if self.storage is None:
+        """The name of the guide's kept fit, None where it is not kept.
+
+        What the model computes in the guide's own chart is part of it, and which guides of the panel the fit may not
+        end below: with others it might be another.
+        """
+        inside = [other for other in self.guides if other is not guide and contains(guide, other, self.model)]
+        if self.storage is None or not all(other.is_named for other in inside):
             return None
         chart = guide.chart or self.model.chart
         if chart not in self.fingerprints:
             self.fingerprints[chart] = self.model.in_chart(chart).fingerprint()
-        settings = {"tolerance": self.tolerance, "max_gradients": self.max_gradients, "solver": self.solver}
+        settings: dict[str, Any] = {
+            "tolerance": self.tolerance,
+            "max_gradients": self.max_gradients,
+            "solver": self.solver,
+            "contains": sorted(other.name for other in inside),
+        }
         return fit_key(self.fingerprints[chart], guide, self._key(guide), settings)
 
     def _starts(self, chart: str) -> Starts:

@@ -16,6 +16,7 @@ import json
 import os
 import pickle
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from competitors.runs import Clock, Problem, Run, Solver
 
 RUNS = ("cold", "warm")
 _MEMORY = Path("/proc/self/status")
+_RESET = Path("/proc/self/clear_refs")
+_PROGRAMS = ("posteriors", "targets_large")
 
 
 def load(posterior: str) -> Any:
@@ -35,17 +38,30 @@ def load(posterior: str) -> Any:
     """
     import models
 
-    known = []
-    for module in ("posteriors", "targets_large"):
-        if importlib.util.find_spec(module):
-            found = importlib.import_module(module)
-            if posterior in found.names():
-                return found.load(posterior)
-            known += found.names()
-    if posterior in models.names():
-        return models.load(posterior).model()
-    known += models.names()
-    raise ValueError(f"Expected a posterior's name, one of {', '.join(known)}; got '{posterior}'.")
+    for module in _programs():
+        if posterior in module.names():
+            return module.load(posterior)
+    check_names([posterior])
+    return models.load(posterior).model()
+
+
+def check_names(posteriors: Sequence[str]) -> None:
+    """Nothing, if each names a model that `load` finds.
+
+    Raises:
+        ValueError: One does not.
+    """
+    import models
+
+    known = [*(name for module in _programs() for name in module.names()), *models.names()]
+    for posterior in posteriors:
+        if posterior not in known:
+            like = [name for name in known if posterior in name] or known
+            raise ValueError(f"Expected a posterior's name, such as {', '.join(like)}; got '{posterior}'.")
+
+
+def _programs() -> list[Any]:
+    return [importlib.import_module(name) for name in _PROGRAMS if importlib.util.find_spec(name)]
 
 
 def memory(field: str) -> float | None:
@@ -57,6 +73,15 @@ def memory(field: str) -> float | None:
         if name == field:
             return int(value.split()[0]) / 1024
     return None
+
+
+def reset_peak() -> bool:
+    """Whether the system let `VmHWM` begin anew at what the process holds now, as `proc(5)` says that 5 does."""
+    try:
+        _RESET.write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def missing(solver: Solver) -> list[str]:
@@ -82,9 +107,9 @@ def run_solver(solver: Solver, problem: Problem, folder: Path, *, runs: list[str
 
     solve = solver.prepare(problem)
     jax.block_until_ready(jax.numpy.zeros(1) + 1)  # the backend starts here, not in somebody's seconds
-    before = memory("VmRSS")
     for number, run in enumerate(runs):
         marker = folder / "running"
+        before = memory("VmRSS") if reset_peak() else None
         marker.write_text(run)
         clock = Clock(limit)
         outcome = solve(seed + number, clock)
@@ -107,7 +132,7 @@ def measured(problem: Problem, outcome: Run, seconds: float, peak: float | None,
     }
     if path:
         steps, _, elbo = path[-1]
-        row |= {"steps": steps, "elbo": round(elbo.value, 5), "se": round(elbo.se, 5)}
+        row |= {"steps": steps, "elbo": round(elbo.value, 5), "se": round(elbo.se, 5), "draws": elbo.draws}
         row["path"] = " ".join(f"{steps}:{seconds}:{elbo.value:.4f}" for steps, seconds, elbo in path)
     return row
 

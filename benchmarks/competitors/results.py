@@ -10,16 +10,24 @@ from pathlib import Path
 from typing import Any
 
 TARGET = 0.1  # nats from the family's optimum at which a solver has arrived
+_ERRORS = 3  # standard errors that an ELBO may lie beyond it
+_NEAREST = TARGET / 10  # nats: as near as the looks' errors let one tell, see `_arrival`
 GRID_BEST = "numpyro_grid_best"
 COLUMNS = (
     *("posterior", "guide", "solver", "run", "status", "nats", "elbo", "se", "optimum", "seconds", "seconds_to_target"),
-    *("steps", "gradient_evaluations", "peak_mb", "limit", "seed", "version", "day", "note", "path"),
+    *("draws", "steps", "gradient_evaluations", "peak_mb", "limit", "seed", "version", "day", "note", "path"),
 )
 OUTRUN = "outrun"  # ended once a sibling in the step-size grid had arrived sooner
 REPEATED = ("failed", "not installed")  # a cell that ended so is run again
 
 Row = dict[str, str]
 Cell = tuple[str, str, str]
+
+
+def readable(value: float) -> str:
+    """A positive number with two significant digits, or all that stand before the point."""
+    places = max(0, 1 - math.floor(math.log10(value))) if value > 0 else 0
+    return f"{value:.{places}f}"
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,9 @@ class Ratio:
 
     value: float
     bound: bool = False
+
+    def __str__(self) -> str:
+        return f"{'>' if self.bound else ''}{readable(self.value)}"
 
 
 @dataclass(frozen=True)
@@ -120,17 +131,51 @@ def completed(row: Mapping[str, Any], optima: Mapping[tuple[str, str], float]) -
         text["nats"] = f"{optimum - float(text['elbo']):.4f}"
     ended = Seconds.read(text["seconds"])
     if ended:
-        text["seconds_to_target"] = str(_arrival(text["path"], optimum) or Seconds(ended.value, censored=True))
+        arrival = _arrival(text["path"], optimum, _number(text["se"]))
+        text["seconds_to_target"] = str(arrival or Seconds(ended.value, censored=True))
     return text
 
 
-def _arrival(path: str, optimum: float) -> Seconds | None:
-    """When the path first came within the target."""
+def has_arrived(nats: float, se: float) -> bool:
+    """Whether an ELBO so far below the optimum has reached the target: one rule for every solver, ours included."""
+    return nats <= reach(se)
+
+
+def reach(se: float) -> float:
+    """How many nats below the optimum an ELBO with that standard error may seem to lie and have arrived.
+
+    The target and three errors, but at most the target twice, and no errors where there is no number: a run that
+    diverged has a large error or none, and must not arrive by it.
+    """
+    return TARGET + (min(_ERRORS * se, TARGET) if math.isfinite(se) else 0.0)
+
+
+def _arrival(path: str, optimum: float, se: float) -> Seconds | None:
+    """When a path came within reach: between its first look there and the look before, if there is one.
+
+    Between two looks the logarithm of the distance is taken to fall evenly, which puts the arrival earlier than a
+    straight line between the distances would. A look nearer than a tenth of the target counts as being just there.
+    """
+    before = None
     for point in path.split():
         _, seconds, elbo = point.split(":")
-        if optimum - float(elbo) <= TARGET:
-            return Seconds(float(seconds))
+        look = float(seconds), optimum - float(elbo)
+        if has_arrived(look[1], se):
+            return Seconds(look[0] if before is None else _crossing(before, look, reach(se)))
+        before = look
     return None
+
+
+def _crossing(before: tuple[float, float], after: tuple[float, float], distance: float) -> float:
+    """The seconds at which a distance is crossed, between two looks `(seconds, distance)`."""
+    if not math.isfinite(before[1]):
+        return after[0]  # from a density of zero there is no known way down
+    share = math.log(before[1] / distance) / math.log(before[1] / max(after[1], _NEAREST))
+    return before[0] + share * (after[0] - before[0])
+
+
+def _number(text: str) -> float:
+    return float(text or "nan")
 
 
 def grid_best(members: Sequence[Row]) -> Row:
@@ -175,9 +220,8 @@ def geometric_mean(ratios: Sequence[Ratio]) -> float | None:
 def summarise(rows: Sequence[Row], *, solver: str, run: str, column: str = "seconds") -> Summary:
     """How many times elbowroom's seconds a solver took, over the posteriors and guides that both have.
 
-    Only rows of one day are compared. With the column `seconds_to_target` elbowroom must have arrived as well: where it
-    ended more than the target (and three standard errors) short, or where no yardstick says, the cell is left out and
-    counted.
+    Only rows of one day are compared. With the column `seconds_to_target` elbowroom must have arrived as well
+    (`has_arrived`): where it has not, or where no yardstick says, the cell is left out and counted.
 
     Args:
         rows: The table.
@@ -198,7 +242,7 @@ def summarise(rows: Sequence[Row], *, solver: str, run: str, column: str = "seco
         if row["solver"] != solver or row["run"] != run or row_key(row) not in own:
             continue
         ours = own[row_key(row)]
-        reason, ratio = _ratio(row, ours, column)
+        reason, ratio = ratio_of(row, ours, column)
         if ratio is None:
             left_out[reason] += 1
         else:
@@ -212,14 +256,14 @@ def row_key(row: Mapping[str, str]) -> tuple[str, str]:
     return row["posterior"], row["guide"]
 
 
-def _ratio(row: Row, ours: Row, column: str) -> tuple[str, Ratio | None]:
+def ratio_of(row: Row, ours: Row, column: str) -> tuple[str, Ratio | None]:
     """The ratio of one cell, or why there is none: seconds of two days may be those of two machines."""
     if row["day"] != ours["day"]:
         return "of another day", None
     if column == "seconds_to_target":
         if not ours["optimum"]:
             return "without a yardstick", None
-        if not float(ours["nats"] or "inf") <= TARGET + 3 * float(ours["se"] or 0):
+        if not has_arrived(_number(ours["nats"]), _number(ours["se"])):
             return "where elbowroom did not arrive", None
     theirs, seconds = Seconds.read(row[column]), Seconds.read(ours["seconds"])
     if theirs is None or seconds is None:

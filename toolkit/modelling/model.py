@@ -67,7 +67,8 @@ class Model:
         exact: Draws from the posterior where it is known: `exact(key, draws)` gives site name to `(draws, ...)`.
         log_evidence: log p(x) in nats, where it is known.
         labels: What may be relabelled without changing the density, such as topics.
-        log_concave: Declares that the posterior density is log-concave in unconstrained space.
+        log_concave: Declares that the posterior density is log-concave in the unconstrained space of the model's own
+            chart.
         name: For machines and files; the callable's name if empty.
         title: For the report; the name if empty.
         question: One sentence that the model answers.

@@ -9,7 +9,8 @@ techniques for determining solution quality in stochastic programs, section 2). 
 taken on the same draws. Several independent sets of draws give a mean, its standard error and an upper 95 % limit. The
 maximum over a finite set of draws is too high by what the set can be fitted to; so the bound closes only as the sets
 grow. The draws' own mean and covariance are matched to the normal's (`matched_draws`), which leaves less to be fitted
-to, none at all where log p is quadratic, and every single draw as it was.
+to, none at all where log p is quadratic. A climb that is cut short leaves an estimate, since what it could still have
+gained is known from below only.
 
 The maximum is found by a climb from the fit: the bound speaks of the optimum that this climb reaches, and is `LOCAL`.
 Where the model declares a log-concave posterior and the family is closed under mixing of locations and factors, the
@@ -56,7 +57,7 @@ class Certificate:
             never 0.
         limit: The upper 95 % limit of the gap in nats, by Student's t: what to read and to report.
         scope: Whether it bounds the gap to the best of the family (`GLOBAL`), to the best that can be reached by
-            climbing (`LOCAL`), or estimates the latter (`ESTIMATE`).
+            climbing (`LOCAL`), or estimates the latter (`ESTIMATE`), which may also be too low.
         draws: In each set.
         sets: Independent sets of draws.
     """
@@ -121,7 +122,8 @@ def bound_gap(
         sets: Independent sets of draws, at least two.
         hopeless: A gain in nats; if the first climb gains more, no bound is asked for.
         pairs: What earlier climbs of this family have learned of its curvature.
-        max_evaluations: The most evaluations of a climb; what it leaves is added to the bound.
+        max_evaluations: The most evaluations of a climb; what it seems to leave is added, and makes an estimate of the
+            bound.
         report: Called at each evaluation with its number and the ELBO.
     """
     ends = list[Climbed]()
@@ -145,7 +147,9 @@ def bound_gap(
         gains.append(end.elbo - end.begun + max(end.residual, residual))
         if gains[0] > hopeless:
             return Bounded(None, np.array(gains), tuple(ends))
-    return Bounded(_certificate(np.array(gains), scope, draws), np.array(gains), tuple(ends))
+    # What is known of how much a climb has left when it is cut short is known from below.
+    reached = scope if all(end.arrived for end in ends) else Scope.ESTIMATE
+    return Bounded(_certificate(np.array(gains), reached, draws), np.array(gains), tuple(ends))
 
 
 def estimate_gap(

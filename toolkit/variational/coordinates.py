@@ -16,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro.infer import autoguide
 
-from toolkit.variational.gaussians import best_low_rank, inverse_factor
+from toolkit.variational.block_guides import AutoBlockNormal
+from toolkit.variational.gaussians import best_factor, best_low_rank, inverse_factor
+from toolkit.variational.guides import default_rank
 from toolkit.variational.space import Space
 from toolkit.variational.starts import DENSE_LIMIT, Start
 
@@ -41,13 +43,21 @@ class Coordinates:
 
 
 def coordinates(guide: Any, space: Space) -> Coordinates | None:
-    """The coordinates for a Gaussian autoguide; None for any other guide."""
-    if isinstance(guide, autoguide.AutoNormal | autoguide.AutoDiagonalNormal):
+    """The coordinates for a Gaussian autoguide whose Gaussian is its own to choose; None for any other guide.
+
+    Args:
+        guide: An autoguide that has been set up on its model.
+        space: The model's latent sites in the guide's chart.
+    """
+    kind = type(guide)  # exactly these: a subclass may give the parameters another meaning
+    if kind in (autoguide.AutoNormal, autoguide.AutoDiagonalNormal):
         return _diagonal(guide, space)
-    if isinstance(guide, autoguide.AutoMultivariateNormal):
+    if kind is autoguide.AutoMultivariateNormal:
         return _dense(guide, space.size)
-    if isinstance(guide, autoguide.AutoLowRankMultivariateNormal):
+    if kind is autoguide.AutoLowRankMultivariateNormal:
         return _low_rank(guide, space.size)
+    if kind is AutoBlockNormal:
+        return _blocks(guide)
     return None
 
 
@@ -108,7 +118,7 @@ def _dense(guide: Any, size: int) -> Coordinates:
         if size <= _PRODUCT_LIMIT:
             scale_triu = (above + jnp.diag(scales)) @ frame["factor"].T
         else:
-            scale_triu = frame["upper"] + above * frame["row_scale"] + jnp.diag(frame["diagonal"] * scales)
+            scale_triu = frame["upper"] + above * frame["row_scale"][None, :] + jnp.diag(frame["diagonal"] * scales)
         loc = _location(given["shift"], frame)
         return {f"{guide.prefix}_loc": loc, f"{guide.prefix}_scale_tril": scale_triu.T}
 
@@ -116,8 +126,34 @@ def _dense(guide: Any, size: int) -> Coordinates:
     return Coordinates(zeros, frame, to_params)
 
 
+def _blocks(guide: AutoBlockNormal) -> Coordinates:
+    size, order, pattern = guide.blocks.size, np.array(guide.blocks.order), guide.blocks.pattern
+    rows, columns = np.nonzero(np.tril(pattern, -1))
+    widest = pattern.sum(1).max()
+
+    def frame(start: Start) -> dict[str, np.ndarray]:
+        root = _UNKNOWN_SCALE * np.eye(size)
+        if start.precision is not None:
+            root = best_factor(start.precision[np.ix_(order, order)], pattern)
+        return _whitening(start) | {"root": root}
+
+    def to_params(given: dict[str, Any], frame: dict[str, Any]) -> dict[str, Any]:
+        # Divided as in `_dense`, by the most entries that a row has.
+        scales, below = jnp.exp(given["log_diagonal"]), given["below"] / np.sqrt(widest)
+        root = frame["root"]
+        if size <= _PRODUCT_LIMIT:  # a product of two matrices with the pattern has it
+            scale_tril = root @ jnp.diag(scales).at[rows, columns].set(below)
+        else:
+            stretched = root + jnp.diag(jnp.diagonal(root) * (scales - 1))
+            scale_tril = stretched.at[rows, columns].add(below * jnp.linalg.norm(root, axis=1)[rows])
+        return {f"{guide.prefix}_loc": _location(given["shift"], frame), f"{guide.prefix}_scale_tril": scale_tril}
+
+    zeros = {"shift": np.zeros(size), "log_diagonal": np.zeros(size), "below": np.zeros(len(rows))}
+    return Coordinates(zeros, frame, to_params)
+
+
 def _low_rank(guide: Any, size: int) -> Coordinates:
-    rank = round(size**0.5) if guide.rank is None else guide.rank
+    rank = default_rank(size) if guide.rank is None else guide.rank
     # A factor of exactly zero is a saddle of the ELBO, from which no gradient leads away.
     noise = 1e-2 * np.random.default_rng(0).standard_normal((size, rank))
 

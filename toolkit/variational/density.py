@@ -29,6 +29,7 @@ _FEW, _FEW_SCALARS = 8, 128_000  # the same where few are asked for: with so man
 _WORTH_MANY = 0.25  # of a batch, from which on the program for many is the cheaper one
 _BATCH_SCALARS = 2_000_000  # all sites counted, in one batch; 16 MB each
 _KEPT = 16  # pairs of programs in a process
+_DIFFERENCE = 1e-4  # of a coordinate, or of one: a step where no scale is known
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,6 @@ class _Programs:
     many: Any
     width: int
     batch: int
-    seconds: float
     peak_bytes: int
     holds: tuple[Any, ...]
 
@@ -97,6 +97,29 @@ class LogDensity:
         return values, gradients
 
 
+def central_differences(
+    density: LogDensity, loc: np.ndarray, steps: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The Hessian (size, size) of log p at a point and the gradient there (size,), from gradients around it.
+
+    Args:
+        density: Log p(x, z).
+        loc: The point, (size,).
+        steps: To both sides along each coordinate, (size,); `difference_steps` if None.
+    """
+    steps = difference_steps(loc) if steps is None else steps
+    apart = np.diag(steps)
+    _, gradients = density.over(np.concatenate([loc + apart, loc - apart]))
+    above, below = np.split(gradients, 2)
+    hessian = (above - below) / (2 * steps[:, None])
+    return (hessian + hessian.T) / 2, (above + below).mean(0) / 2
+
+
+def difference_steps(loc: np.ndarray) -> np.ndarray:
+    """Steps (size,) for differences at a point around which no scale is known."""
+    return _DIFFERENCE * np.maximum(np.abs(loc), 1.0)
+
+
 def _found(model: Model, chart: str, space: Space, arrays: Any) -> tuple[_Programs, bool]:
     """The programs for a model, made if no model of the same code, static values and shapes had them made before."""
     key, holds = _key(model, chart, space)
@@ -134,8 +157,6 @@ def _identity(value: Any) -> Hashable:
 
 
 def _compiled(model: Model, chart: str, space: Space, arrays: Any, holds: tuple[Any, ...]) -> _Programs:
-    begun = time.perf_counter()
-
     def log_density(vector: Any, arrays: Any) -> Any:
         return model.log_density(space.unravel(vector), arrays, chart)
 
@@ -157,4 +178,4 @@ def _compiled(model: Model, chart: str, space: Space, arrays: Any, holds: tuple[
     with ThreadPoolExecutor(2) as pool:
         # At XLA's own level the program for many runs up to 1.7 times as fast, and the one for few does not.
         few, many = pool.map(lambda lowered, options: lowered.compile(options), lowered, (QUICK, {}))
-    return _Programs(few, many, width, batch, time.perf_counter() - begun, peak_bytes(many), holds)
+    return _Programs(few, many, width, batch, peak_bytes(many), holds)

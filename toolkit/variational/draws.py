@@ -79,7 +79,8 @@ def matched_draws(count: int, size: int, *, key: Key) -> np.ndarray:
     is a standard normal draw (exactly, if the draws to begin with are independent): means stay unbiased.
 
     Args:
-        count: A power of two. Below four times `size` only each coordinate's own mean and variance are matched.
+        count: A power of two. Below four times `size` only each coordinate's own mean and variance are matched, and its
+            tails are shorter than the normal's by O(1 / count).
         size: Numbers in each draw.
         key: Random key.
 

@@ -19,6 +19,7 @@ faster. A collapse is therefore a density without a bound, and its sentence name
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -31,8 +32,8 @@ from toolkit.modelling.density import invalid_sites
 from toolkit.modelling.model import Model
 from toolkit.status import Status
 from toolkit.variational.autoguides import GaussianForm
-from toolkit.variational.density import LogDensity
-from toolkit.variational.draws import Key, branch, matched_draws
+from toolkit.variational.density import LogDensity, central_differences
+from toolkit.variational.draws import Key, branch, matched_draws, power_of_two
 from toolkit.variational.gaussians import Diagonal, Family, Frame, Member, Quadratic, Triangular
 from toolkit.variational.solvers.fixed_draws import FixedDrawsELBO, climb
 from toolkit.variational.space import Space
@@ -50,7 +51,7 @@ _FAR = 1e4  # a scale's factor, or sds of the fit, that no fit should still be f
 _FLAT_CURVATURE = 1e-5  # of a direction, in units of what single coordinates have
 _FLATTER = 0.05  # the same, where draws are what it is known by
 _STRAIGHTENING = (1.0,) * 6 + (30.0,) * 2
-_FLAT_RAY = (1e3, 1e5, 1e7)  # conditional sds
+_FLAT_RAY = (1e3, 1e5, 1e7)  # conditional sds; one that is 7e9 times what it is taken for reads as flat
 _FLAT_CHANGE = 1e-6  # nats
 _NAMED = 0.3  # of the largest: coordinates with so much of a direction are named with it
 _MOST_NAMED = 4
@@ -64,12 +65,18 @@ _RIDGE_CURVATURE = 0.02  # below which it is walked along: in these parameters, 
 _RIDGE = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # logarithms of factors: beyond the last, squares are no numbers
 _RIDGE_CHANGE = 0.05  # nats, by which even a prior with an sd of 900 on a logarithm ends the walk
 _OUTWARDS = (10.0, 100.0, 1e3)  # times as far from the origin
+_INWARDS = np.geomspace(1e-90, 1.0, 31)  # parts of the way from the origin, at which a density may be finite
 _NARROWINGS = 4
 _RESOLUTION = 1e-14  # of a location: narrower Gaussians have draws that are no longer distinct numbers
 _LEAST = 1e-100
 _LARGE = 1e8  # unconstrained units, from which a fit is looked at more closely
-_BEYOND = 1e12  # from which no further proof is asked for
+_BEYOND = 1e12  # from which it is a run-off if it gains by going as much farther as `_OUTWARDS` says
+_NO_SQUARES = math.sqrt(_LARGEST)  # from which nothing can be measured, and no further proof is asked for
 _WIDER = 1.5
+# Of a Gaussian so much wider: an edge just outside the farthest of 1,024 to 16,384 draws, where a normal's upper tail
+# is one in so many, lies 3.1 to 3.8 sds away, and beyond it are 2 to 0.5 % of the wider one's draws. With less than
+# this (an edge 4.1 sds away, beyond which a climb's draws hardly come) it is not the edge that holds the fit.
+_SQUEEZED = 0.003
 _DENSE = 300  # dimensions up to which a fit's covariance is looked at as a matrix
 
 
@@ -110,7 +117,7 @@ def find_failure(
             return None
         return (
             _flat_anywhere(density, member)
-            or _beyond_numbers(density, form, member)
+            or _beyond_units(density, member, key=branch(key, 3))
             or _running_off(density, form, member, key=branch(key, 1))
             or _collapsing(density, member, key=branch(key, 2))
         )
@@ -184,9 +191,10 @@ def _flattest(objective: FixedDrawsELBO, x: np.ndarray) -> tuple[float, np.ndarr
 def describe_edge(
     density: LogDensity, model: Model, chart: str, family: Family, member: Member, *, key: Key
 ) -> Failure | None:
-    """The share of a Gaussian's draws that have no finite density, and which site breaks it; None where all have.
+    """The share of a Gaussian's draws that have no finite density, and which site breaks it; None without an edge.
 
-    A climb squeezes a Gaussian until none of its draws cross an edge; so one half as wide again is asked.
+    A climb squeezes a Gaussian until none of its draws cross an edge; so one half as wide again is asked, and an edge
+    is told where as many of its draws lie beyond as squeezing implies.
 
     Args:
         density: Log p(x, z).
@@ -197,15 +205,17 @@ def describe_edge(
         key: Random key.
     """
     base = matched_draws(_DRAWS_AN_EDGE, family.base, key=key)
-    for wider, words in ((1.0, ""), (_WIDER, " half as wide again")):
+    if member.columns is not None and member.factor is None:  # NumPyro's parameters, without what draws are made by
+        member = family.member(family.near(member))
+    for wider, share, words in ((1.0, 0.0, ""), (_WIDER, _SQUEEZED, " half as wide again")):
         with np.errstate(all="ignore"):
             points = member.loc + wider * (family.points(member, base) - member.loc)
             values, gradients = density.over(points)
         broken = ~(np.isfinite(values) & np.isfinite(gradients).all(1))
-        if broken.any():
+        if broken.mean() > share:
             sites = name_invalid(model, chart, density.space, points[np.flatnonzero(broken)[0]])
-            share = f"{broken.mean():.2g} of {len(base):,} draws of a Gaussian{words} have no finite density"
-            return Failure(Status.DIVERGED, f"{share}{sites}")
+            lost = f"{broken.mean():.2g} of {len(base):,} draws of a Gaussian{words} have no finite density"
+            return Failure(Status.DIVERGED, f"{lost}{sites}")
     return None
 
 
@@ -247,13 +257,15 @@ def _flat_anywhere(density: LogDensity, member: Member) -> Failure | None:
     if density.size > _DENSE:
         return None
     origin = np.zeros(density.size)
+    # A conditional sd may be any number of raw units; the fit's own is about that or more.
+    units = np.clip(np.nan_to_num(_sds(member), nan=1.0), 1.0, _NO_SQUARES)
     for loc in (origin,) if _is_far_out(member) else (origin, member.loc):
-        curvature = -_second_differences(density, loc)
+        curvature = -central_differences(density, loc)[0]
         if not np.isfinite(curvature).all():
             continue
         for number in np.flatnonzero(np.abs(np.diag(curvature)) < _FLAT_CURVATURE):
             line = np.zeros(density.size)
-            line[number] = 1.0
+            line[number] = units[number]
             if _is_flat(density, loc, line):
                 return _along(density.space, line)
         found = _flat_by(density, loc, curvature)
@@ -286,15 +298,6 @@ def _inverses(covariance: np.ndarray) -> list[np.ndarray]:
         return []
     values, vectors = scipy.linalg.eigh(covariance / np.outer(sds, sds))
     return [(vectors / np.maximum(values, 1e-15)) @ vectors.T / np.outer(sds, sds)]
-
-
-def _second_differences(density: LogDensity, loc: np.ndarray) -> np.ndarray:
-    """The Hessian (size, size) at a point, by central differences of the gradient."""
-    steps = 1e-4 * np.maximum(np.abs(loc), 1.0)
-    _, gradients = density.over(np.concatenate([loc + np.diag(steps), loc - np.diag(steps)]))
-    above, below = np.split(gradients, 2)
-    hessian = (above - below) / (2 * steps[:, None])
-    return (hessian + hessian.T) / 2
 
 
 def _straightened(
@@ -375,18 +378,57 @@ def _running_off(density: LogDensity, form: GaussianForm, member: Member, *, key
     return None
 
 
-def _beyond_numbers(density: LogDensity, form: GaussianForm, member: Member) -> Failure | None:
-    """What a Gaussian is a sign of that has already gone further than any model's units can explain."""
+def _beyond_units(density: LogDensity, member: Member, *, key: Key) -> Failure | None:
+    """What a Gaussian is a sign of that has gone further than most units explain, and gains by going further.
+
+    A sum of money may lie at 10^13 with an sd of 10^11, which is no run-off: ten times as far its ELBO is lower. Where
+    squares are no numbers nothing can be measured, and what has come there has run off.
+    """
     narrow = _too_narrow(density.space, member)
     if narrow:
         return narrow
     sds = _sds(member)
     logs, moved = np.log(sds), np.abs(member.loc)
-    if sds.max() < _BEYOND and moved.max() < _BEYOND:
+    sizes = np.maximum(sds, moved)
+    if sizes.max() < _BEYOND:
         return None
-    there, origin = density.over(np.stack([member.loc, np.zeros(density.size)]))[0]
-    energy = there - origin if math.isfinite(origin) else there
-    return _named(density.space, energy, float(np.log(np.maximum(sds, moved)).max()), logs, moved)
+    if sizes.max() < _NO_SQUARES:
+        rises = _farther_out(density, member, sizes >= _LARGE, key=key)
+        return _named(density.space, *rises, logs, moved) if rises else None
+    # A density alone means nothing: it is compared with the finite one nearest to the origin, on the way there.
+    heights = density.over(np.append(0.0, _INWARDS)[:, None] * member.loc)[0]
+    finite = heights[np.isfinite(heights)]
+    energy = heights[-1] - (finite[0] if len(finite) else 0.0)
+    return _named(density.space, energy, float(np.log(sizes).max()), logs, moved)
+
+
+def _farther_out(density: LogDensity, member: Member, far: np.ndarray, *, key: Key) -> tuple[float, float] | None:
+    """The rises in nats of the mean log density and the entropy as what is far out goes a thousand times as far.
+
+    By decades, each three times as wide as the one before, which is clearer of a cone's edges; None where one of them
+    gains nothing.
+    """
+    apart = _apart(member, key=key)
+    begun = before = density.over(member.loc + apart)[0]
+    for nearer, times in itertools.pairwise((1.0, *_OUTWARDS)):
+        points = np.where(far, times * member.loc + math.sqrt(times) * apart, member.loc + apart)
+        values = density.over(points)[0]
+        if not _is_gain(values - before, far.sum() * math.log(times / nearer) / 2):
+            return None
+        before = values
+    return float((before - begun).mean()), float(far.sum() * math.log(_OUTWARDS[-1]) / 2)
+
+
+def _apart(member: Member, *, key: Key) -> np.ndarray:
+    """Draws of a Gaussian less its location, (draws, size), for which nothing is inverted: far out that may fail."""
+    size = len(member.loc)
+    columns = np.zeros((size, 0)) if member.columns is None or member.factor is not None else member.columns
+    width = size + columns.shape[1]
+    base = matched_draws(max(_DRAWS, power_of_two(4 * width)), width, key=key)
+    if member.factor is not None:
+        return base @ member.factor.T
+    assert member.scale is not None
+    return member.scale * (base[:, :size] + base[:, size:] @ columns.T)
 
 
 def _too_narrow(space: Space, member: Member) -> Failure | None:
@@ -449,7 +491,7 @@ def _is_far_out(member: Member) -> bool:
 
 
 def _sds(member: Member) -> np.ndarray:
-    return np.sqrt(np.diag(member.covariance()))
+    return np.sqrt(member.variances)
 
 
 @dataclass(frozen=True)
@@ -469,7 +511,7 @@ def _stage(density: LogDensity, family_in: Callable[[Frame], Family], member: Me
     family = family_in(frame)
     quadratic = Quadratic(frame.loc, np.zeros(family.size), frame.precision)
     before = family.member(family.near(member))
-    draws = max(_DRAWS, 1 << (4 * family.base - 1).bit_length())
+    draws = max(_DRAWS, power_of_two(4 * family.base))
     base, fresh = (matched_draws(draws, family.base, key=branch(key, i)) for i in range(2))
     objective = FixedDrawsELBO(density, family, quadratic, base)
     begun = density.over(family.points(before, fresh))[0]
@@ -525,7 +567,7 @@ def _is_suspicious(density: LogDensity, form: GaussianForm, member: Member, *, k
     if frame is None:
         return True
     family = form.family(frame)
-    base = matched_draws(max(_DRAWS, 1 << (4 * family.base - 1).bit_length()), family.base, key=key)
+    base = matched_draws(max(_DRAWS, power_of_two(4 * family.base)), family.base, key=key)
     member = family.member(family.near(member))
     apart = family.points(member, base) - member.loc
     values, gradients = density.over(member.loc + apart)

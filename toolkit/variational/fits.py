@@ -31,6 +31,7 @@ from toolkit.variational.certificates import Certificate
 from toolkit.variational.guides import Guide
 from toolkit.variational.objectives import log_weight
 from toolkit.variational.solvers.svi import Trace
+from toolkit.variational.space import latent_space
 
 _SCALARS_AT_ONCE = 32_000_000  # drawn at once, all sites counted: 256 MB
 
@@ -50,10 +51,10 @@ class Fit:
         certificate: How far the family's best may lie above this fit; None where there is none, see `message` or
             `why`.
         optima: The ELBO in nats of each distinct optimum that the starts led to, the reported one first; from SVI,
-            whose ends scatter, of the end of each start, whether at one optimum or not.
+            whose ends scatter, of the end of each start that was followed, whether at one optimum or not.
         solver: What fitted it.
         why: Why that solver.
-        traces: The course of the best start to each optimum; from SVI, of each start.
+        traces: The course of the best start to each optimum; from SVI, of each start that the budget paid for.
         invalid_steps: Steps skipped because loss or gradient were NaN or infinite.
         cost: Time, gradient evaluations, memory.
         autoguide: NumPyro's guide; everything that NumPyro does with a guide works with it and `params`.
@@ -87,9 +88,10 @@ class Fit:
 
     @property
     def gap_bound(self) -> Estimate | None:
-        """The certificate's bound in nats on how much the family's best may lie above; None without a certificate.
+        """The certificate's gap in nats, how much the family's best may lie above; None without a certificate.
 
-        A bound in expectation, with the standard error of its mean: `gap_limit` is what to hold against a tolerance.
+        A bound in expectation, or an estimate where `certificate.scope` says so, with the standard error of its mean:
+        `gap_limit` is what to hold against a tolerance.
         """
         return self.certificate.gap if self.certificate else None
 
@@ -147,23 +149,20 @@ class Fit:
         return np.concatenate(list(pieces))[:draws]
 
     def log_density(self, latents: Mapping[str, Any]) -> np.ndarray:
-        """Log q(z) of latent sites `(draws, ...)` in the guide's chart, shape (draws,), in nats.
+        """Log q(z) of latent sites `(draws, ...)` in the guide's chart, shape (draws,), in nats; others are ignored.
 
         The density is with respect to the constrained sites' own volume, as NumPyro's `log_density` has it.
 
         Raises:
-            ValueError: The fit failed, or its family has no density in closed form.
+            ValueError: The fit failed, its family has no density in closed form, or a site is missing or of another
+                shape.
         """
         self._require_density()
         if isinstance(self.autoguide, AutoDAIS):
             text = f"Expected a density in closed form; '{self.guide.name}' gives weights only."
             raise ValueError(text)  # noqa: TRY004 - the family's limit, not an argument's type
         with jax.enable_x64(True):
-            return np.asarray(
-                jax.lax.map(
-                    lambda z: self._log_density(z), {k: np.asarray(v) for k, v in latents.items()}, batch_size=BATCH
-                )
-            )
+            return np.asarray(jax.lax.map(self._log_density, self._chosen(latents), batch_size=BATCH))
 
     @property
     def _program(self) -> Callable[..., Any]:
@@ -222,6 +221,21 @@ class Fit:
     def _require_usable(self) -> None:
         if not self.usable:
             raise ValueError(f"Expected a fit that can draw; '{self.guide.name}' has none: {self.status.value}.")
+
+    def _chosen(self, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """The chart's latent sites of all that is given, each with its shape behind the number of draws."""
+        space, arrays = latent_space(self.model, self.chart), self.model.arrays
+        origin = space.unravel(np.zeros(space.size))
+        sites = jax.eval_shape(lambda: self.model.constrain(origin, arrays, self.params, chart=self.chart))
+        latents = {name: np.asarray(given[name]) for name in space.names if name in given}
+        draws = {len(values) for values in latents.values() if values.ndim}
+        if any(name not in latents or latents[name].shape[1:] != sites[name].shape for name in space.names) or (
+            len(draws) != 1
+        ):
+            wanted = ", ".join(f"{name} ({', '.join(['draws', *map(str, sites[name].shape)])})" for name in space.names)
+            told = ", ".join(f"{name} {values.shape}" for name, values in latents.items()) or "none of them"
+            raise ValueError(f"Expected the latent sites of chart '{self.chart}', which are {wanted}; got {told}.")
+        return latents
 
     def _require_density(self) -> None:
         self._require_usable()

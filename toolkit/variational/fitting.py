@@ -71,13 +71,15 @@ def fit(
         key: Random key; the same key gives the same fit.
         tolerance: In nats: the optimisation gap that is good enough. Gaussian guides are worked on until their
             certificate's upper limit is below it; others until a step no longer gains a fraction of it.
-        max_gradients: The budget, in gradients of the log density at one point each, the starts counted. Climbs and
-            certificate keep to it; the search for starts and the diagnosis of a failure always run to their end.
+        max_gradients: The budget, in gradients of the log density at one point each, the starts counted. Climbs, SVI's
+            steps and the certificate keep to it; the search for starts and the diagnosis of a failure always run to
+            their end.
         solver: `"fixed_draws"` (a quasi-Newton method on the ELBO of common draws), `"natural_gradient"` (full-rank
             Gaussians in high dimension), `"svi"` (NumPyro's, for any guide), or `"auto"`, which chooses and says why.
         starts: How many dispersed searches for a mode to begin with, or their result (`find_starts`), which several
             guides may share.
-        smaller: Fits of the same model; the guide is not left below those of families that it contains.
+        smaller: Fits of the same model; a Gaussian guide is not left below those of families that it contains. SVI does
+            not look at them.
         prepared: The result of `prepare` for this model and guide, where the solver is SVI; made here if None.
         elbo_draws: Fresh draws behind the ELBO of a guide that is not fitted by SVI, and behind its log weights, from
             which k-hat is had. If None, as many as make the ELBO's standard error a tenth of the tolerance, from 1,024
@@ -88,7 +90,8 @@ def fit(
 
     Raises:
         ValueError: The guide's name, its chart or the solver is unknown, the guide cannot be built for this model or
-            fitted by that solver, the starts are of another chart, or the model's rows cannot be taken in batches.
+            fitted by that solver, starts or smaller fits are of another chart or model, or the model's rows cannot be
+            taken in batches.
     """
     guide = find_guide(guide)
     chart = guide.chart or model.chart
@@ -105,6 +108,12 @@ def fit(
             f"Expected elbo_draws to be None or at least {_LEAST_ELBO_DRAWS}, so that its error is known; "
             f"got {elbo_draws}."
         )
+    for other in smaller:
+        if other.model is not model:
+            raise ValueError(
+                f"Expected smaller fits of this very model; got '{other.guide.name}' of '{other.model.name}'"
+                f"{', another object of that name' if other.model.name == model.name else ''}: pass those of this one."
+            )
     if minibatch is not None and solver not in (AUTO, SVI):
         raise ValueError(f"Expected solver '{SVI}' for minibatches, which no other takes; got '{solver}'.")
     batch = None if minibatch is None else find_minibatch(model, minibatch)
@@ -281,7 +290,7 @@ def _by_gaussian(
     members = []
     for other in smaller:
         smaller_form = gaussian_form(other.autoguide, starts.space)
-        if other.usable and smaller_form and contains(guide, other.guide, model):
+        if other.usable and other.status.has_optimum and smaller_form and contains(guide, other.guide, model):
             members.append(smaller_form.member(other.params))
 
     def report(stage: str, done: int, total: int, elbo: float) -> None:
@@ -296,7 +305,7 @@ def _by_gaussian(
             members,
             key=branch(key, 1),
             solver=solver,
-            log_concave=model.log_concave,
+            log_concave=model.log_concave and starts.chart == model.chart,
             tolerance=tolerance,
             max_gradients=budget,
             elbo_draws=elbo_draws,
@@ -306,9 +315,10 @@ def _by_gaussian(
     status, message, edge = ended.status, ended.message, None
     if status in _MAY_HIDE_AN_EDGE:
         own = branch(key, 2)
-        edge = describe_edge(density, model, starts.chart, ended.optima[0].family, ended.member, key=own)
+        edge = find_level_edge(density, flat, ended.member) or describe_edge(
+            density, model, starts.chart, ended.optima[0].family, ended.member, key=own
+        )
         if edge:
-            edge = find_level_edge(density, flat, ended.member) or edge
             status, message = edge.status, edge.message
     best = ended.optima[0]
     usable = edge is None and status is not Status.DIVERGED

@@ -27,7 +27,7 @@ from toolkit.variational.gaussians import Family, Frame, Member, Quadratic, Tria
 from toolkit.variational.solvers.fixed_draws import EVALUATIONS, FixedDrawsELBO, Pair, climb
 from toolkit.variational.solvers.natural import STEPS, Gaussian, averaged_steps
 from toolkit.variational.solvers.svi import Trace
-from toolkit.variational.starts import HOPELESS, Start
+from toolkit.variational.starts import HOPELESS, Start, positive_definite
 from toolkit.variational.tails import FlatCoordinate, find_heavy_tail
 
 Report = Callable[[str, int, int, float], None]
@@ -53,7 +53,11 @@ _UNKNOWN_SCALE = 0.1  # of a posterior of which no curvature is known, in uncons
 # Nats of a certificate's limit above which a fit without proof is no longer usable: a convention. Where the posterior
 # is in the family so much room is a KL of 2 nats, from which on Pinsker's bound on probabilities says nothing.
 _USABLE_LIMIT = 2.0
-_SAME_OPTIMUM = 0.5  # posterior sds between locations of one optimum
+_SAME_OPTIMUM = 0.5  # sds of either Gaussian between the locations of one optimum
+_SAME_HEIGHT = 0.5  # nats between the ELBOs of one optimum, beyond their errors
+_GROWN = 2  # times the limit before: such a limit from the most draws says that they do not pin the family
+_MOST_TIMES = 16  # as many draws in a round as in the one before
+_TIGHT = 3  # times the draws must be affordable, or the round is taken to be the last
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class Optimum:
         elbo: On draws that no climb has seen, in nats.
         spread: The sd in nats of what one such draw says of it.
         trace: The course.
+        left: What its climb could still gain, in nats, as far as that is known.
         pairs: What the climb has learned of the curvature.
     """
 
@@ -76,6 +81,7 @@ class Optimum:
     elbo: Estimate
     spread: float
     trace: Trace
+    left: float = 0.0
     pairs: tuple[Pair, ...] = ()
 
     @property
@@ -95,7 +101,8 @@ class GaussianFit:
         elbo: On fresh draws, in nats.
         log_weights: Log p(x, z) - log q(z) at fresh draws, (draws,), in nats.
         certificate: How far the best of the family may lie above; None where no draws pin it.
-        optima: The distinct optima that starts led to, the best first.
+        optima: The distinct optima that starts led to, the best first. A climb that was stopped is one of them only if
+            what it had left to gain would not lead to the best.
         seconds: Wall-clock, compilation not counted.
     """
 
@@ -162,13 +169,18 @@ def fit_gaussian(
             for i, start in enumerate(followed)
         ]
     optima = _distinct([optimum for optimum in climbed if math.isfinite(optimum.elbo.value)])
+    if solver == FIXED_DRAWS and len(optima) > 1:
+        optima = _finished(density, form, optima, key=branch(key, 1_006), tolerance=tolerance, left=left, report=report)
     if not optima:
         first = climbed[0]
         own = branch(key, 1_003)
         failure = find_failure(density, form, first.member, first.quadratic, key=own, suspected=True)
         return _failed(climbed, failure or find_heavy_tail(density, flat, first.member), begun)
-    best = _not_below(density, optima[0], smaller, key=branch(key, 1_000), left=left, report=report)
-    optima = (best, *optima[1:])
+    best = _not_below(
+        density, form, optima[0], smaller, key=branch(key, 1_000), tolerance=tolerance, left=left, report=report
+    )
+    others = [one for one in optima if one is not best and _stays_lower(one, best, tolerance)]
+    optima = (best, *(one for one in others if not _is_same(one, best)))
     failure = find_failure(density, form, best.member, best.quadratic, key=branch(key, 1_003))
     if failure is None and not any(start.is_mode for start in starts):
         failure = find_ridge(density, best.member, key=branch(key, 1_005))
@@ -183,7 +195,7 @@ def fit_gaussian(
         return _without_optimum(density, best, optima, failure, elbo_draws or _ELBO_DRAWS[0], begun, key=own)
     scope = Scope.GLOBAL if log_concave and form.concave else Scope.LOCAL
     if solver == NATURAL_GRADIENT and density.size > FIXED_LIMIT:  # in fewer dimensions a bound can be had
-        best, proof = _estimated(density, best, key=branch(key, 1_001), tolerance=tolerance)
+        best, proof = _estimated(density, best, key=branch(key, 1_001), tolerance=tolerance, left=left)
     else:
         best, proof = _proved(
             density,
@@ -204,7 +216,7 @@ def fit_gaussian(
     elbo, weights = _measured(density, best, key=own, draws=elbo_draws or _draws_for(best, _SMALL * tolerance))
     if not math.isfinite(elbo.value):
         status, message = Status.DIVERGED, "draws of the Gaussian have no finite density"
-    optima = (replace(best, elbo=elbo), *optima[1:])
+    optima = (replace(best, elbo=elbo), *(one for one in optima[1:] if not _is_same(one, best)))
     seconds = time.perf_counter() - begun
     return GaussianFit(status, message, best.member, elbo, weights, certificate, optima, seconds)
 
@@ -289,16 +301,18 @@ def _solved(
         quadratic = Quadratic(frame.loc, np.zeros(density.size), frame.precision)
     if solver == NATURAL_GRADIENT:
         begin = Gaussian(frame.loc, np.diag(frame.factor) if frame.factor.ndim == 1 else frame.factor, start.elbo)
+        draws = max(_NATURAL_DRAWS, power_of_two(2 * density.size))
         averaged = averaged_steps(
             density,
             begin,
             key=branch(key, 0),
-            draws=max(_NATURAL_DRAWS, power_of_two(2 * density.size)),
+            draws=draws,
             tolerance=tolerance,
+            most=int(np.clip(budget // draws, 1, STEPS)),
             report=lambda steps, elbo: report("natural-gradient steps", steps, STEPS, elbo),
         )
         frame = Frame.of(averaged.gaussian.loc, averaged.gaussian.precision)
-        steps, course = np.arange(1, len(averaged.course) + 1), averaged.course[:, 0]
+        course, behind = averaged.course[:, 0], averaged.gap
         family = form.family(frame)
         x = np.zeros(family.parameters)
         quadratic = Quadratic(frame.loc, np.zeros(density.size), frame.precision)
@@ -314,11 +328,75 @@ def _solved(
             max_evaluations=int(np.clip(budget // draws, 1, _SCREENED)),
             report=lambda steps, elbo: report("climbing", steps, steps + 1, elbo),
         )
-        x, steps, course = climbed.x, np.arange(1, climbed.evaluations + 1), climbed.course
-        pairs = climbed.pairs
-    trace = Trace(steps.astype(float), course, np.zeros(len(course)))
-    looked = _looked_at(density, family, x, quadratic, trace, key=branch(key, 1), draws=compared)
-    return replace(looked, pairs=pairs)
+        x, course, behind, pairs = climbed.x, climbed.course, climbed.residual, climbed.pairs
+    looked = _looked_at(density, family, x, quadratic, _trace(course), key=branch(key, 1), draws=compared)
+    return replace(looked, left=max(behind, 0.0), pairs=pairs)
+
+
+def _trace(course: np.ndarray) -> Trace:
+    """The ELBO at each evaluation, as a course."""
+    return Trace(np.arange(1.0, len(course) + 1), course, np.full(len(course), math.nan))
+
+
+def _finished(
+    density: LogDensity,
+    form: GaussianForm,
+    optima: Sequence[Optimum],
+    *,
+    key: Key,
+    tolerance: float,
+    left: Callable[[], int],
+    report: Report,
+) -> tuple[Optimum, ...]:
+    """The optima, where climbs that had been stopped and may yet become the best have gone on."""
+    finished = list[Optimum]()
+    for number, found in enumerate(optima):
+        optimum = found
+        if not _stays_lower(optimum, optima[0], tolerance):
+            own = branch(key, number)
+            optimum = _climbed_on(
+                density, form, optimum, optimum.x, key=own, tolerance=tolerance, budget=left(), report=report
+            )
+        finished.append(optimum)
+    return _distinct(finished)
+
+
+def _stays_lower(optimum: Optimum, best: Optimum, tolerance: float) -> bool:
+    """Whether a climb came to its end, or stopped where what it had left would not lead to the best."""
+    return optimum.left <= _RESIDUAL * tolerance or optimum.elbo.value + optimum.left < best.elbo.value
+
+
+def _climbed_on(
+    density: LogDensity,
+    form: GaussianForm,
+    optimum: Optimum,
+    x: np.ndarray,
+    *,
+    key: Key,
+    tolerance: float,
+    budget: int,
+    report: Report,
+) -> Optimum:
+    """Where a further climb leads, in an optimum's family and from any member of it."""
+    base = matched_draws(_first_draws(optimum.family), optimum.family.base, key=branch(key, 0))
+    climbed = climb(
+        FixedDrawsELBO(density, optimum.family, optimum.quadratic, base),
+        x,
+        residual=_RESIDUAL * tolerance,
+        least_steps=_least_steps(form),
+        max_evaluations=int(np.clip(budget // len(base), 1, EVALUATIONS)),
+        report=lambda steps, elbo: report("climbing", steps, steps + 1, elbo),
+    )
+    looked = _looked_at(
+        density,
+        optimum.family,
+        climbed.x,
+        optimum.quadratic,
+        _trace(climbed.course),
+        key=branch(key, 1),
+        draws=_COMPARED_DRAWS,
+    )
+    return replace(looked, left=climbed.residual, pairs=climbed.pairs)
 
 
 def _least_steps(form: GaussianForm) -> int:
@@ -338,9 +416,7 @@ def _looked_at(
 ) -> Optimum:
     """A member with the control variate that suits it, and its ELBO on draws of their own."""
     member = family.member(x)
-    wanted = min(_PROJECTED * density.size, max(4 * _PROJECTION_DRAWS, 4 * density.size))
-    projected = max(_PROJECTION_DRAWS, power_of_two(wanted))
-    near = project(density, family, member, quadratic, key=branch(key, 0), draws=projected)
+    near = project(density, family, member, quadratic, key=branch(key, 0), draws=_projected(density.size))
     base = matched_draws(max(draws, power_of_two(2 * family.base)), family.base, key=branch(key, 1))
     points = family.points(member, base)
     values, _ = density.over(points)
@@ -353,6 +429,12 @@ def _looked_at(
         if is_sound(terms) and spread < least:
             chosen, least, elbo = tried, spread, Estimate.of_mean(terms)
     return Optimum(family, x, chosen, elbo, least, trace)
+
+
+def _projected(size: int) -> int:
+    """Draws that a projection takes in so many dimensions."""
+    wanted = min(_PROJECTED * size, max(4 * _PROJECTION_DRAWS, 4 * size))
+    return max(_PROJECTION_DRAWS, power_of_two(wanted))
 
 
 def _own_quadratic(member: Member) -> tuple[Quadratic, ...]:
@@ -380,40 +462,68 @@ def _distinct(optima: Sequence[Optimum]) -> tuple[Optimum, ...]:
 
 
 def _is_same(first: Optimum, second: Optimum) -> bool:
-    """Whether two climbs ended at one optimum: as high within their errors, and in the same place."""
-    apart = first.member.loc - second.member.loc
-    distance = apart @ second.quadratic.times(apart[None])[0]
+    """Whether two climbs ended at one optimum: as high within their errors, and in one place as either measures it."""
     high = abs(first.elbo.value - second.elbo.value)
-    return bool(distance < _SAME_OPTIMUM**2 and high < 0.5 + 3 * math.hypot(first.elbo.se, second.elbo.se))
+    if not high < _SAME_HEIGHT + 3 * math.hypot(first.elbo.se, second.elbo.se):
+        return False
+    apart = first.member.loc - second.member.loc
+    measures = (*_own_quadratic(first.member), *_own_quadratic(second.member))
+    return all(apart @ measure.times(apart[None])[0] < _SAME_OPTIMUM**2 for measure in measures)
 
 
 def _not_below(
     density: LogDensity,
+    form: GaussianForm,
     best: Optimum,
     smaller: Sequence[Member],
     *,
     key: Key,
+    tolerance: float,
     left: Callable[[], int],
     report: Report,
 ) -> Optimum:
-    """The optimum, or one climbed from the best of a smaller family where that lies above it on common draws."""
+    """The optimum, or one climbed from the best of a smaller family where that lies above it on common draws.
+
+    From that best itself no gradient may lead on: a low-rank Gaussian without columns is a saddle. So the climb begins
+    at the family's best for the curvature there, where that is higher still.
+    """
     for number, member in enumerate(smaller):
         own = branch(key, number)
-        x = best.family.near(member)
-        if _gain(density, best, x, _COMPARED_DRAWS, key=branch(own, 0)).value <= 0:
+        x, family = best.family.near(member), best.family
+        gain = _gain(density, best, x, _COMPARED_DRAWS, key=branch(own, 0))
+        if gain.value <= 0:
             continue
-        base = matched_draws(_MOST_DRAWS // 4, best.family.base, key=branch(own, 1))
-        climbed = climb(
-            FixedDrawsELBO(density, best.family, best.quadratic, base),
-            x,
-            residual=0.01,
-            max_evaluations=int(np.clip(left() // len(base), 1, EVALUATIONS)),
-            report=lambda n, elbo: report("climbing", n, n + 1, elbo),
+        around = project(
+            density, family, family.member(x), best.quadratic, key=branch(own, 1), draws=_projected(density.size)
         )
-        if _gain(density, best, climbed.x, _COMPARED_DRAWS, key=branch(own, 2)).value > 0:
-            trace = Trace(np.arange(1.0, climbed.evaluations + 1), climbed.course, np.zeros(climbed.evaluations))
-            best = _looked_at(density, best.family, climbed.x, best.quadratic, trace, key=branch(own, 3))
+        fitting = _best_for(form, around)
+        if fitting is not None:
+            bent = family.near(fitting)
+            x = bent if _gain(density, best, bent, _COMPARED_DRAWS, key=branch(own, 0)).value > gain.value else x
+        climbed = _climbed_on(
+            density,
+            form,
+            replace(best, quadratic=around),
+            x,
+            key=branch(own, 2),
+            tolerance=tolerance,
+            budget=left(),
+            report=report,
+        )
+        if _gain(density, best, climbed.x, _COMPARED_DRAWS, key=branch(own, 3)).value > 0:
+            best = climbed
     return best
+
+
+def _best_for(form: GaussianForm, quadratic: Quadratic) -> Member | None:
+    """The family's best around a quadratic's centre, were that the density; None where it is bent upwards."""
+    precision: np.ndarray | None = quadratic.precision
+    if quadratic.precision.ndim == 2:
+        precision, _ = positive_definite(quadratic.precision)
+    if precision is None or not (np.isfinite(precision).all() and (np.diag(precision) > 0).all()):
+        return None
+    family = form.family(Frame.of(quadratic.centre, precision))
+    return family.member(np.zeros(family.parameters))
 
 
 def _gain(density: LogDensity, best: Optimum, x: np.ndarray, draws: int, *, key: Key) -> Estimate:
@@ -435,7 +545,12 @@ def _proved(
     left: Callable[[], int],
     report: Report,
 ) -> tuple[Optimum, Proof]:
-    """The optimum, improved until its certificate is below the tolerance, or draws, rounds or the budget run out."""
+    """The optimum, improved until its certificate is below the tolerance, or draws, rounds or the budget run out.
+
+    The first limit that is low enough ends the work, and to stop at what pleases makes a limit hold less often than the
+    95 % of a single one. What a maximum over few draws is too high by works the other way. How often limits hold all
+    in all is measured (`benchmarks/certificates.py`).
+    """
     certificate: Certificate | None = None
     draws, pairs = _first_draws(best.family), best.pairs
     ended, why, insists = Status.BUDGET, f"more than {_ROUNDS} rounds of it", False
@@ -448,7 +563,7 @@ def _proved(
             if certificate or affordable < _first_draws(best.family):
                 break
             draws = power_of_two(affordable // 2 + 1)  # a limit above the tolerance is better than none
-        insists = insists or number == _ROUNDS - 1 or 3 * draws > affordable
+        insists = insists or number == _ROUNDS - 1 or _TIGHT * draws > affordable
         bounded = bound_gap(
             density,
             best.family,
@@ -469,7 +584,7 @@ def _proved(
         certificate = found or before
         if found and found.limit <= tolerance:
             return best, Proof(found)
-        if found and before and draws == _MOST_DRAWS and not found.limit < 2 * before.limit:
+        if found and before and draws == _MOST_DRAWS and not found.limit < _GROWN * before.limit:
             ended, why = Status.TOO_FEW_DRAWS, f"{draws:,} {too_few}"
             break
         moved, gain = _moved(density, best, bounded, draws, key=branch(own, 1))
@@ -489,7 +604,7 @@ def _proved(
             insists = True
         else:
             least = 2 * draws  # to ask again and again until one answer pleases would prove nothing
-        draws = int(np.clip(power_of_two(wanted), least, min(16 * draws, _MOST_DRAWS)))
+        draws = int(np.clip(power_of_two(wanted), least, min(_MOST_TIMES * draws, _MOST_DRAWS)))
     if certificate and math.isfinite(certificate.limit):
         return best, Proof(certificate, ended, why)
     return best, Proof(None, ended, why)
@@ -505,14 +620,21 @@ def _moved(density: LogDensity, best: Optimum, bounded: Bounded, draws: int, *, 
     return _looked_at(density, best.family, x, best.quadratic, best.trace, key=branch(key, 1)), gain
 
 
-def _estimated(density: LogDensity, best: Optimum, *, key: Key, tolerance: float) -> tuple[Optimum, Proof]:
+def _estimated(
+    density: LogDensity, best: Optimum, *, key: Key, tolerance: float, left: Callable[[], int]
+) -> tuple[Optimum, Proof]:
     """The optimum with Newton's decrement."""
     member = best.member
     assert member.factor is not None
-    certificate = estimate_gap(density, member.loc, member.factor, key=key, draws=_DECREMENT_DRAWS)
+    steps = f"{len(best.trace.steps):,} natural-gradient steps were taken"
+    draws = min(_DECREMENT_DRAWS, power_of_two(left() // (2 * SETS) // 2 + 1))
+    if draws < _LEAST_DRAWS:
+        why = f"{steps}, and of the budget {left():,} gradients are left, which do not suffice for an estimate"
+        return best, Proof(None, Status.BUDGET, why)
+    certificate = estimate_gap(density, member.loc, member.factor, key=key, draws=draws)
     if certificate.limit <= tolerance:
         return best, Proof(certificate)
-    return best, Proof(certificate, Status.BUDGET, f"{len(best.trace.steps)} natural-gradient steps were taken")
+    return best, Proof(certificate, Status.BUDGET, steps)
 
 
 def _draws_for(best: Optimum, se: float) -> int:
@@ -521,7 +643,7 @@ def _draws_for(best: Optimum, se: float) -> int:
     Chosen by other draws than the ELBO is then taken from: to stop where an error has come out small would be to stop
     where the tail has been missed.
     """
-    wanted = (best.spread / se) ** 2 if math.isfinite(best.spread) else math.inf
+    wanted = min(best.spread / se, float(_ELBO_DRAWS[1])) ** 2  # a ratio so large asks for the most draws in any case
     return int(np.clip(_ELBO_PIECE * math.ceil(min(wanted, _ELBO_DRAWS[1]) / _ELBO_PIECE), *_ELBO_DRAWS))
 
 

@@ -5,21 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from graphlib import CycleError, TopologicalSorter
 
+from toolkit.estimate import Estimate
 from toolkit.modelling.model import Model
 from toolkit.status import Status
+from toolkit.variational.block_guides import AutoBlockNormal
 from toolkit.variational.fits import Fit
 from toolkit.variational.guides import BY_GAIN, LOW_RANK, Guide, default_rank
 from toolkit.variational.space import latent_space
 
 _SE_LIMIT = 3.0
+_FULL_RANK = "full_rank"
+_GAUSSIANS = (AutoBlockNormal.__name__,)  # the class of guides that a user may name as he likes
 
 
 def check_nesting(fits: Sequence[Fit], tolerance: float = 0.1) -> tuple[Fit, ...]:
     """The same fits, each one whose ELBO lies below that of a family that it contains marked as not arrived.
 
-    A difference counts where it exceeds both the tolerance in nats and three standard errors. Fits without an optimum
-    are not compared: how high they are is a matter of when they were stopped.
+    A difference counts where it exceeds both the tolerance in nats and three standard errors; it refutes the fit's
+    certificate, which is dropped. Fits without an optimum are not compared: how high they are is a matter of when they
+    were stopped.
     """
     return tuple(
         _checked(fit, [other for other in fits if contains(fit.guide, other.guide, fit.model)], tolerance)
@@ -28,8 +34,21 @@ def check_nesting(fits: Sequence[Fit], tolerance: float = 0.1) -> tuple[Fit, ...
 
 
 def smallest_first(guides: Sequence[Guide], model: Model) -> list[Guide]:
-    """The guides in an order in which every family comes after those that it contains."""
-    return sorted(guides, key=lambda guide: (len(guide.contains), _columns(guide, model)))
+    """The guides in an order in which every family comes after those that it contains.
+
+    Raises:
+        ValueError: Two families are said to contain each other.
+    """
+    ordered = sorted(guides, key=lambda guide: (len(guide.contains), _columns(guide, model)))
+    inside = {
+        number: [other for other, smaller in enumerate(ordered) if other != number and contains(guide, smaller, model)]
+        for number, guide in enumerate(ordered)
+    }
+    try:
+        return [ordered[number] for number in TopologicalSorter(inside).static_order()]
+    except CycleError as error:
+        names = ", ".join(dict.fromkeys(ordered[number].name for number in error.args[1]))
+        raise ValueError(f"Expected families of which none contains itself; got a circle: {names}.") from None
 
 
 def contains(larger: Guide, smaller: Guide, model: Model) -> bool:
@@ -38,6 +57,8 @@ def contains(larger: Guide, smaller: Guide, model: Model) -> bool:
         return False
     if larger.family == smaller.family == LOW_RANK:
         return _columns(larger, model) > _columns(smaller, model)
+    if larger.family == _FULL_RANK and smaller.label in _GAUSSIANS:
+        return True
     return smaller.family in {name.partition("@")[0] for name in larger.contains}
 
 
@@ -53,11 +74,16 @@ def _columns(guide: Guide, model: Model) -> float:
 def _checked(fit: Fit, contained: Sequence[Fit], tolerance: float) -> Fit:
     if fit.elbo is None or not fit.status.has_optimum:
         return fit
-    for smaller in contained:
-        if smaller.elbo is None or not smaller.status.has_optimum:
-            continue
-        deficit = smaller.elbo.value - fit.elbo.value
-        if deficit > max(tolerance, _SE_LIMIT * math.hypot(smaller.elbo.se, fit.elbo.se)):
-            message = f"{deficit:.1f} nats below {smaller.guide.name}, which it contains"
-            return replace(fit, status=Status.BELOW_SMALLER_FAMILY, message=message)
-    return fit
+    deficits = list[tuple[Estimate, Fit]]()
+    for other in contained:
+        if other.elbo is not None and other.status.has_optimum:
+            deficit = Estimate(other.elbo.value - fit.elbo.value, math.hypot(other.elbo.se, fit.elbo.se))
+            if deficit.value > max(tolerance, _SE_LIMIT * deficit.se):
+                deficits.append((deficit, other))
+    if not deficits:
+        return fit
+    deficit, smaller = max(deficits, key=lambda one: one[0].value)
+    message = f"{deficit} nats below {smaller.guide.name}, which it contains"
+    if fit.certificate:
+        message += f"; its certificate, of at most {fit.certificate.limit:.2g} nats, does not hold"
+    return replace(fit, status=Status.BELOW_SMALLER_FAMILY, message=message, certificate=None)

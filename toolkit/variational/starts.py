@@ -12,7 +12,7 @@ from toolkit.compilation import keep_compiled_programs
 from toolkit.modelling.model import Model
 from toolkit.threads import threads_for
 from toolkit.variational.certificates import project
-from toolkit.variational.density import LogDensity
+from toolkit.variational.density import LogDensity, central_differences, difference_steps
 from toolkit.variational.draws import Key, branch, generator, matched_draws, power_of_two
 from toolkit.variational.gaussians import DENSE_LIMIT, Diagonal, Frame, Member, Quadratic
 from toolkit.variational.solvers.fixed_draws import FixedDrawsELBO, climb
@@ -160,14 +160,18 @@ def _once_each(points: list[Start]) -> list[Start]:
     """The starts without those that have grown to where a better one is."""
     kept: list[Start] = []
     for point in points:
-        near = False
-        for other in kept:
-            apart = point.loc - other.loc
-            distance = apart @ apart if other.precision is None else apart @ other.precision @ apart
-            near = near or (distance < _SAME_PLACE**2 and abs(point.elbo - other.elbo) < _SAME_ELBO)
-        if not near:
+        if not any(
+            _are_near(point.loc, other.loc, other.precision) and abs(point.elbo - other.elbo) < _SAME_ELBO
+            for other in kept
+        ):
             kept.append(point)
     return kept
+
+
+def _are_near(one: np.ndarray, other: np.ndarray, precision: np.ndarray | None) -> bool:
+    """Whether a point lies within half a posterior sd of another, at which the precision is known if it is."""
+    apart = one - other
+    return bool((apart @ apart if precision is None else apart @ precision @ apart) < _SAME_PLACE**2)
 
 
 @dataclass(frozen=True)
@@ -194,14 +198,10 @@ def _at_another(end: _End, kept: list[_Found]) -> bool:
     Equal heights alone do not make one mode of two (those of a symmetric density have them): the ends must also lie
     within half a posterior sd of each other.
     """
-    for other in kept:
-        if abs(end.loss - other.end.loss) > _SAME_HEIGHT:
-            continue
-        apart = end.loc - other.end.loc
-        distance = apart @ apart if other.precision is None else apart @ other.precision @ apart
-        if distance < _SAME_PLACE**2:
-            return True
-    return False
+    return any(
+        abs(end.loss - other.end.loss) <= _SAME_HEIGHT and _are_near(end.loc, other.end.loc, other.precision)
+        for other in kept
+    )
 
 
 def _relabelled_once(model: Model, space: Space, chart: str | None, ends: list[_End]) -> list[_End]:
@@ -255,26 +255,18 @@ def _curvature(density: LogDensity, loc: np.ndarray) -> tuple[np.ndarray | None,
     By central differences of the gradient, first with steps of a ten-thousandth of the coordinate, then of a hundredth
     of the sd that these found: exact to about six digits, and without a program of its own.
     """
-    hessian, _ = _differences(density, loc, 1e-4 * np.maximum(np.abs(loc), 1.0))
+    steps = difference_steps(loc)
+    hessian, _ = central_differences(density, loc, steps)
     diagonal = -np.diag(hessian)
     known = np.isfinite(diagonal) & (diagonal > 0)
-    steps = np.where(known, 1e-2 / np.sqrt(np.where(known, diagonal, 1.0)), 1e-4 * np.maximum(np.abs(loc), 1.0))
-    hessian, gradient = _differences(density, loc, steps)
+    steps = np.where(known, 1e-2 / np.sqrt(np.where(known, diagonal, 1.0)), steps)
+    hessian, gradient = central_differences(density, loc, steps)
     if not np.isfinite(hessian).all():
         return None, False
     precision, definite = positive_definite(-hessian)
     if precision is None or not definite:
         return precision, False
     return precision, bool(gradient @ np.linalg.solve(precision, gradient) < 2 * _STATIONARY)
-
-
-def _differences(density: LogDensity, loc: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The Hessian (size, size) at a point and the gradient (size,), by central differences."""
-    apart = np.diag(steps)
-    _, gradients = density.over(np.concatenate([loc + apart, loc - apart]))
-    above, below = np.split(gradients, 2)
-    hessian = (above - below) / (2 * steps[:, None])
-    return (hessian + hessian.T) / 2, (above + below).mean(0) / 2
 
 
 def _from_mode(density: LogDensity, found: _Found, *, key: Key) -> Start:
@@ -442,7 +434,7 @@ def _metric(density: LogDensity, x: np.ndarray, losses: np.ndarray | None) -> Fr
     if losses is None:
         return plain
     best = x[int(np.argmin(losses))]
-    hessian, _ = _differences(density, best, 1e-4 * np.maximum(np.abs(best), 1.0))
+    hessian, _ = central_differences(density, best)
     precision, _ = positive_definite(-hessian) if np.isfinite(hessian).all() else (None, False)
     return plain if precision is None else Frame.of(best, precision)
 

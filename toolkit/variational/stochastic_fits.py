@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Mapping
-from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,7 +30,7 @@ from toolkit.variational.gaussians import Frame, Quadratic
 from toolkit.variational.guides import Guide
 from toolkit.variational.minibatches import Minibatch
 from toolkit.variational.objectives import StickTheLandingELBO
-from toolkit.variational.solvers.svi import Programs, Solution, lower_programs, optimise
+from toolkit.variational.solvers.svi import BLOCK, Programs, Solution, lower_programs, optimise
 from toolkit.variational.space import latent_space
 from toolkit.variational.starts import DENSE_LIMIT, Start, Starts
 from toolkit.variational.tails import find_heavy_tail, find_level_edge, flat_coordinates
@@ -44,11 +43,14 @@ _FIRST_STEP_OF_SD = 0.05
 _FIRST_STEP_WHITENED = 0.1
 _FIRST_STEP_UNKNOWN = 0.4
 _ELBO_DRAWS = 2_048
+# Before the names of working parameters: NumPyro keeps one list of names for the sites of guide and model, and what a
+# model has under one of these names would be replaced by the parameter.
+_WORKING = "elbowroom:"
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A Gaussian guide's programs for a model: traced, and compiled by the time that `programs` returns them."""
+    """A Gaussian guide's programs for a model: traced, and compiled when `programs` is first called."""
 
     model: Model
     guide: Guide
@@ -57,16 +59,13 @@ class Prepared:
     programs: Callable[[], Programs]
 
 
-def prepare(
-    model: Model, guide: Guide, *, minibatch: Minibatch | None = None, pool: Executor | None = None
-) -> Prepared | None:
+def prepare(model: Model, guide: Guide, *, minibatch: Minibatch | None = None) -> Prepared | None:
     """The programs that fit a guide from any start; None where they depend on the start, as a flow's do.
 
     Args:
         model: The model.
         guide: The guide.
         minibatch: What a step sees of the data; all of it if None.
-        pool: Where to compile, beside whatever the caller goes on with; when first asked for if None.
 
     Raises:
         ValueError: The guide's chart is unknown, or the guide cannot be built for this model.
@@ -83,9 +82,7 @@ def prepare(
         loss = StickTheLandingELBO(_PARTICLES)
         program = _program(model, guide, minibatch)
         compiled = lower_programs(program, working, loss, given, jax.random.PRNGKey(0), minibatch)
-    return Prepared(
-        model, guide, chosen, minibatch, pool.submit(compiled).result if pool else functools.cache(compiled)
-    )
+    return Prepared(model, guide, chosen, minibatch, functools.cache(compiled))
 
 
 def fit_by_svi(
@@ -99,7 +96,11 @@ def fit_by_svi(
     max_gradients: int,
     progress: Progress,
 ) -> Fit:
-    """The best of the fits from each start, which share one budget and, for a Gaussian guide, one set of programs."""
+    """The best of the fits from each start, which share one budget and, for a Gaussian guide, one set of programs.
+
+    What is left of the budget need not be enough for a block of steps from each: then the best starts have it, or the
+    best one is taken as it is.
+    """
     key = jax.random.key_data(key)  # JAX has two forms of a key, and programs are compiled for one of them
     progress(f"fit {guide.name}", 0, 1, "compiling")
     prepared = prepared or prepare(model, guide, minibatch=minibatch)
@@ -108,7 +109,8 @@ def fit_by_svi(
         programs = prepared.programs()
         cost = Cost(programs.compile_seconds, peak_bytes=programs.peak_bytes)
     share = minibatch.share if minibatch else 1.0
-    max_steps = max(1, int(max_gradients / (_PARTICLES * len(starts.points) * share)))
+    points = starts.points[: max(1, int(max_gradients / (_PARTICLES * BLOCK * share)))]
+    max_steps = int(max_gradients / (_PARTICLES * len(points) * share))
     outcomes = [
         _run(
             model,
@@ -122,7 +124,7 @@ def fit_by_svi(
             max_steps,
             progress,
         )
-        for i, start in enumerate(starts.points)
+        for i, start in enumerate(points)
     ]
     # By draws other than those behind the reported ELBO, which would be too high for having won.
     outcomes.sort(key=lambda outcome: -outcome[1])
@@ -172,11 +174,10 @@ def _run(
     )
     params = jax.device_get(programs.constrain(solution.params))
     if prepared:
-        names = set(prepared.coordinates.initial)
-        own = {name: value for name, value in params.items() if name not in names}
-        moved = prepared.coordinates.to_params({name: params[name] for name in names}, frame)
-        params = own | jax.device_get(moved)
-    status, message = _outcome(solution, max_steps)
+        own = {name: value for name, value in params.items() if not name.startswith(_WORKING)}
+        ended = {name: params[_WORKING + name] for name in prepared.coordinates.initial}
+        params = own | jax.device_get(prepared.coordinates.to_params(ended, frame))
+    status, message = _outcome(solution)
     failure = _failure(model, built, starts, start, params, status, jax.random.fold_in(key, 2))
     if failure:
         skipped = _skipped(solution)
@@ -186,7 +187,7 @@ def _run(
         model,
         status,
         message,
-        traces=(solution.trace,),
+        traces=(solution.trace,) if solution.trace.steps.size else (),
         invalid_steps=solution.invalid_steps,
         cost=replace(solution.cost, compile_seconds=compiling, peak_bytes=programs.peak_bytes),
         autoguide=built,
@@ -206,7 +207,7 @@ def _working_guide(built: Any, chosen: Coordinates) -> Callable[..., Any]:
     """The autoguide as a function of the dimensionless parameters, given the model's arrays and a start's frame."""
 
     def working(*, arrays: Any, frame: Any, order: Any = None) -> Any:
-        given = {name: numpyro.param(name, value) for name, value in chosen.initial.items()}
+        given = {name: numpyro.param(_WORKING + name, value) for name, value in chosen.initial.items()}
         params = chosen.to_params(given, frame)
         with handlers.block(hide=list(params)), handlers.substitute(data=params):
             return built(**arrays)
@@ -244,9 +245,12 @@ def _failure(
     density, flat = LogDensity(model, starts.chart), flat_coordinates(model, starts.chart)
     if status is Status.DIVERGED:
         family = form.family(Frame.of(start.loc, np.ones(density.size) if start.precision is None else start.precision))
-        edge = describe_edge(density, model, starts.chart, family, member, key=jax.random.fold_in(key, 0))
+        own = jax.random.fold_in(key, 0)
+        edge = find_level_edge(density, flat, member) or describe_edge(
+            density, model, starts.chart, family, member, key=own
+        )
         if edge:
-            return find_level_edge(density, flat, member) or edge
+            return edge
     known = np.zeros(density.size) if start.precision is None else start.precision
     quadratic = Quadratic(member.loc, np.zeros(density.size), known)
     suspected = status is not Status.ARRIVED
@@ -258,13 +262,12 @@ def _skipped(solution: Solution) -> str:
     return f"{solution.invalid_steps} invalid steps were skipped" if solution.invalid_steps else ""
 
 
-def _outcome(solution: Solution, max_steps: int) -> tuple[Status, str]:
+def _outcome(solution: Solution) -> tuple[Status, str]:
     message = _skipped(solution)
     if not np.isfinite(solution.elbo.value):
         weights = solution.log_weights
         lost = f"{(~np.isfinite(weights)).sum():,} of {weights.size:,} draws of the guide have no finite density"
         return Status.DIVERGED, f"{lost}; {message}" if message else lost
-    if not solution.arrived:
-        spent = solution.trace.steps[-1] >= max_steps
-        return (Status.BUDGET, message or f"{max_steps:,} steps") if spent else (Status.NOISY, message)
-    return Status.ARRIVED, message
+    if solution.exhausted:
+        return Status.BUDGET, message or f"{solution.trace.steps.max(initial=0):,.0f} steps"
+    return (Status.ARRIVED if solution.arrived else Status.NOISY), message

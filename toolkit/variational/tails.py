@@ -64,7 +64,7 @@ _CARRIED = (
 )
 _CLEAR = 3.0
 _DECIDED = 30.0  # sds from which on a fall that is fast enough ends a walk
-_STEEP = 20.0  # nats of a fall over half a decade that ends it from 3 sds on
+_STEEP = 19.0  # nats of a fall over half a decade at most that ends it from 3 sds on; a Gaussian's from 3 to 7 is 20
 _STEEP_FROM = 3.0
 _EDGE_FROM, _EDGE_WITHIN, _EDGE_POINTS = 2.0, 6.0, 64  # sds from the fit where numbers end, and at how many looks
 _LEVEL = 0.5  # nats
@@ -371,16 +371,12 @@ def _rate(first: _Place, last: _Place) -> float:
 
 def _is_held(places: Sequence[_Place]) -> bool:
     """Whether the density is seen to fall fast enough."""
-    if _is_steep(places):
+    last = places[-1]
+    before = next(place for place in places if place.distance >= last.distance / (_STEP * 1.001))
+    if _is_steep(places) or (last.distance >= _STEEP_FROM and before.log_marginal - last.log_marginal > _STEEP):
         return True
     fallen = _falls(places)
-    if fallen is None:
-        return False
-    distance = places[-1].distance
-    if distance >= _DECIDED and min(fallen.rates) > _FAST:
-        return True
-    lost = fallen.places[1].log_marginal - places[-1].log_marginal
-    return distance >= _STEEP_FROM and lost > _STEEP
+    return fallen is not None and last.distance >= _DECIDED and min(fallen.rates) > _FAST
 
 
 def _is_steep(places: Sequence[_Place]) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -155,16 +156,19 @@ class Climbed:
         begun: The ELBO on these draws where it began, in nats.
         elbo: The same where it ended; an optimum on these draws, and so too high as an estimate of the ELBO.
         residual: What a further climb could still gain on these draws, in nats; see `remaining`.
+        arrived: Whether that is no more than was asked for; else evaluations ran out, or the climb ended at a wall, and
+            the residual may be far too low.
         evaluations: Of the ELBO and its gradient.
         course: The ELBO at each evaluation, (evaluations,).
         pairs: The last steps between its best points, and how the slope changed along them; none where the climb did
-            not come to its end.
+            not arrive.
     """
 
     x: np.ndarray
     begun: float
     elbo: float
     residual: float
+    arrived: bool
     evaluations: int
     course: np.ndarray
     pairs: tuple[Pair, ...]
@@ -188,7 +192,7 @@ def climb(
         residual: The climb ends when no more than this is left to gain.
         least_steps: Taken in any case: what seems to be left is reckoned with the curvature that is known.
         units: In which its steps are measured; those of the curvature at `x` if None.
-        max_evaluations: The most evaluations.
+        max_evaluations: The most evaluations, at least one.
         report: Called at each evaluation with its number and the ELBO.
     """
     best, course = (-np.inf, x, np.zeros_like(x)), list[float]()
@@ -211,6 +215,8 @@ def climb(
 
     def loss(steps: np.ndarray) -> tuple[float, np.ndarray]:
         nonlocal best
+        if len(course) == max_evaluations:  # SciPy looks only between line searches
+            raise _Enough
         at = x + unit * units.move(steps)
         elbo, gradient = objective(at) if course else first
         course.append(elbo)
@@ -238,16 +244,18 @@ def climb(
 
     limits = {"maxcor": _MEMORY, "maxfun": max_evaluations, "maxiter": max_evaluations, "ftol": 0.0, "gtol": 0.0}
     with np.errstate(over="ignore", invalid="ignore"):
-        minimize(loss, np.zeros_like(x), jac=True, method="L-BFGS-B", callback=looked, options=limits)
+        with suppress(_Enough):
+            minimize(loss, np.zeros_like(x), jac=True, method="L-BFGS-B", callback=looked, options=limits)
         elbo, found, gradient = best
         if np.isfinite(elbo) and not left < residual:  # it ended early, and what is known is no more than too much
             left = remaining(objective, found, gradient, at_least=gained)
     arrived = left <= residual  # elsewhere, such as at a wall, the last steps say little of what others will meet
-    return Climbed(found, course[0], elbo, left, len(course), np.array(course), tuple(pairs) if arrived else ())
+    kept = tuple(pairs) if arrived else ()
+    return Climbed(found, course[0], elbo, left, arrived, len(course), np.array(course), kept)
 
 
-class _Enough(Exception):  # noqa: N818 - no error: what SciPy's `cg` has no other word for
-    """Conjugate gradients need go no further."""
+class _Enough(Exception):  # noqa: N818 - no error: what SciPy's `cg` and `minimize` have no other word for
+    """The climb, or its conjugate gradients, need go no further."""
 
 
 def remaining(

@@ -7,8 +7,8 @@ Where a search has ended the others go on without it.
 Reference: Nocedal & Wright (2006), Numerical optimization, section 7.2, in the compact form of Byrd, Nocedal & Schnabel
 (1994), Representations of quasi-Newton matrices and their use in limited memory methods, theorem 2.2, which takes a
 dozen array operations where the two loops take a hundred; a line search that brackets the weak Wolfe conditions by
-halving and doubling; near a minimum, where rounding hides the decrease, the approximate ones of
-Hager & Zhang (2005), A new conjugate gradient method, section 4.
+parabolas within and by steps four times as long beyond; near a minimum, where rounding hides the decrease, the
+approximate ones of Hager & Zhang (2005), A new conjugate gradient method, section 4.
 """
 
 from __future__ import annotations

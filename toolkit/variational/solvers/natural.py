@@ -106,7 +106,8 @@ class Averaged:
 
     Attributes:
         gaussian: The last iterate, which is a mean over all steps; its ELBO is the last step's, on that step's draws.
-        gap: Newton's decrement there, in nats: an estimate of what the family's best still gains.
+        gap: In nats, an estimate of what the family's best still gains: Newton's decrement, as a mean over the last few
+            iterates; infinite before the second.
         course: The ELBO at each step, in nats, and the gradients computed by then, (steps, 2).
     """
 

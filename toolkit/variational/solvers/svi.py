@@ -31,7 +31,7 @@ from toolkit.variational.objectives import log_weight
 Params = dict[str, Any]
 Program = Callable[..., Any]
 
-_BLOCK = 250
+BLOCK = 250  # steps, at most
 _LONG_STEPS = 10_000  # parameters from which a step is long enough for shorter blocks
 _CUTS = 3
 _CHECK_DRAWS = 512
@@ -42,7 +42,10 @@ _FRESH_CHECKS = 16  # sets of draws for the final ELBO; a quarter of it where st
 
 @dataclass(frozen=True)
 class Trace:
-    """The course of one start: after so many `steps` (n,), the ELBO in nats of that block (n,) and its `se` (n,)."""
+    """The course of one start: after so many `steps` (n,), the ELBO in nats of that block (n,) and its `se` (n,).
+
+    The `se` is NaN where it is not known.
+    """
 
     steps: np.ndarray
     elbo: np.ndarray
@@ -60,7 +63,8 @@ class Solution:
         log_weights: Log p(x, z) - log q(z) at the draws behind `elbo`, (draws,), in nats.
         arrived: Whether further or shorter steps no longer raised the ELBO by a fraction of the tolerance, as far as
             the draws that compare iterates can tell.
-        trace: The course.
+        exhausted: Whether the budget ended the steps.
+        trace: The course; empty where the budget was too small for any step.
         invalid_steps: Steps skipped because loss or gradient were NaN or infinite.
         cost: Time, gradient evaluations (a minibatch counts as its share of the data), memory.
     """
@@ -70,6 +74,7 @@ class Solution:
     compared: float
     log_weights: np.ndarray
     arrived: bool
+    exhausted: bool
     trace: Trace
     invalid_steps: int
     cost: Cost
@@ -121,7 +126,7 @@ def lower_programs(
     initial = jax.jit(lambda key, given: svi.init(key, **given))(key, given)
     params = svi.optim.get_params(initial.optim_state)
     long_steps = sum(value.size for value in jax.tree.leaves(params)) >= _LONG_STEPS
-    length = _BLOCK // 5 if long_steps else _BLOCK
+    length = BLOCK // 5 if long_steps else BLOCK
 
     def block(state: Any, given: Any) -> tuple[Any, Params, Any, Any]:
         def step(carry: Any, _: None) -> tuple[Any, Any]:
@@ -224,8 +229,9 @@ def optimise(
         key: For the steps and for the checks, which use draws that no step has seen.
         step_size: Adam's first, in the units of the parameters.
         tolerance: In nats; a step size is left when its blocks gain less than a fifth of it (half of it where steps
-            are long) or less than two standard errors. After the last step size that error must be within it too.
-        max_steps: The budget.
+            are long) or less than two standard errors. After the last step size the last block must have ended
+            within it of the best one, error included.
+        max_steps: The budget; no block is begun that would exceed it.
         report: Called after each block with the steps taken, how many there will be if no further block pays, and the
             block's mean ELBO.
     """
@@ -243,7 +249,7 @@ def optimise(
     for cut in range(_CUTS + 1):
         state = _with_step_size(programs.svi, state, step_size / 4**cut, best)
         before, idle = best_weights, 0
-        while idle < patience and steps < max_steps:
+        while idle < patience and steps + programs.block_steps <= max_steps:
             state, average, losses, skipped = programs.block(state, given)
             values = -np.asarray(losses)
             steps += programs.block_steps
@@ -256,14 +262,15 @@ def optimise(
             idle = 0 if gain.value > max(worth, 2 * gain.se) else idle + 1
             to_come = (_CUTS - cut + 1) * patience - idle
             report(steps, min(max_steps, steps + to_come * programs.block_steps), course[-1][1])
-        if idle < patience:  # the budget ended this step size, not its idleness
+        exhausted = idle < patience  # the budget ended this step size, not its idleness
+        if exhausted:
             break
         # Neither better nor worse for shorter steps: no noise is left that still shorter ones could take away.
         arrived = cut > 0 and _level(before, best_weights, weights, tolerance)
         if arrived:
             break
     else:
-        arrived = gain.value + 2 * gain.se < tolerance
+        arrived = abs(gain.value) + 2 * gain.se < tolerance
     few = programs.long_steps or programs.share < 1
     checks = _FRESH_CHECKS // 4 if few else _FRESH_CHECKS
     fresh = np.concatenate(
@@ -275,9 +282,9 @@ def optimise(
     spent = math.ceil(steps * programs.particles * programs.share)
     cost = Cost(0.0, time.perf_counter() - begun, spent, programs.peak_bytes)
     elbo = Estimate.of_mean(fresh) if finite else Estimate(-math.inf, math.nan)
-    trace = Trace(*(np.array(column, dtype=float) for column in zip(*course, strict=True)))
+    trace = Trace(*np.array(course, dtype=float).reshape(-1, 3).T.copy())
     compared = float(best_weights.mean()) if finite and _sound(best_weights) else -math.inf
-    return Solution(best, elbo, compared, fresh, arrived and finite, trace, invalid, cost)
+    return Solution(best, elbo, compared, fresh, arrived and finite, exhausted, trace, invalid, cost)
 
 
 def _gain(weights: np.ndarray, before: np.ndarray) -> Estimate:

@@ -1,0 +1,95 @@
+"""The benchmark of certificates: how a fit's true ELBO is measured, and how its table is summed up."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import certificates
+import jax
+import numpy as np
+import pandas as pd
+import pytest
+from targets import SCALES, pair
+
+from toolkit import Fit, fit
+
+CORRELATION = 0.9
+
+
+@pytest.fixture(scope="module")
+def fitted() -> Fit:
+    return fit(pair(CORRELATION), "mean_field", key=jax.random.PRNGKey(0))
+
+
+DISPLACED = {"as fitted": (0.0, 1.0), "shifted": (0.7, 1.0), "too wide": (0.0, 1.5), "both": (-0.4, 0.6)}
+
+
+@pytest.mark.parametrize("case", DISPLACED)
+def test_the_elbo_of_a_displaced_member_is_its_closed_form(case: str, fitted: Fit) -> None:
+    """The target is normalised, so that the ELBO is -KL(q || p) of two Gaussians."""
+    shift, times = DISPLACED[case]
+    loc = fitted.params["z_auto_loc"] + shift * SCALES
+    scale = fitted.params["z_auto_scale"] * times
+    moved = replace(fitted, params={"z_auto_loc": loc, "z_auto_scale": scale})
+    arrays = fitted.model.arrays
+    apart, precision = np.asarray(loc) - arrays["loc"], np.asarray(arrays["precision"])
+    spread = (np.diag(precision) * np.asarray(scale) ** 2).sum() + apart @ precision @ apart - 2
+    volumes = math.log(1 - CORRELATION**2) + 2 * np.log(SCALES).sum() - 2 * np.log(np.asarray(scale)).sum()
+    elbo = certificates.measured_elbo(moved, jax.random.PRNGKey(1))
+    assert abs(elbo.value + (spread + volumes) / 2) < 5 * elbo.se + 1e-9
+    assert elbo.se < 0.002
+
+
+YARDSTICKS = """posterior,guide,elbo,se,newton_gap,newton_gap_se
+near,mean_field,-10,0,-0.002,0.001
+late,mean_field,-10,0,0.05,0.001
+exact,mean_field,-10,0,,
+"""
+
+
+def table(*rows: tuple[str, float, float]) -> pd.DataFrame:
+    found = pd.DataFrame(rows, columns=["posterior", "elbo", "limit"])
+    return found.assign(guide="mean_field", dimension=2, seed=range(len(rows)), se=0.001, seconds=1.0)
+
+
+@pytest.fixture
+def _yardsticks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "yardsticks.csv"
+    path.write_text(YARDSTICKS)
+    monkeypatch.setattr(certificates, "YARDSTICKS", path)
+
+
+CASES = {
+    # Rows (posterior, elbo, limit), and what is said of them.
+    "covered": ([("near", -10.02, 0.03)], "1 fits, 0 of them unusable", 100, 100, 100),
+    "not covered": ([("near", -10.05, 0.03)], "1 fits, 0 of them unusable", 100, 100, 0),
+    "too far": ([("near", -10.2, 0.3)], "1 fits, 0 of them unusable", 0, 0, 100),
+    "by quadrature": ([("exact", -10.02, 0.03)], "1 fits, 0 of them unusable", 100, 100, 100),
+    # 0.02 below the yardstick, which may itself be 0.05 short.
+    "short yardstick": ([("late", -10.02, 0.03)], "1 fits, 0 of them unusable", 100, 100, 0),
+    "unusable": ([("near", math.nan, math.nan)], "1 fits, 1 of them unusable", 0, 0, 0),
+    "unusable with a limit": ([("near", -math.inf, 0.03)], "1 fits, 1 of them unusable", 0, 0, 0),
+    "one of two": ([("near", -10.02, 0.03), ("near", math.nan, 0.03)], "2 fits, 1 of them unusable", 50, 50, 50),
+}
+
+
+@pytest.mark.usefixtures("_yardsticks")
+@pytest.mark.parametrize("case", CASES)
+def test_a_fit_without_a_result_is_a_miss_and_a_short_yardstick_no_excuse(case: str) -> None:
+    rows, fits, limited, near, covered = CASES[case]
+    (line,) = [line for line in certificates.summary(table(*rows)).splitlines() if line.startswith("d <= 50")]
+    assert line == (
+        f"d <= 50: {fits}; limit <= 0.1 in {limited:.1f}%; true gap <= 0.1 in {near:.1f}%; "
+        f"true gap below the limit in {covered:.1f}%"
+    )
+
+
+@pytest.mark.usefixtures("_yardsticks")
+def test_yardsticks_that_have_not_arrived_or_are_missing_are_named() -> None:
+    told = certificates.summary(table(("near", -10.0, 0.1), ("late", -10.0, 0.1), ("late", -10.0, 0.1)))
+    assert told.splitlines()[-1] == "yardstick not arrived: late mean_field"
+    told = certificates.summary(table(("near", -10.0, 0.1), ("exact", -10.0, 0.1), ("unknown", -10.0, 0.1)))
+    assert told.splitlines()[-1] == "left out: 1 fits without a yardstick"
+    assert "not arrived" not in told
