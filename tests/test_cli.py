@@ -485,7 +485,7 @@ def test_only_what_is_kept_is_said_to_be(words, said, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_ctrl_c_in_mid_fit_and_in_mid_nuts_then_the_same_numbers(tmp_path):
-    words = [*STUDY[:-1], "60000", "--guides", "mean_field,dais", "--max-gradients", "32000"]
+    words = [*STUDY[:-1], "120000", "--guides", "mean_field,dais", "--max-gradients", "32000"]
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     stopped.mkdir()
     whole.mkdir()
@@ -498,7 +498,7 @@ def test_ctrl_c_in_mid_fit_and_in_mid_nuts_then_the_same_numbers(tmp_path):
     assert seconds < 10
 
     def in_nuts():
-        return len(list(cache.glob("fit/*.entry"))) == 2 and time.sleep(5) is None
+        return len(list(cache.glob("fit/*.entry"))) == 2 and time.sleep(2) is None
 
     err, seconds = interrupted(words, stopped, in_nuts)
     assert "fit dais: done\n" in err
