@@ -11,6 +11,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+import scipy.stats
 from numpyro.distributions.transforms import AffineTransform
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
@@ -371,6 +372,14 @@ def test_nesting_marks_the_larger_family_that_ends_lower(correlated):
     assert check_nesting([low, replace(worse, status=Status.FLAT)])[1].status is Status.FLAT
 
 
+def test_a_fit_is_shown_in_one_line(correlated):
+    fitted = correlated["mean_field"]
+    assert repr(fitted) == (
+        f"<Fit of mean_field to correlated: ARRIVED, ELBO {fitted.elbo} nats, gap at most {fitted.gap_limit:.2g} nats>"
+    )
+    assert repr(Fit(find_guide("map"), pair(), Status.FAILED)) == "<Fit of map to correlated: FAILED>"
+
+
 def test_a_kept_fit_draws_the_same(tmp_path, correlated):
     storage, fitted = Storage(tmp_path), correlated["full_rank"]
     keep_fit(storage, "name", fitted)
@@ -403,6 +412,25 @@ def test_laplace_where_a_latent_is_indexed_by_data():
     # The posterior is Gaussian: mean (sum of two rows) / 3, sd 1 / sqrt(3).
     effect = fitted.draw(KEY, 4_000)["effect"]
     assert (np.abs(effect.mean(0) - np.array([1, 5, 9]) / 3) < 5 / math.sqrt(3 * 4_000) + 0.01).all()
+
+
+def test_laplace_keeps_sites_apart_whatever_their_names():
+    """NumPyro stacks them in the program's order, a dict of them flattens by the alphabet."""
+
+    def apart(y=None):
+        numpyro.sample("wide", dist.Normal(100, 3))
+        numpyro.sample("narrow", dist.Normal(-5, 1))
+        numpyro.sample("y", dist.Normal(0, 1), obs=y)
+
+    fitted = fit(Model(apart, Dataset("none", {"y": np.array(0.0)})), "laplace", key=KEY)
+    draws = fitted.draw(KEY, 1_000)
+    for name, loc, sd in (("wide", 100, 3), ("narrow", -5, 1)):
+        assert abs(draws[name].mean() - loc) < 5 * sd / math.sqrt(1_000) + 0.01 * sd
+        assert draws[name].std() == pytest.approx(sd, rel=5 / math.sqrt(2_000))
+    norm = scipy.stats.norm
+    log_p = norm.logpdf(draws["wide"], 100, 3) + norm.logpdf(draws["narrow"], -5, 1) + norm.logpdf(0)
+    np.testing.assert_allclose(log_p - fitted.log_density(draws), fitted.log_weights(KEY, 1_000), atol=1e-8)
+    assert fitted.elbo.value == pytest.approx(norm.logpdf(0), abs=0.01)
 
 
 def test_a_kept_guide_is_set_up_where_it_began(tmp_path):
@@ -447,8 +475,20 @@ def annealed():
         (lambda: annealed().log_density({}), "'dais' gives weights only"),
         (
             lambda: fit(line(), "mean_field", key=KEY, tolerance=0.0),
-            "Expected a positive tolerance in nats and a positive max_gradients; got 0",
+            "Expected a positive tolerance in nats and a positive whole max_gradients; got 0.0 and 3000000",
         ),
+        (lambda: fit(line(), "mean_field", key=KEY, tolerance="0.1"), "whole max_gradients; got '0.1' and"),
+        (lambda: fit(line(), "mean_field", key=KEY, max_gradients=2.5), "whole max_gradients; got 0.1 and 2.5"),
+        (lambda: fit(line(), AutoNormal, key=KEY), r"Expected a guide's name or a `Guide`; got <class .*AutoNormal"),
+        (lambda: fit(line().fn, "mean_field", key=KEY), r"Expected a Model; got <function .*: write Model\("),
+        (lambda: fit(line(), "mean_field", key=0), r"Expected a random key of JAX's; got 0: write key=jax.random.key"),
+        (lambda: annealed().draw(0, 3), "Expected a random key of JAX's; got 0"),
+        (
+            lambda: annealed().draw(KEY, 3, sites="a"),
+            r"Expected sites to be a sequence of names; got 'a': write \('a'",
+        ),
+        (lambda: fit(line(), "full_rank", key=KEY, smaller=annealed()), r"got one fit: write smaller=\[fit\]"),
+        (lambda: Model(line().fn, {"y": 1}), r"Expected a Dataset; got dict: write Dataset\("),
     ],
 )
 def test_misuse_is_told(call, text):

@@ -179,6 +179,10 @@ _MISFITS = {
         "Expected finite numbers in data array 'y'; got 1 NaN or infinite of 2",
     ),
     "text in data": (lambda: Dataset("d", {"y": np.array(["a"])}), "Expected numbers in data array 'y'; got dtype"),
+    "a size among the arrays": (
+        lambda: Model(hierarchy, Dataset("d", {"x": X, "y": Y, "k": np.array(3)})),
+        r"A value that decides a size or a branch belongs to the dataset's static values, static=\{\.\.\.\}\.",
+    ),
     "a name twice": (
         lambda: Dataset("d", {"y": Y}, static={"y": 2}),
         r"Expected each name once; got \['y'\] among both arrays and static values of 'd'",

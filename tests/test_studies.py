@@ -1,10 +1,12 @@
 import jax
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 import pandas as pd
 import pytest
 from targets import line, pair
 
-from toolkit import Guide, Status, Storage, study
+from toolkit import Dataset, Guide, Model, Status, Storage, study
 from toolkit.studies import package_versions
 
 QUICK = {"chains": 2, "warmup": 400, "draws": 3_000}
@@ -75,6 +77,21 @@ def test_the_command_names_what_was_asked_for(finished):
     )
     assert "chains=2" in done.command
     assert "tolerance" not in done.command
+
+
+def test_groups_counted_from_one_are_the_first_thing_to_mend():
+    def groups(group, y=None):
+        with numpyro.plate("group_", 4):
+            effect = numpyro.sample("effect", dist.Normal(0, 1))
+        with numpyro.plate("row", 12):
+            numpyro.sample("y", dist.Normal(effect[group], 1), obs=y)
+
+    arrays = {"group": 1 + np.arange(12) % 4, "y": np.arange(12.0)}
+    # So few draws fail the checks: whatever fails, NUTS is not what is to be mended.
+    done = study(Model(groups, Dataset("one", arrays)), guides=("mean_field",), chains=2, warmup=50, draws=50)
+    assert not done.reference.status.ok
+    assert "index 4 is out of bounds for axis 0 with size 4" in done.comparison.advice[0]
+    assert "counted from 0" in done.comparison.advice[0]
 
 
 def test_another_seed_gives_other_numbers(finished):

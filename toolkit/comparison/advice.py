@@ -8,6 +8,7 @@ import pandas as pd
 
 from toolkit.comparison.sentences import LOCATIONS
 from toolkit.comparison.verdicts import Thresholds, Verdict, Z, is_ratio, simultaneous_z
+from toolkit.modelling.check import index_past_its_array
 from toolkit.modelling.model import Model
 
 # What a family that is too narrow may be replaced by, cheapest first.
@@ -34,7 +35,9 @@ def advise(
     """
     sentences = []
     if reference_problem:
-        sentences.append(f"No guide can be judged yet: {reference_problem}. {_repair_reference(model)}")
+        # JAX takes an array's last entry for what lies beyond it: no longer run and no chart mends that.
+        mend = index_past_its_array(model) or _repair_reference(model)
+        sentences.append(f"No guide can be judged yet: {reference_problem}. {mend}")
     right = guides[guides["verdict"] == Verdict.RIGHT.value]
     unknown = guides[guides["verdict"] == Verdict.CANNOT_TELL.value]
     wrong = guides[guides["verdict"] == Verdict.WRONG.value]
@@ -59,7 +62,11 @@ def _fit_better(guides: pd.DataFrame) -> list[str]:
     if late:
         sentences.append(f"Give {late} a larger budget (`--max-gradients`): it was used up before the fit had arrived.")
     if few:
-        sentences.append(f"Fit {few} with `--solver svi`, or a smaller family: fixed draws cannot pin its parameters.")
+        sentences.append(
+            f"Ask whether the posterior is proper and whether its density has edges: else draws seldom run out, as they "
+            f"did for {few}. If all is well, fit it with `--solver svi`, which gives no certificate, or take a smaller "
+            "family."
+        )
     if unproven:
         sentences.append(
             f"Before the family of {unproven} is blamed, a larger budget (`--max-gradients`): how much the optimiser "

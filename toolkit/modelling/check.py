@@ -152,6 +152,12 @@ def _points(model: Model) -> dict[str, Any]:
         return jax.tree.map(lambda *rows: jnp.concatenate(rows), jax.vmap(from_prior)(keys[:_POINTS]), starts)
 
 
+def index_past_its_array(model: Model) -> str:
+    """What is wrong with an index at a dispersed start, as a sentence; empty where nothing is, or it cannot be told."""
+    rung = _indices(model, _points(model))
+    return "" if rung.passed else rung.message
+
+
 def _indices(model: Model, points: Mapping[str, Any]) -> Rung:
     """Whether an index runs past its array, where JAX takes the last entry and says nothing.
 

@@ -94,6 +94,10 @@ class Model:
     summed_out: tuple[str, ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
+        if not isinstance(self.dataset, Dataset):
+            raise ValueError(  # noqa: TRY004 - misuse is a ValueError everywhere
+                f"Expected a Dataset; got {type(self.dataset).__name__}: write Dataset('mine', {{'x': x, 'y': y}})."
+            )
         put = functools.partial(object.__setattr__, self)
         put("name", self.name or getattr(self.fn, "__name__", "model"))
         put("title", self.title or self.name.replace("_", " "))
@@ -243,6 +247,9 @@ class Model:
             return trace_sites(fn, self.kwargs)
         except Exception as error:  # the callable is the user's, and may raise anything
             text = f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
+            if isinstance(error, jax.errors.ConcretizationTypeError | jax.errors.TracerArrayConversionError):
+                # Arrays are traced: their values are not there when a size or a branch is decided by them.
+                text += " A value that decides a size or a branch belongs to the dataset's static values, static={...}."
             raise ValueError(
                 f"Expected model '{self.name}' to run on dataset '{self.dataset.name}'; it stops with {text}"
             ) from error

@@ -6,6 +6,7 @@ import math
 from functools import lru_cache
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 from scipy.special import betainc, gammaincinv, ndtri
@@ -16,6 +17,16 @@ _KEPT_NUMBERS = 1 << 18  # in a net that is kept: one megabyte
 
 type Key = jax.Array | tuple[int, ...]
 """A JAX key, or the numbers that it became: a key of JAX's own takes half a millisecond to split."""
+
+
+def check_key(key: object) -> None:
+    """Nothing, if it is a random key of JAX's.
+
+    Raises:
+        ValueError: It is something else, such as a seed.
+    """
+    if not (isinstance(key, jax.Array | np.ndarray) and (jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim)):
+        raise ValueError(f"Expected a random key of JAX's; got {key!r}: write key=jax.random.key(0).")
 
 
 def branch(key: Key, number: int) -> Key:

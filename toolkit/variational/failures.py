@@ -437,7 +437,7 @@ def _too_narrow(space: Space, member: Member) -> Failure | None:
     narrow = _sds(member) / np.maximum(far, _LEAST)
     if not (narrow.min() < _RESOLUTION and far.max() < _LARGE):
         return None
-    where = f"the scale of {_largest(space, -np.minimum(np.log(narrow / _RESOLUTION), 0))} runs to zero"
+    where = f"the guide's sd of {_largest(space, -np.minimum(np.log(narrow / _RESOLUTION), 0))} runs to zero"
     return Failure(Status.UNBOUNDED, f"{where}, and the log density rises without end")
 
 
@@ -450,7 +450,7 @@ def _collapsing(density: LogDensity, member: Member, *, key: Key) -> Failure | N
         centre = _narrowed(density, member, number, many, times=_NARROWINGS, surely=True)
         if centre is not None:
             name = coordinate_names(density.space)[number]
-            where = f"the scale of {name} runs to zero at {centre:.4g}"
+            where = f"the guide's sd of {name} runs to zero at {centre:.4g}"
             return Failure(Status.UNBOUNDED, f"{where}, and the log density rises without end")
     return None
 
@@ -617,7 +617,7 @@ def _named(space: Space, energy: float, volume: float, logs: np.ndarray, moved: 
     """The status of a run-off, and which coordinates run."""
     if math.isnan(energy) or energy > max(volume, 0.0):  # infinity less infinity: log p has left the numbers
         if moved.max() < _FAR and -logs.min() > math.log1p(moved.max()):
-            what = f"the scale of {_largest(space, np.maximum(-logs, 0.0))} runs to zero"
+            what = f"the guide's sd of {_largest(space, np.maximum(-logs, 0.0))} runs to zero"
         else:
             names = _largest(space, np.log1p(moved))
             what = f"{names} {'run' if ' and ' in names else 'runs'} away"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 from numpyro import handlers
 from numpyro.distributions import biject_to
 from numpyro.infer.autoguide import (
@@ -17,7 +20,6 @@ from numpyro.infer.autoguide import (
     AutoDAIS,
     AutoDelta,
     AutoLaplaceApproximation,
-    AutoMultivariateNormal,
 )
 from numpyro.infer.util import log_density
 
@@ -28,6 +30,7 @@ from toolkit.modelling.completion import BATCH, complete
 from toolkit.modelling.model import Model
 from toolkit.status import Status
 from toolkit.variational.certificates import Certificate
+from toolkit.variational.draws import check_key
 from toolkit.variational.guides import Guide
 from toolkit.variational.objectives import log_weight
 from toolkit.variational.solvers.svi import Trace
@@ -36,7 +39,7 @@ from toolkit.variational.space import latent_space
 _SCALARS_AT_ONCE = 32_000_000  # drawn at once, all sites counted: 256 MB
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Fit:
     """A guide fitted to a model: it can draw, and where its family has one, give its log density.
 
@@ -81,6 +84,12 @@ class Fit:
     params: dict[str, Any] = field(default_factory=dict)
     start: dict[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """Such as `<Fit of mean_field to line: ARRIVED, ELBO -12.3 ± 0.1 nats, gap at most 0.06 nats>`."""
+        elbo = f", ELBO {self.elbo} nats" if self.elbo else ""
+        limit = f", gap at most {self.certificate.limit:.2g} nats" if self.certificate else ""
+        return f"<Fit of {self.guide.name} to {self.model.name}: {self.status.name}{elbo}{limit}>"
+
     @property
     def chart(self) -> str:
         """The model's chart that the guide looks at."""
@@ -122,13 +131,19 @@ class Fit:
             sites: Which sites; all if None. Deterministic ones that are not asked for are not computed.
 
         Raises:
-            ValueError: The fit failed and has nothing to draw from, or a site is unknown.
+            ValueError: The fit failed and has nothing to draw from, the key is none, or a site is unknown.
         """
         self._require_usable()
+        check_key(key)
+        if isinstance(sites, str):
+            raise ValueError(  # noqa: TRY004 - misuse is a ValueError everywhere
+                f"Expected sites to be a sequence of names; got '{sites}': write ('{sites}',)."
+            )
+        guide = self._program
 
         def one(key: jax.Array, params: Any, arrays: Any) -> dict[str, Any]:
             guide_key, _ = jax.random.split(key)  # as `log_weight` does, so that one key means one set of draws
-            return self._latents(guide_key, params, arrays)
+            return _latents(guide, guide_key, params, arrays)
 
         scalars = sum(math.prod(site.shape) for site in self.model.sites.values())
         pieces = [
@@ -144,8 +159,8 @@ class Fit:
             ValueError: The fit failed, or its family has no density.
         """
         self._require_density()
-        program = self.model.bound(self.chart)
-        pieces = self._map(lambda k, params, arrays: log_weight(k, params, program, self._program, arrays), key, draws)
+        program, guide = self.model.bound(self.chart), self._program
+        pieces = self._map(lambda k, params, arrays: log_weight(k, params, program, guide, arrays), key, draws)
         return np.concatenate(list(pieces))[:draws]
 
     def log_density(self, latents: Mapping[str, Any]) -> np.ndarray:
@@ -164,21 +179,12 @@ class Fit:
         with jax.enable_x64(True):
             return np.asarray(jax.lax.map(self._log_density, self._chosen(latents), batch_size=BATCH))
 
-    @property
+    @cached_property
     def _program(self) -> Callable[..., Any]:
         """The guide as a NumPyro program; a Laplace approximation becomes the Gaussian that it stands for."""
         if isinstance(self.autoguide, AutoLaplaceApproximation):
             return _laplace_program(self.autoguide, self.params)
         return self.autoguide
-
-    def _latents(self, key: jax.Array, params: Any, arrays: Any) -> dict[str, Any]:
-        guide = handlers.seed(handlers.substitute(self._program, data=params), key)
-        trace = handlers.trace(guide).get_trace(**arrays)
-        return {
-            name: site["value"]
-            for name, site in trace.items()
-            if site["type"] == "sample" and not site["is_observed"] and not site["infer"].get("is_auxiliary")
-        }
 
     def _log_density(self, latents: Mapping[str, Any]) -> Any:
         guide = self.autoguide
@@ -243,14 +249,22 @@ class Fit:
             raise ValueError(f"Expected a family with a density; '{self.guide.name}' is a point mass.")
 
 
+def _latents(guide: Callable[..., Any], key: jax.Array, params: Any, arrays: Any) -> dict[str, Any]:
+    """A guide's draw of the model's latent sites."""
+    seeded = handlers.seed(handlers.substitute(guide, data=params), key)
+    trace = handlers.trace(seeded).get_trace(**arrays)
+    return {
+        name: site["value"]
+        for name, site in trace.items()
+        if site["type"] == "sample" and not site["is_observed"] and not site["infer"].get("is_auxiliary")
+    }
+
+
 def _laplace_program(guide: AutoLaplaceApproximation, params: Mapping[str, Any]) -> Callable[..., Any]:
-    """The Gaussian that a Laplace approximation stands for, as a NumPyro guide."""
-    gaussian = AutoMultivariateNormal(guide.model, prefix=guide.prefix, init_loc_fn=guide.init_loc_fn)
-    posterior = guide.get_posterior(params)
-
-    def program(**kwargs: Any) -> Any:
-        fixed = {f"{guide.prefix}_loc": posterior.loc, f"{guide.prefix}_scale_tril": posterior.scale_tril}
-        with handlers.block(hide=list(fixed)), handlers.substitute(data=fixed):
-            return gaussian(**kwargs)
-
-    return program
+    """The Gaussian that a Laplace approximation stands for, as a NumPyro guide, with its order of sites."""
+    with jax.enable_x64(True):
+        found = guide.get_posterior(params)
+    loc, scale_tril = np.asarray(found.loc), np.asarray(found.scale_tril)
+    gaussian = copy.copy(guide)
+    gaussian._get_posterior = lambda *args, **kwargs: dist.MultivariateNormal(loc, scale_tril=scale_tril)
+    return gaussian

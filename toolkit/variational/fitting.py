@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
+from numbers import Integral, Real
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,7 +26,7 @@ from toolkit.variational.autoguides import GaussianForm, gaussian_form
 from toolkit.variational.block_guides import AutoBlockNormal
 from toolkit.variational.building import build_guide
 from toolkit.variational.density import LogDensity
-from toolkit.variational.draws import branch
+from toolkit.variational.draws import branch, check_key
 from toolkit.variational.failures import describe_edge
 from toolkit.variational.fits import Fit
 from toolkit.variational.gaussian_fits import FIXED_DRAWS, FIXED_LIMIT, NATURAL_GRADIENT, fit_gaussian
@@ -78,8 +79,8 @@ def fit(
             Gaussians in high dimension), `"svi"` (NumPyro's, for any guide), or `"auto"`, which chooses and says why.
         starts: How many dispersed searches for a mode to begin with, or their result (`find_starts`), which several
             guides may share.
-        smaller: Fits of the same model; a Gaussian guide is not left below those of families that it contains. SVI does
-            not look at them.
+        smaller: Fits of the same model; a Gaussian guide is not left below those of families that it contains. Others
+            are not looked at, nor any by SVI.
         prepared: The result of `prepare` for this model and guide, where the solver is SVI; made here if None.
         elbo_draws: Fresh draws behind the ELBO of a guide that is not fitted by SVI, and behind its log weights, from
             which k-hat is had. If None, as many as make the ELBO's standard error a tenth of the tolerance, from 1,024
@@ -89,15 +90,22 @@ def fit(
         progress: Called between pieces of work.
 
     Raises:
-        ValueError: The guide's name, its chart or the solver is unknown, the guide cannot be built for this model or
-            fitted by that solver, starts or smaller fits are of another chart or model, or the model's rows cannot be
-            taken in batches.
+        ValueError: The model is no `Model`, the key none of JAX's, or a number not positive; guide, chart or solver are
+            unknown; the guide cannot be built for this model or fitted by that solver; starts or smaller fits are of
+            another chart or model; the model's rows cannot be taken in batches.
     """
     guide = find_guide(guide)
+    if not isinstance(model, Model):
+        raise ValueError(  # noqa: TRY004 - misuse is a ValueError everywhere
+            f"Expected a Model; got {model!r}: write Model(callable, Dataset('mine', {{'y': y}}))."
+        )
+    check_key(key)
     chart = guide.chart or model.chart
-    if not (0 < tolerance < math.inf and max_gradients > 0):
+    numbers = isinstance(tolerance, Real) and isinstance(max_gradients, Integral)
+    if not (numbers and 0 < tolerance < math.inf and max_gradients > 0):
         raise ValueError(
-            f"Expected a positive tolerance in nats and a positive max_gradients; got {tolerance} and {max_gradients}."
+            "Expected a positive tolerance in nats and a positive whole max_gradients; got "
+            f"{tolerance!r} and {max_gradients!r}."
         )
     if not isinstance(starts, int | Starts):
         raise ValueError(  # noqa: TRY004 - misuse is a ValueError everywhere
@@ -108,6 +116,8 @@ def fit(
             f"Expected elbo_draws to be None or at least {_LEAST_ELBO_DRAWS}, so that its error is known; "
             f"got {elbo_draws}."
         )
+    if isinstance(smaller, Fit):
+        raise ValueError("Expected smaller to be a sequence of fits; got one fit: write smaller=[fit].")  # noqa: TRY004
     for other in smaller:
         if other.model is not model:
             raise ValueError(
@@ -320,6 +330,8 @@ def _by_gaussian(
         )
         if edge:
             status, message = edge.status, edge.message
+    if status in (Status.TOO_FEW_DRAWS, Status.BUDGET) and flat:
+        message += f"; the posterior may be improper, as the priors of {', '.join(model.flat_priors)} are"
     best = ended.optima[0]
     usable = edge is None and status is not Status.DIVERGED
     return Fit(

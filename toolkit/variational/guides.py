@@ -130,10 +130,15 @@ def find_guide(guide: str | Guide) -> Guide:
     """The guide of that name, with `@chart` behind it where another chart is wanted; a `Guide` passes through.
 
     Raises:
-        ValueError: There is no guide of that name.
+        ValueError: There is no guide of that name, or it is neither a name nor a `Guide`.
     """
     if isinstance(guide, Guide):
         return guide
+    if not isinstance(guide, str):
+        raise ValueError(  # noqa: TRY004 - misuse is a ValueError everywhere
+            f"Expected a guide's name or a `Guide`; got {guide!r}: wrap what makes a NumPyro guide, as in "
+            "Guide('mine', lambda fn: AutoNormal(fn))."
+        )
     name, _, chart = guide.partition("@")
     ranked = _RANKED.fullmatch(name)
     if name not in GUIDES and not ranked:
