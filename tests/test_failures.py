@@ -458,8 +458,8 @@ def test_too_few_draws_for_a_family_are_told_with_their_number():
     assert fitted.status is Status.TOO_FEW_DRAWS
     assert not fitted.status.ok
     assert fitted.message.endswith(
-        " nats, an estimate: 16,384 draws are too few for 20 parameters; the posterior may be improper, as the priors of z "
-        "are"
+        " nats, an estimate: 16,384 draws are too few for 20 parameters; the posterior may be improper, as the priors "
+        "of z are"
     )
     assert fitted.message.startswith(f"up to {fitted.certificate.limit:.2g}")
     assert fitted.certificate.limit > 2

@@ -63,7 +63,7 @@ def _fit_better(guides: pd.DataFrame) -> list[str]:
         sentences.append(f"Give {late} a larger budget (`--max-gradients`): it was used up before the fit had arrived.")
     if few:
         sentences.append(
-            f"Ask whether the posterior is proper and whether its density has edges: else draws seldom run out, as they "
+            "Ask whether the posterior is proper and whether its density has edges: else draws seldom run out, as they "
             f"did for {few}. If all is well, fit it with `--solver svi`, which gives no certificate, or take a smaller "
             "family."
         )
