@@ -96,9 +96,9 @@ _GRACE = 5.0  # seconds over the limit in which a solver that works in blocks ma
 _SHOWN = ("nats", "se", "cold", "warm", "to target", "gradient evaluations", "peak MB", "status", "note")
 _BARS = {  # solver, run and seconds that stand over elbowroom's
     "grid to target": (GRID_BEST, "cold", "seconds_to_target"),
-    "numpyro_20000 cold": ("numpyro_20000", "cold", "seconds"),
-    "numpyro_20000 warm": ("numpyro_20000", "warm", "seconds"),
-    "pymc_advi cold": ("pymc_advi", "cold", "seconds"),
+    "20000 steps cold": ("numpyro_20000", "cold", "seconds"),
+    "20000 steps warm": ("numpyro_20000", "warm", "seconds"),
+    "ADVI cold": ("pymc_advi", "cold", "seconds"),
 }
 _RATIOS = ("posterior", "guide", "fit cold (s)", "fit warm (s)", "nats", *_BARS)
 
@@ -272,7 +272,8 @@ def ratios(rows: Sequence[Row]) -> list[dict[str, str]]:
     lines = []
     for cell in sorted(own, key=lambda cell: (posteriors.index(cell[0]), GUIDES.index(cell[1]))):
         ours = {run: by_run.get((*cell, "elbowroom", run), {}) for run in RUNS}
-        line = dict(zip(("posterior", "guide"), cell, strict=True))
+        posterior, guide = cell
+        line = {"posterior": posterior.rpartition("-")[2], "guide": guide}  # the program's part of its name
         line |= {f"fit {run} (s)": _readable_seconds(row.get("seconds", "")) for run, row in ours.items()}
         line["nats"] = _rounded(ours["cold"].get("nats", ""), 2)
         for name, (solver, run, column) in _BARS.items():
@@ -289,11 +290,11 @@ def _readable_seconds(text: str) -> str:
 
 
 def write_ratios(path: Path, rows: Sequence[Row]) -> None:
-    """The `ratios` as a file for a table in the documentation."""
+    """The `ratios` as a file for a table in the documentation, where a `>` would begin a quotation."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, _RATIOS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(ratios(rows))
+        writer.writerows({name: text.replace(">", "≥ ") for name, text in line.items()} for line in ratios(rows))
 
 
 def show(rows: Sequence[Row]) -> None:

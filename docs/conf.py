@@ -32,6 +32,7 @@ napoleon_use_ivar = True
 html_theme = "furo"
 html_title = "elbowroom"
 html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 html_show_copyright = False
 
 _CODE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
