@@ -423,8 +423,7 @@ def test_ratios_are_written_a_line_for_each_posterior_and_guide(
     monkeypatch.setattr(sys, "argv", ["solvers.py", *options])
     solvers.main()
     assert ratios.read_text().splitlines() == [
-        "posterior,guide,fit cold (s),fit warm (s),nats,"
-        "grid to target,20000 steps cold,20000 steps warm,ADVI cold",
+        "posterior,guide,fit cold (s),fit warm (s),nats,grid to target,20000 steps cold,20000 steps warm,ADVI cold",
         "line,mean_field,0.50,0.012,0.00,≥ 40,25,≥ 500,",
         "line,low_rank,≥ 600,,,,,,",
     ]
