@@ -334,6 +334,8 @@ def test_log_concavity_is_declared_for_one_chart() -> None:
     )
     assert fit(model, "full_rank", key=KEY, starts=2).certificate.scope is Scope.GLOBAL
     assert fit(model, "full_rank@base", key=KEY, starts=2).certificate.scope is Scope.LOCAL
+    assert model.in_chart("plain").log_concave
+    assert not model.in_chart("base").log_concave
 
 
 def test_natural_gradient_steps_end_with_a_bound_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

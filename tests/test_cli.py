@@ -226,11 +226,11 @@ MISUSE = {
     ),
     "no tolerance": (
         [GROWTH, "--data", HEIGHTS, "--tolerance", "0"],
-        "Expected a positive tolerance and positive max_gradients; got 0.0",
+        "Expected a positive tolerance in nats and a positive whole max_gradients; got 0.0",
     ),
     "no steps": (
         [GROWTH, "--data", HEIGHTS, "--max-gradients", "0"],
-        "Expected a positive tolerance and positive max_gradients; got 0.1 and 0",
+        "Expected a positive tolerance in nats and a positive whole max_gradients; got 0.1 and 0",
     ),
     "no data": ([GROWTH], "Expected data for 'age', 'school' of 'growth'; got none: add --data"),
     "data not there": ([GROWTH, "--data", "nosuch.csv"], "Expected a data file at 'nosuch.csv'; found none"),

@@ -22,6 +22,7 @@ from toolkit import Dataset, Estimate, Fit, Guide, Model, Status, Storage, fit
 from toolkit.variational import fitting, gaussian_fits
 from toolkit.variational import starts as starting
 from toolkit.variational.building import build_guide
+from toolkit.variational.certificates import Scope
 from toolkit.variational.density import LogDensity
 from toolkit.variational.draws import matched_draws
 from toolkit.variational.gaussians import best_low_rank
@@ -377,6 +378,8 @@ def test_a_fit_is_shown_in_one_line(correlated):
     assert repr(fitted) == (
         f"<Fit of mean_field to correlated: ARRIVED, ELBO {fitted.elbo} nats, gap at most {fitted.gap_limit:.2g} nats>"
     )
+    guessed = replace(fitted, certificate=replace(fitted.certificate, scope=Scope.ESTIMATE))
+    assert repr(guessed).endswith(f"gap estimated at {fitted.gap_limit:.2g} nats>")
     assert repr(Fit(find_guide("map"), pair(), Status.FAILED)) == "<Fit of map to correlated: FAILED>"
 
 
@@ -483,6 +486,9 @@ def annealed():
         (lambda: fit(line().fn, "mean_field", key=KEY), r"Expected a Model; got <function .*: write Model\("),
         (lambda: fit(line(), "mean_field", key=0), r"Expected a random key of JAX's; got 0: write key=jax.random.key"),
         (lambda: annealed().draw(0, 3), "Expected a random key of JAX's; got 0"),
+        (lambda: annealed().log_weights(0, 3), "Expected a random key of JAX's; got 0"),
+        (lambda: fit(line(), "mean_field", key=jax.random.split(KEY, 2)), "Expected a random key of JAX's; got Array"),
+        (lambda: fit(line(), "mean_field", key=np.array([0.5])), r"Expected a random key of JAX's; got array\(\[0.5"),
         (
             lambda: annealed().draw(KEY, 3, sites="a"),
             r"Expected sites to be a sequence of names; got 'a': write \('a'",

@@ -141,6 +141,19 @@ def misfit(y: np.ndarray | None = None) -> None:
 
 
 _ONLY_Y = Dataset("d", {"y": Y})
+
+
+def counted(k: int, y: np.ndarray | None = None) -> None:
+    for number in range(k):
+        numpyro.sample(f"z{number}", dist.Normal(0, 1))
+    numpyro.sample("y", dist.Normal(0, 1), obs=y)
+
+
+def logged(x: np.ndarray, y: np.ndarray | None = None) -> None:
+    z = numpyro.sample("z", dist.Normal(0, 1))
+    numpyro.sample("y", dist.Normal(z + np.log(np.abs(x)), 1), obs=y)
+
+
 _MISFITS = {
     "observes nothing": (lambda: Model(silent, _ONLY_Y), "Expected model 'silent' to observe something; it has only a"),
     "infers nothing": (lambda: Model(known, _ONLY_Y), "Expected model 'known' to have a latent site; everything in"),
@@ -182,6 +195,14 @@ _MISFITS = {
     "a size among the arrays": (
         lambda: Model(hierarchy, Dataset("d", {"x": X, "y": Y, "k": np.array(3)})),
         r"A value that decides a size or a branch belongs to the dataset's static values, static=\{\.\.\.\}\.",
+    ),
+    "a count among the arrays": (
+        lambda: Model(counted, Dataset("d", {"k": np.array(3), "y": Y})),
+        r"belongs to the dataset's static values, static=\{\.\.\.\}\.",
+    ),
+    "NumPy on an array that is traced": (
+        lambda: Model(logged, Dataset("d", {"x": X, "y": Y})),
+        "Use jax.numpy for what is computed from data and latents",
     ),
     "a name twice": (
         lambda: Dataset("d", {"y": Y}, static={"y": 2}),

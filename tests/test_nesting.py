@@ -35,17 +35,23 @@ def test_the_worst_deficit_is_told_with_its_error_and_refutes_the_certificate() 
     *_, marked = check_nesting([ended("mean_field", -9.0), ended("low_rank", -7.0, se=0.03), full])
     assert marked.status is Status.BELOW_SMALLER_FAMILY
     assert marked.message == (
-        "3.00 ± 0.05 nats below low_rank, which it contains; its certificate, of at most 0.062 nats, does not hold"
+        "3.00 ± 0.05 nats below low_rank, which it contains; its certificate, of at most 0.062 nats, speaks of a lower "
+        "optimum"
     )
     assert marked.certificate is None
     assert marked.gap_limit is None
+    everywhere = replace(full, certificate=replace(full.certificate, scope=Scope.GLOBAL))
+    *_, marked = check_nesting([ended("mean_field", -9.0), everywhere])
+    assert marked.message.endswith("its certificate, of at most 0.062 nats, does not hold")
 
 
 def test_a_fit_that_is_not_below_keeps_its_certificate() -> None:
     full = ended("full_rank", -10.0, limit=0.062)
     assert check_nesting([ended("mean_field", -9.95), full], tolerance=0.1)[1] == full
     (_, marked) = check_nesting([ended("mean_field", -9.95), full], tolerance=0.01)
-    assert marked.message.startswith("0.050 ± 0.014 nats below mean_field")
+    assert marked.status is Status.BELOW_SMALLER_FAMILY
+    assert marked.message == "0.050 ± 0.014 nats below mean_field, which it contains"
+    assert marked.certificate == full.certificate, "which allows for as much"
 
 
 def test_what_contains_a_large_family_comes_after_it() -> None:
@@ -84,8 +90,9 @@ def test_smaller_fits_of_another_model_are_refused(fits: dict[str, Fit]) -> None
         ({"a": (3,), "b": (3, 2)}, "a (3,), b (3, 2)"),
         ({"a": (3,), "b": (4,)}, "a (3,), b (4,)"),
         ({"a": (), "b": ()}, "a (), b ()"),
+        ({"a": (), "b": (3,)}, "a (), b (3,)"),
     ],
-    ids=["none", "missing", "shape", "draws", "scalars"],
+    ids=["none", "missing", "shape", "draws", "scalars", "a scalar"],
 )
 @pytest.mark.parametrize("name", ["mean_field", "full_rank"])
 def test_the_log_density_of_other_sites_is_refused(

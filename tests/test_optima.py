@@ -18,9 +18,10 @@ import pytest
 from toolkit import Dataset, Estimate, Labels, Model, Status, fit
 from toolkit.reporting.arrival import as_high, optima_cell, optima_sentences
 from toolkit.variational import gaussian_fits
+from toolkit.variational.autoguides import GaussianForm
 from toolkit.variational.certificates import Certificate, Scope
-from toolkit.variational.gaussian_fits import Optimum, _is_same
-from toolkit.variational.gaussians import Diagonal, Frame, Quadratic
+from toolkit.variational.gaussian_fits import Optimum, _best_for, _is_same
+from toolkit.variational.gaussians import Diagonal, Frame, LowRank, Quadratic
 from toolkit.variational.solvers.svi import Trace
 from toolkit.variational.starts import Start, Starts, find_starts
 
@@ -125,9 +126,11 @@ def test_the_report_tells_them_as_different_optima() -> None:
     assert (cell.text, cell.note) == ("2", "0.8473 nats apart")
 
 
-@pytest.mark.parametrize("guide", ["mean_field", "full_rank"])
-def test_modes_of_one_height_are_told_as_such(guide: str) -> None:
-    fitted = fit(three_dimensions(), guide, key=KEY)
+@pytest.mark.parametrize(
+    ("guide", "solver"), [("mean_field", "auto"), ("full_rank", "auto"), ("full_rank", "natural_gradient")]
+)
+def test_modes_of_one_height_are_told_as_such(guide: str, solver: str) -> None:
+    fitted = fit(three_dimensions(), guide, key=KEY, solver=solver)
     np.testing.assert_allclose([optimum.value for optimum in fitted.optima], 2 * [np.log(0.5)], atol=2e-3)
     (sentence,) = optima_sentences([fitted])
     assert f"They are {SEVERAL}" in sentence
@@ -160,6 +163,22 @@ def test_a_climb_that_was_stopped_goes_on_where_it_may_lead_to_the_best(monkeypa
     assert [round(end.value, 1) for end in cut.optima] == [round(end.value, 1) for end in whole.optima]
     monkeypatch.setattr(gaussian_fits, "EVALUATIONS", 1)  # nothing goes on: what was stopped is no optimum
     assert len(fit(two_modes(), "mean_field", key=KEY, starts=far).optima) == 1
+
+
+@pytest.mark.parametrize(
+    "precision", [np.array([4.0, 1.0]), np.array([[4.0, 1.0], [1.0, 1.0]])], ids=["diagonal", "full"]
+)
+def test_the_best_of_a_family_around_a_quadratic(precision: np.ndarray) -> None:
+    form = GaussianForm(lambda frame: LowRank(frame, 1), dict, lambda params: params["member"])
+    centre, sign = np.array([3.0, -2.0]), np.ones(2)
+    found = _best_for(form, Quadratic(centre, np.zeros(2), precision))
+    whole = precision if precision.ndim == 2 else np.diag(precision)
+    np.testing.assert_allclose(found.loc, centre)
+    # One column makes a Gaussian in two dimensions full, but for what moves columns off their saddle.
+    np.testing.assert_allclose(found.covariance(), np.linalg.inv(whole), rtol=0.02, atol=2e-3)
+    sign[0] = -1
+    bent = precision * (sign if precision.ndim == 1 else sign[:, None])
+    assert _best_for(form, Quadratic(centre, np.zeros(2), bent)) is None
 
 
 def test_a_density_with_one_mode_has_one_optimum() -> None:

@@ -94,6 +94,14 @@ def test_groups_counted_from_one_are_the_first_thing_to_mend():
     assert "counted from 0" in done.comparison.advice[0]
 
 
+@pytest.mark.parametrize("wrong", [{"max_gradients": 1e6}, {"max_gradients": 0}, {"tolerance": float("inf")}])
+def test_what_no_fit_would_take_is_refused_before_the_work(wrong):
+    with pytest.raises(
+        ValueError, match="Expected a positive tolerance in nats and a positive whole max_gradients; got"
+    ):
+        study(line(), guides=("mean_field",), **wrong)
+
+
 def test_another_seed_gives_other_numbers(finished):
     _, done = finished
     other = study(pair(), guides=("mean_field",), seed=1, **QUICK)
@@ -110,8 +118,14 @@ def test_another_seed_gives_other_numbers(finished):
         ({"guides": ("mean_field@other",)}, "Expected chart to be one of"),
         ({"chart": "other"}, "Expected chart to be one of"),
         ({"chains": 0}, "Expected chains to be at least 2; got 0"),
-        ({"tolerance": 0.0}, "Expected a positive tolerance and positive max_gradients; got 0.0 and 3000000"),
-        ({"max_gradients": 0}, "Expected a positive tolerance and positive max_gradients; got 0.1 and 0"),
+        (
+            {"tolerance": 0.0},
+            "Expected a positive tolerance in nats and a positive whole max_gradients; got 0.0 and 3000000",
+        ),
+        (
+            {"max_gradients": 0},
+            "Expected a positive tolerance in nats and a positive whole max_gradients; got 0.1 and 0",
+        ),
         ({"draws": 0}, "Expected draws to be at least 8; got 0"),
         ({"focus": ("nosuch > 0",)}, "nosuch"),
         ({"seed": 2**40}, "Expected a seed from 0 to 4,294,967,295; got 1099511627776"),

@@ -27,7 +27,7 @@ from toolkit.sampling.references import Reference, prepare_reference, reference
 from toolkit.status import Status
 from toolkit.storage import Storage
 from toolkit.variational.fits import Fit
-from toolkit.variational.fitting import AUTO, MAX_GRADIENTS, SOLVERS, fit
+from toolkit.variational.fitting import AUTO, MAX_GRADIENTS, SOLVERS, check_limits, fit
 from toolkit.variational.guides import DEFAULT_GUIDES, Guide, find_guide
 from toolkit.variational.keeping import fit_key, keep_fit, kept_fit
 from toolkit.variational.nesting import check_nesting, contains, smallest_first
@@ -147,10 +147,7 @@ def study(
     _check(model, chosen, chart, {"chains": (chains, 2), "warmup": (warmup, 1), "draws": (draws, 8)})
     if not 0 < target_accept < 1:
         raise ValueError(f"Expected target_accept between 0 and 1; got {target_accept}.")
-    if not (tolerance > 0 and max_gradients > 0):
-        raise ValueError(
-            f"Expected a positive tolerance and positive max_gradients; got {tolerance} and {max_gradients}."
-        )
+    check_limits(tolerance, max_gradients)
     if solver not in SOLVERS:
         raise ValueError(f"Expected solver to be one of {', '.join(SOLVERS)}; got '{solver}'.")
     thresholds = thresholds or Thresholds()

@@ -184,8 +184,11 @@ class Model:
         return given or self.sites[site].dims
 
     def in_chart(self, chart: str) -> Model:
-        """The same model, looked at in another chart unless a guide says otherwise."""
-        return replace(self, chart=chart)
+        """The same model, looked at in another chart unless a guide says otherwise.
+
+        That it is log-concave was declared for its own.
+        """
+        return replace(self, chart=chart, log_concave=self.log_concave and chart == self.chart)
 
     def values(
         self, latents: Sites, arrays: Sites, params: Sites | None = None, chart: str | None = None
@@ -247,8 +250,10 @@ class Model:
             return trace_sites(fn, self.kwargs)
         except Exception as error:  # the callable is the user's, and may raise anything
             text = f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
-            if isinstance(error, jax.errors.ConcretizationTypeError | jax.errors.TracerArrayConversionError):
-                # Arrays are traced: their values are not there when a size or a branch is decided by them.
+            # Arrays are traced: their values are not there when NumPy, a size or a branch asks for them.
+            if isinstance(error, jax.errors.TracerArrayConversionError):
+                text += " Use jax.numpy for what is computed from data and latents."
+            elif isinstance(error, jax.errors.ConcretizationTypeError | jax.errors.TracerIntegerConversionError):
                 text += " A value that decides a size or a branch belongs to the dataset's static values, static={...}."
             raise ValueError(
                 f"Expected model '{self.name}' to run on dataset '{self.dataset.name}'; it stops with {text}"

@@ -20,12 +20,14 @@ type Key = jax.Array | tuple[int, ...]
 
 
 def check_key(key: object) -> None:
-    """Nothing, if it is a random key of JAX's.
+    """Nothing, if it is one random key of JAX's, of either kind.
 
     Raises:
-        ValueError: It is something else, such as a seed.
+        ValueError: It is something else, such as a seed or several keys.
     """
-    if not (isinstance(key, jax.Array | np.ndarray) and (jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim)):
+    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0
+    older = isinstance(key, jax.Array | np.ndarray) and key.dtype == np.uint32 and key.ndim == 1
+    if not (typed or older):
         raise ValueError(f"Expected a random key of JAX's; got {key!r}: write key=jax.random.key(0).")
 
 

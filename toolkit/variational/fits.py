@@ -29,7 +29,7 @@ from toolkit.estimate import Estimate
 from toolkit.modelling.completion import BATCH, complete
 from toolkit.modelling.model import Model
 from toolkit.status import Status
-from toolkit.variational.certificates import Certificate
+from toolkit.variational.certificates import Certificate, Scope
 from toolkit.variational.draws import check_key
 from toolkit.variational.guides import Guide
 from toolkit.variational.objectives import log_weight
@@ -87,7 +87,10 @@ class Fit:
     def __repr__(self) -> str:
         """Such as `<Fit of mean_field to line: ARRIVED, ELBO -12.3 ± 0.1 nats, gap at most 0.06 nats>`."""
         elbo = f", ELBO {self.elbo} nats" if self.elbo else ""
-        limit = f", gap at most {self.certificate.limit:.2g} nats" if self.certificate else ""
+        limit = ""
+        if self.certificate:
+            most = "estimated at" if self.certificate.scope is Scope.ESTIMATE else "at most"
+            limit = f", gap {most} {self.certificate.limit:.2g} nats"
         return f"<Fit of {self.guide.name} to {self.model.name}: {self.status.name}{elbo}{limit}>"
 
     @property
@@ -131,7 +134,7 @@ class Fit:
             sites: Which sites; all if None. Deterministic ones that are not asked for are not computed.
 
         Raises:
-            ValueError: The fit failed and has nothing to draw from, the key is none, or a site is unknown.
+            ValueError: The fit failed and has nothing to draw from, the key is not one of JAX's, or a site is unknown.
         """
         self._require_usable()
         check_key(key)
@@ -159,6 +162,7 @@ class Fit:
             ValueError: The fit failed, or its family has no density.
         """
         self._require_density()
+        check_key(key)
         program, guide = self.model.bound(self.chart), self._program
         pieces = self._map(lambda k, params, arrays: log_weight(k, params, program, guide, arrays), key, draws)
         return np.concatenate(list(pieces))[:draws]
@@ -234,10 +238,8 @@ class Fit:
         origin = space.unravel(np.zeros(space.size))
         sites = jax.eval_shape(lambda: self.model.constrain(origin, arrays, self.params, chart=self.chart))
         latents = {name: np.asarray(given[name]) for name in space.names if name in given}
-        draws = {len(values) for values in latents.values() if values.ndim}
-        if any(name not in latents or latents[name].shape[1:] != sites[name].shape for name in space.names) or (
-            len(draws) != 1
-        ):
+        draws = max((len(values) for values in latents.values() if values.ndim), default=0)
+        if any(name not in latents or latents[name].shape != (draws, *sites[name].shape) for name in space.names):
             wanted = ", ".join(f"{name} ({', '.join(['draws', *map(str, sites[name].shape)])})" for name in space.names)
             told = ", ".join(f"{name} {values.shape}" for name, values in latents.items()) or "none of them"
             raise ValueError(f"Expected the latent sites of chart '{self.chart}', which are {wanted}; got {told}.")

@@ -79,8 +79,8 @@ def fit(
             Gaussians in high dimension), `"svi"` (NumPyro's, for any guide), or `"auto"`, which chooses and says why.
         starts: How many dispersed searches for a mode to begin with, or their result (`find_starts`), which several
             guides may share.
-        smaller: Fits of the same model; a Gaussian guide is not left below those of families that it contains. Others
-            are not looked at, nor any by SVI.
+        smaller: Fits of the same model; a Gaussian guide is not left below those of families that it contains. Fits of
+            other families are passed over, and SVI passes over all.
         prepared: The result of `prepare` for this model and guide, where the solver is SVI; made here if None.
         elbo_draws: Fresh draws behind the ELBO of a guide that is not fitted by SVI, and behind its log weights, from
             which k-hat is had. If None, as many as make the ELBO's standard error a tenth of the tolerance, from 1,024
@@ -90,9 +90,9 @@ def fit(
         progress: Called between pieces of work.
 
     Raises:
-        ValueError: The model is no `Model`, the key none of JAX's, or a number not positive; guide, chart or solver are
-            unknown; the guide cannot be built for this model or fitted by that solver; starts or smaller fits are of
-            another chart or model; the model's rows cannot be taken in batches.
+        ValueError: The model is no `Model`, the key not one of JAX's, or a number not positive; guide, chart or solver
+            are unknown; the guide cannot be built for this model or fitted by that solver; starts or smaller fits are
+            of another chart or model; the model's rows cannot be taken in batches.
     """
     guide = find_guide(guide)
     if not isinstance(model, Model):
@@ -101,12 +101,7 @@ def fit(
         )
     check_key(key)
     chart = guide.chart or model.chart
-    numbers = isinstance(tolerance, Real) and isinstance(max_gradients, Integral)
-    if not (numbers and 0 < tolerance < math.inf and max_gradients > 0):
-        raise ValueError(
-            "Expected a positive tolerance in nats and a positive whole max_gradients; got "
-            f"{tolerance!r} and {max_gradients!r}."
-        )
+    check_limits(tolerance, max_gradients)
     if not isinstance(starts, int | Starts):
         raise ValueError(  # noqa: TRY004 - misuse is a ValueError everywhere
             f"Expected starts to be how many searches there should be, or what `find_starts` gave; got {starts!r}."
@@ -175,6 +170,20 @@ def fit(
             )
     progress(f"fit {guide.name}", 1, 1, "done")
     return replace(fitted, cost=cost + fitted.cost, solver=chosen, why=why)
+
+
+def check_limits(tolerance: object, max_gradients: object) -> None:
+    """Nothing, if a fit can be held to them.
+
+    Raises:
+        ValueError: The tolerance is no positive finite number, or max_gradients no positive whole one.
+    """
+    positive = isinstance(tolerance, Real) and 0 < float(tolerance) < math.inf
+    if not (positive and isinstance(max_gradients, Integral) and int(max_gradients) > 0):
+        raise ValueError(
+            "Expected a positive tolerance in nats and a positive whole max_gradients; got "
+            f"{tolerance!r} and {max_gradients!r}."
+        )
 
 
 def choose_solver(model: Model, guide: Guide, built: Any, space: Space, asked: str = AUTO) -> tuple[str, str]:

@@ -71,7 +71,8 @@ class Optimum:
         elbo: On draws that no climb has seen, in nats.
         spread: The sd in nats of what one such draw says of it.
         trace: The course.
-        left: What its climb could still gain, in nats, as far as that is known.
+        arrived: Whether its solver came to its end.
+        left: What it could still gain, in nats, as far as that is known.
         pairs: What the climb has learned of the curvature.
     """
 
@@ -81,6 +82,7 @@ class Optimum:
     elbo: Estimate
     spread: float
     trace: Trace
+    arrived: bool = True
     left: float = 0.0
     pairs: tuple[Pair, ...] = ()
 
@@ -179,7 +181,7 @@ def fit_gaussian(
     best = _not_below(
         density, form, optima[0], smaller, key=branch(key, 1_000), tolerance=tolerance, left=left, report=report
     )
-    others = [one for one in optima if one is not best and _stays_lower(one, best, tolerance)]
+    others = [one for one in optima if one is not best and _stays_lower(one, best)]
     optima = (best, *(one for one in others if not _is_same(one, best)))
     failure = find_failure(density, form, best.member, best.quadratic, key=branch(key, 1_003))
     if failure is None and not any(start.is_mode for start in starts):
@@ -312,7 +314,7 @@ def _solved(
             report=lambda steps, elbo: report("natural-gradient steps", steps, STEPS, elbo),
         )
         frame = Frame.of(averaged.gaussian.loc, averaged.gaussian.precision)
-        course, behind = averaged.course[:, 0], averaged.gap
+        course, behind, arrived = averaged.course[:, 0], averaged.gap, averaged.arrived
         family = form.family(frame)
         x = np.zeros(family.parameters)
         quadratic = Quadratic(frame.loc, np.zeros(density.size), frame.precision)
@@ -328,13 +330,14 @@ def _solved(
             max_evaluations=int(np.clip(budget // draws, 1, _SCREENED)),
             report=lambda steps, elbo: report("climbing", steps, steps + 1, elbo),
         )
-        x, course, behind, pairs = climbed.x, climbed.course, climbed.residual, climbed.pairs
+        x, behind, arrived, pairs = climbed.x, climbed.residual, climbed.arrived, climbed.pairs
+        course = np.maximum.accumulate(climbed.course)  # the last point tried need not be the best
     looked = _looked_at(density, family, x, quadratic, _trace(course), key=branch(key, 1), draws=compared)
-    return replace(looked, left=max(behind, 0.0), pairs=pairs)
+    return replace(looked, arrived=arrived, left=max(behind, 0.0), pairs=pairs)
 
 
 def _trace(course: np.ndarray) -> Trace:
-    """The ELBO at each evaluation, as a course."""
+    """An ELBO for each step, as a course."""
     return Trace(np.arange(1.0, len(course) + 1), course, np.full(len(course), math.nan))
 
 
@@ -352,18 +355,20 @@ def _finished(
     finished = list[Optimum]()
     for number, found in enumerate(optima):
         optimum = found
-        if not _stays_lower(optimum, optima[0], tolerance):
+        if not _stays_lower(optimum, optima[0]):
             own = branch(key, number)
             optimum = _climbed_on(
                 density, form, optimum, optimum.x, key=own, tolerance=tolerance, budget=left(), report=report
             )
+            whole = np.concatenate([found.trace.elbo, optimum.trace.elbo])
+            optimum = replace(optimum, trace=_trace(whole))
         finished.append(optimum)
     return _distinct(finished)
 
 
-def _stays_lower(optimum: Optimum, best: Optimum, tolerance: float) -> bool:
-    """Whether a climb came to its end, or stopped where what it had left would not lead to the best."""
-    return optimum.left <= _RESIDUAL * tolerance or optimum.elbo.value + optimum.left < best.elbo.value
+def _stays_lower(optimum: Optimum, best: Optimum) -> bool:
+    """Whether a climb came to its end, or stopped where what it seemed to have left would not lead to the best."""
+    return optimum.arrived or optimum.elbo.value + optimum.left < best.elbo.value
 
 
 def _climbed_on(
@@ -392,11 +397,11 @@ def _climbed_on(
         optimum.family,
         climbed.x,
         optimum.quadratic,
-        _trace(climbed.course),
+        _trace(np.maximum.accumulate(climbed.course)),
         key=branch(key, 1),
         draws=_COMPARED_DRAWS,
     )
-    return replace(looked, left=climbed.residual, pairs=climbed.pairs)
+    return replace(looked, arrived=climbed.arrived, left=climbed.residual, pairs=climbed.pairs)
 
 
 def _least_steps(form: GaussianForm) -> int:
@@ -516,11 +521,13 @@ def _not_below(
 
 
 def _best_for(form: GaussianForm, quadratic: Quadratic) -> Member | None:
-    """The family's best around a quadratic's centre, were that the density; None where it is bent upwards."""
+    """The family's best around a quadratic's centre, were that the density; None where a coordinate is bent upwards."""
+    if not (np.isfinite(quadratic.precision).all() and (quadratic.diagonal > 0).all()):
+        return None
     precision: np.ndarray | None = quadratic.precision
     if quadratic.precision.ndim == 2:
         precision, _ = positive_definite(quadratic.precision)
-    if precision is None or not (np.isfinite(precision).all() and (np.diag(precision) > 0).all()):
+    if precision is None:
         return None
     family = form.family(Frame.of(quadratic.centre, precision))
     return family.member(np.zeros(family.parameters))
@@ -582,7 +589,7 @@ def _proved(
         found, before = bounded.certificate, certificate
         # The last one stands, not the lowest: to choose among limits would make each less than a 95 % limit.
         certificate = found or before
-        if found and found.limit <= tolerance:
+        if found and found.limit <= tolerance and found.scope is scope:  # an estimate where climbs were cut short
             return best, Proof(found)
         if found and before and draws == _MOST_DRAWS and not found.limit < _GROWN * before.limit:
             ended, why = Status.TOO_FEW_DRAWS, f"{draws:,} {too_few}"

@@ -11,6 +11,7 @@ from toolkit.estimate import Estimate
 from toolkit.modelling.model import Model
 from toolkit.status import Status
 from toolkit.variational.block_guides import AutoBlockNormal
+from toolkit.variational.certificates import Scope
 from toolkit.variational.fits import Fit
 from toolkit.variational.guides import BY_GAIN, LOW_RANK, Guide, default_rank
 from toolkit.variational.space import latent_space
@@ -23,9 +24,9 @@ _GAUSSIANS = (AutoBlockNormal.__name__,)  # the class of guides that a user may 
 def check_nesting(fits: Sequence[Fit], tolerance: float = 0.1) -> tuple[Fit, ...]:
     """The same fits, each one whose ELBO lies below that of a family that it contains marked as not arrived.
 
-    A difference counts where it exceeds both the tolerance in nats and three standard errors; it refutes the fit's
-    certificate, which is dropped. Fits without an optimum are not compared: how high they are is a matter of when they
-    were stopped.
+    A difference counts where it exceeds both the tolerance in nats and three standard errors. A certificate whose limit
+    it exceeds as well is dropped, and the message says so. Fits without an optimum are not compared: how high they are
+    is a matter of when they were stopped.
     """
     return tuple(
         _checked(fit, [other for other in fits if contains(fit.guide, other.guide, fit.model)], tolerance)
@@ -83,7 +84,9 @@ def _checked(fit: Fit, contained: Sequence[Fit], tolerance: float) -> Fit:
     if not deficits:
         return fit
     deficit, smaller = max(deficits, key=lambda one: one[0].value)
-    message = f"{deficit} nats below {smaller.guide.name}, which it contains"
-    if fit.certificate:
-        message += f"; its certificate, of at most {fit.certificate.limit:.2g} nats, does not hold"
-    return replace(fit, status=Status.BELOW_SMALLER_FAMILY, message=message, certificate=None)
+    message, certificate = f"{deficit} nats below {smaller.guide.name}, which it contains", fit.certificate
+    if certificate and deficit.value - _SE_LIMIT * deficit.se > certificate.limit:
+        speaks = "does not hold" if certificate.scope is Scope.GLOBAL else "speaks of a lower optimum"
+        message += f"; its certificate, of at most {certificate.limit:.2g} nats, {speaks}"
+        certificate = None
+    return replace(fit, status=Status.BELOW_SMALLER_FAMILY, message=message, certificate=certificate)

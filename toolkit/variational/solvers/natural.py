@@ -108,11 +108,13 @@ class Averaged:
         gaussian: The last iterate, which is a mean over all steps; its ELBO is the last step's, on that step's draws.
         gap: In nats, an estimate of what the family's best still gains: Newton's decrement, as a mean over the last few
             iterates; infinite before the second.
+        arrived: Whether that came to be well below the tolerance; else the steps were used up.
         course: The ELBO at each step, in nats, and the gradients computed by then, (steps, 2).
     """
 
     gaussian: Gaussian
     gap: float
+    arrived: bool
     course: np.ndarray
 
 
@@ -147,7 +149,7 @@ def averaged_steps(
     products: list[float] = []
     taken = 0.0  # the last step's rate
     last: tuple[np.ndarray, np.ndarray, _Slope] | None = None
-    gap, elbo, near, damping = np.inf, begin.elbo, 0, 1.0
+    gap, elbo, near, damping, arrived = np.inf, begin.elbo, 0, 1.0, False
     for number in range(1, most + 1):
         base = base_draws(draws, len(loc), key=branch(key, number))
         slope = _slope(density, loc, factor, base)
@@ -170,11 +172,12 @@ def averaged_steps(
                 near += 1
             gap = float(np.mean(products[-min(_SMOOTHED, max(near, 1)) :]))
         elbo = slope.elbo
-        if near >= _SMOOTHED and gap < _ENOUGH * tolerance:
+        arrived = near >= _SMOOTHED and gap < _ENOUGH * tolerance
+        if arrived:
             break
         last, taken, damping = (loc, factor, slope), damping / (near + 3), min(1.0, 1.5 * damping)
         loc, factor = _step(*last, taken)
-    return Averaged(Gaussian(loc, factor, elbo), float(gap), np.array(course))
+    return Averaged(Gaussian(loc, factor, elbo), float(gap), arrived, np.array(course))
 
 
 def decrement(density: LogDensity, loc: np.ndarray, factor: np.ndarray, bases: list[np.ndarray]) -> np.ndarray:
