@@ -171,7 +171,7 @@ def fit_gaussian(
             for i, start in enumerate(followed)
         ]
     optima = _distinct([optimum for optimum in climbed if math.isfinite(optimum.elbo.value)])
-    if solver == FIXED_DRAWS and len(optima) > 1:
+    if solver == FIXED_DRAWS and len(optima) > 1 and density.size <= FIXED_LIMIT:  # beyond, a climb takes minutes
         optima = _finished(density, form, optima, key=branch(key, 1_006), tolerance=tolerance, left=left, report=report)
     if not optima:
         first = climbed[0]
@@ -589,7 +589,7 @@ def _proved(
         found, before = bounded.certificate, certificate
         # The last one stands, not the lowest: to choose among limits would make each less than a 95 % limit.
         certificate = found or before
-        if found and found.limit <= tolerance and found.scope is scope:  # an estimate where climbs were cut short
+        if found and found.limit <= tolerance:  # an estimate where climbs were cut short, and labelled so
             return best, Proof(found)
         if found and before and draws == _MOST_DRAWS and not found.limit < _GROWN * before.limit:
             ended, why = Status.TOO_FEW_DRAWS, f"{draws:,} {too_few}"
