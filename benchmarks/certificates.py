@@ -25,11 +25,11 @@ import models
 from toolkit import Fit, Model, fit
 from toolkit.estimate import Estimate
 from toolkit.variational.autoguides import gaussian_form
-from toolkit.variational.certificates import project
 from toolkit.variational.density import LogDensity
 from toolkit.variational.draws import generator
 from toolkit.variational.gaussians import Frame, Quadratic
 from toolkit.variational.guides import DEFAULT_GUIDES
+from toolkit.variational.projection import project
 from toolkit.variational.solvers.fixed_draws import FixedDrawsELBO
 
 CURATED = ("collinear_logistic", "hierarchical_regression", "poisson_glm")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,96 +16,21 @@ import pytest
 import scipy.optimize
 import scipy.stats
 from numpyro.infer.reparam import TransformReparam
-from targets import SCALES, pair
+from targets import SCALES, divergence, five, pair, skewed, skewed_best, skewed_elbo, skewed_gap
 
 from toolkit import Dataset, Fit, Guide, Model, Status, fit
-from toolkit.variational import gaussian_fits
 from toolkit.variational.block_guides import AutoBlockNormal
-from toolkit.variational.certificates import SETS, Bounded, Scope, _certificate, bound_gap, estimate_gap, project
+from toolkit.variational.certificates import SETS, Bounded, Scope, _certificate, bound_gap
 from toolkit.variational.density import LogDensity
 from toolkit.variational.draws import branch, generator, matched_draws
-from toolkit.variational.gaussians import Diagonal, Family, Frame, LowRank, Member, Quadratic, Triangular
-from toolkit.variational.solvers import natural
+from toolkit.variational.gaussians import Diagonal, Family, Frame, LowRank, Quadratic, Triangular
+from toolkit.variational.projection import project
 from toolkit.variational.solvers.fixed_draws import FixedDrawsELBO, climb, remaining
-from toolkit.variational.starts import Starts, find_starts
+from toolkit.variational.starts import find_starts
 
 KEY = jax.random.PRNGKey(0)
 CORRELATION = 0.9
 BUDGET = 3_000_000
-
-
-# -- targets ----------------------------------------------------------------------------------------------------------
-
-
-def gaussian(loc: Any, precision: Any) -> None:
-    z = numpyro.sample("z", dist.ImproperUniform(dist.constraints.real_vector, (), (loc.shape[0],)))
-    numpyro.factor("density", -0.5 * (z - loc) @ precision @ (z - loc))
-
-
-@functools.cache
-def five() -> tuple[LogDensity, np.ndarray, np.ndarray]:
-    """A Gaussian in five dimensions, its mean and its precision; its covariance is a diagonal plus two columns."""
-    rng = np.random.default_rng(0)
-    scale, columns = np.array([1.0, 10.0, 0.1, 2.0, 0.5]), rng.standard_normal((5, 2))
-    precision = np.linalg.inv((np.eye(5) + columns @ columns.T) * np.outer(scale, scale))
-    loc = 3 * scale * rng.standard_normal(5)
-    return LogDensity(Model(gaussian, Dataset("five", {"loc": loc, "precision": precision}))), loc, precision
-
-
-def divergence(member: Member, loc: np.ndarray, precision: np.ndarray) -> float:
-    """KL(q || p) in nats, from a member to N(loc, precision^-1)."""
-    product, apart = precision @ member.covariance(), member.loc - loc
-    return 0.5 * float(np.trace(product) - len(loc) - np.linalg.slogdet(product)[1] + apart @ precision @ apart)
-
-
-MIX = np.array([[1.0, 0.6, -0.4], [0.0, 0.9, 0.5], [0.3, -0.2, 0.8]])
-SHAPES = np.array([1.5, 0.8, 2.0])
-
-
-def log_gammas(mix: Any, shape: Any) -> None:
-    """Three log-gamma densities, mixed: log-concave, and skewed in every direction."""
-    z = numpyro.sample("z", dist.ImproperUniform(dist.constraints.real_vector, (), (3,)))
-    numpyro.factor("density", (shape * (mix @ z) - jnp.exp(mix @ z)).sum())
-
-
-@functools.cache
-def skewed() -> tuple[Model, Starts]:
-    model = Model(log_gammas, Dataset("log gammas", {"mix": MIX, "shape": SHAPES}), log_concave=True)
-    return model, find_starts(model, key=KEY, count=2)
-
-
-def skewed_elbo(loc: np.ndarray, factor: np.ndarray) -> float:
-    """In nats, in closed form: the mean of a linear function's exponential over a Gaussian is known."""
-    spread = 0.5 * ((MIX @ factor) ** 2).sum(1)
-    entropy = np.log(np.abs(np.diag(factor))).sum() + 1.5 * (1 + math.log(2 * math.pi))
-    return float(SHAPES @ (MIX @ loc) - np.exp(MIX @ loc + spread).sum() + entropy)
-
-
-@functools.cache
-def skewed_best(name: str) -> float:
-    """The highest ELBO of a family, by SciPy on the closed form."""
-    places = np.diag_indices(3) if name == "mean_field" else np.tril_indices(3)
-
-    def loss(x: np.ndarray) -> float:
-        factor = np.zeros((3, 3))
-        factor[places] = x[3:]
-        return -skewed_elbo(x[:3], factor)
-
-    begin = np.concatenate([np.zeros(3), 0.5 * np.eye(3)[places]])
-    found = scipy.optimize.minimize(loss, begin, method="BFGS", options={"gtol": 1e-7})
-    # The ELBO is strictly concave here, with a curvature of about one in these units.
-    assert np.abs(found.jac).max() < 1e-5
-    return -float(found.fun)
-
-
-def skewed_gap(fitted: Fit) -> float:
-    """What the best of the family truly gains over a fit, in nats."""
-    name = fitted.guide.name
-    if name == "mean_field":
-        loc, factor = fitted.params["z_auto_loc"], np.diag(fitted.params["z_auto_scale"])
-    else:
-        loc, factor = fitted.params["auto_loc"], fitted.params["auto_scale_tril"]
-    return skewed_best(name) - skewed_elbo(np.asarray(loc), np.asarray(factor))
 
 
 # -- the arithmetic of a limit ----------------------------------------------------------------------------------------
@@ -338,18 +262,6 @@ def test_log_concavity_is_declared_for_one_chart() -> None:
     assert not model.in_chart("base").log_concave
 
 
-def test_natural_gradient_steps_end_with_a_bound_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    bounded = fit(pair(CORRELATION), "full_rank", key=KEY, starts=2, solver="natural_gradient")
-    assert bounded.solver == "natural_gradient"
-    assert bounded.certificate.scope is not Scope.ESTIMATE
-    monkeypatch.setattr(gaussian_fits, "FIXED_LIMIT", 1)
-    fitted = fit(pair(CORRELATION), "full_rank", key=KEY, starts=2, solver="natural_gradient")
-    assert fitted.certificate.scope is Scope.ESTIMATE
-    assert fitted.certificate.words.startswith("estimate from 4 sets of")
-    assert fitted.certificate.sets == SETS
-    assert abs(fitted.elbo.value) < fitted.certificate.limit + 5 * fitted.elbo.se + 1e-6
-
-
 def test_full_rank_finds_the_target(pairs: dict[str, Fit]) -> None:
     factor = np.asarray(pairs["full_rank"].params["auto_scale_tril"])
     covariance = factor @ factor.T / np.outer(SCALES, SCALES)
@@ -443,44 +355,6 @@ def few_draws(name: str, draws: int, displaced: float, keys: int) -> list[tuple[
 # -- estimates and projections ----------------------------------------------------------------------------------------
 
 
-def displaced(precision: np.ndarray, *, bent: float, moved: float) -> tuple[np.ndarray, np.ndarray]:
-    """A factor and a shift in five dimensions, so far from the target's as is said, in its own units."""
-    root = np.linalg.cholesky(np.linalg.inv(precision))
-    rng = np.random.default_rng(1)
-    factor = root @ np.tril(np.eye(5) + bent * rng.standard_normal((5, 5)))
-    return factor, root @ (moved * rng.standard_normal(5))
-
-
-def test_the_decrement_of_a_displaced_gaussian_is_its_closed_form() -> None:
-    density, loc, precision = five()
-    factor, shift = displaced(precision, bent=0.15, moved=0.2)
-    pulled = factor.T @ precision @ shift
-    bent = np.eye(5) - factor.T @ precision @ factor
-    expected = 0.5 * pulled @ pulled + 0.25 * (bent**2).sum()
-    certificate = estimate_gap(density, loc + shift, factor, key=KEY, draws=2_048, sets=16)
-    assert expected > 0.1
-    assert abs(certificate.gap.value - expected) < 5 * certificate.gap.se
-    assert certificate.gap.se < 0.05 * expected
-    assert certificate.limit > expected
-    assert certificate.scope is Scope.ESTIMATE
-
-
-def test_near_the_optimum_the_decrement_is_the_gap() -> None:
-    density, loc, precision = five()
-    factor, shift = displaced(precision, bent=0.02, moved=0.02)
-    lacks = divergence(Member(loc + shift, factor=factor), loc, precision)
-    certificate = estimate_gap(density, loc + shift, factor, key=KEY, draws=2_048, sets=16)
-    assert lacks > 1e-3
-    assert abs(certificate.gap.value - lacks) < 0.1 * lacks
-
-
-def test_the_decrement_at_the_optimum_of_a_gaussian_has_no_noise() -> None:
-    density, loc, precision = five()
-    certificate = estimate_gap(density, loc, np.linalg.cholesky(np.linalg.inv(precision)), key=KEY, draws=64)
-    assert abs(certificate.gap.value) < 1e-12
-    assert certificate.sets == SETS
-
-
 def quartic(loc: Any, precision: Any, weight: Any) -> None:
     z = numpyro.sample("z", dist.ImproperUniform(dist.constraints.real_vector, (), (3,)))
     numpyro.factor("density", -0.5 * (z - loc) @ precision @ (z - loc) - 0.25 * (weight * z**4).sum())
@@ -569,8 +443,9 @@ def two_hills(heights: Any) -> None:
     numpyro.factor("density", jax.nn.logsumexp(hills + heights))
 
 
+@pytest.mark.parametrize("solver", ["fixed_draws", "natural_gradient"])
 @pytest.mark.parametrize("larger", ["low_rank", "full_rank"])
-def test_a_larger_family_is_not_left_below_a_smaller_one(larger: str) -> None:
+def test_a_larger_family_is_not_left_below_a_smaller_one(larger: str, solver: str) -> None:
     """In two dimensions one column makes a Gaussian full; without it, at the mean field, low rank is at a saddle."""
     model = Model(two_hills, Dataset("hills", {"heights": np.array([0.0, -3.0])}))
     starts = find_starts(model, key=KEY, count=8)
@@ -578,8 +453,8 @@ def test_a_larger_family_is_not_left_below_a_smaller_one(larger: str) -> None:
     smaller = fit(model, "mean_field", key=KEY, starts=starts)
     assert len(smaller.optima) == 2
     lower = replace(starts, points=starts.points[1:])  # only the lower hill
-    alone = fit(model, larger, key=KEY, starts=lower)
-    nested = fit(model, larger, key=KEY, starts=lower, smaller=[smaller])
+    alone = fit(model, larger, key=KEY, starts=lower, solver=solver)
+    nested = fit(model, larger, key=KEY, starts=lower, smaller=[smaller], solver=solver)
     # The hills' heights in nats are the ELBOs of full rank, but for the constant of a unit Gaussian.
     constant = math.log(2 * math.pi) - 0.5 * math.log(3.0)
     assert alone.elbo.value == pytest.approx(constant - 3, abs=0.02 + 5 * alone.elbo.se)
@@ -591,38 +466,6 @@ def test_a_larger_family_is_not_left_below_a_smaller_one(larger: str) -> None:
     # A family that does not contain another takes nothing from it.
     unrelated = fit(model, "diagonal", key=KEY, starts=lower, smaller=[nested])
     assert unrelated.elbo.value < smaller.elbo.value - 1
-
-
-def test_natural_gradients_keep_to_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gaussian_fits, "FIXED_LIMIT", 1)
-    model, starts = skewed()
-    starts = replace(starts, points=starts.points[:1])
-    courses = {}
-    for steps in (2, 5, 1_000):  # of 1,024 gradients each
-        budget = starts.gradient_evaluations + 1_024 * steps
-        fitted = fit(model, "full_rank", key=KEY, starts=starts, solver="natural_gradient", max_gradients=budget)
-        courses[steps] = len(fitted.traces[0].steps)
-    assert courses[2] == 2
-    assert courses[5] == 5
-    assert 5 < courses[1_000] < 100
-
-
-def test_natural_gradient_steps_recover_from_a_bad_batch_far_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    density, loc, precision = five()
-    begin = natural.Gaussian(loc + 300 * np.diag(precision) ** -0.5, np.diag(np.diag(precision) ** -0.5), -np.inf)
-    slope, calls = natural._slope, []
-
-    def failing(density: LogDensity, loc: np.ndarray, factor: np.ndarray, base: np.ndarray) -> Any:
-        calls.append(len(base))
-        found = slope(density, loc, factor, base)
-        return replace(found, elbo=-np.inf) if len(calls) in (2, 7) else found
-
-    monkeypatch.setattr(natural, "_slope", failing)
-    ended = natural.averaged_steps(density, begin, key=KEY, draws=256, tolerance=0.01)
-    assert len(calls) < 120
-    assert ended.gap < 0.01
-    np.testing.assert_allclose(ended.gaussian.loc, loc, atol=0.05 * np.diag(precision).min() ** -0.5)
-    np.testing.assert_allclose(ended.gaussian.precision, precision, rtol=0.1, atol=0.1 * np.abs(precision).max())
 
 
 def test_keys_branch_into_independent_ones():

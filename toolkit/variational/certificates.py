@@ -31,9 +31,9 @@ from scipy import stats
 from toolkit.estimate import Estimate
 from toolkit.variational.density import LogDensity
 from toolkit.variational.draws import Key, base_draws, branch, matched_draws
-from toolkit.variational.gaussians import Family, Member, Quadratic
+from toolkit.variational.gaussians import Family, Quadratic
 from toolkit.variational.solvers.fixed_draws import EVALUATIONS, Climbed, FixedDrawsELBO, Pair, Units, climb
-from toolkit.variational.solvers.natural import decrement
+from toolkit.variational.solvers.natural import Rule, Slope
 
 SETS = 4
 _LEVEL = 0.95
@@ -152,21 +152,24 @@ def bound_gap(
     return Bounded(_certificate(np.array(gains), reached, draws), np.array(gains), tuple(ends))
 
 
-def estimate_gap(
-    density: LogDensity, loc: np.ndarray, factor: np.ndarray, *, key: Key, draws: int, sets: int = SETS
-) -> Certificate:
-    """Newton's decrement of a full-rank Gaussian: an estimate of its gap, for dimensions in which no bound closes.
+def estimate_gap[At, S: Slope](rule: Rule[At, S], at: At, *, key: Key, draws: int, sets: int = SETS) -> Certificate:
+    """Newton's decrement of a Gaussian: an estimate of its gap, for dimensions in which no bound closes.
+
+    The square of a noisy gradient is too large; so each estimate is a product of two, over two sets of draws.
 
     Args:
-        density: Log p(x, z).
-        loc: Shape (size,).
-        factor: Lower-triangular, shape (size, size).
+        rule: How natural-gradient steps are taken in its family.
+        at: The Gaussian, found without any of the draws that `key` gives.
         key: Random key.
-        draws: In each set.
+        draws: In each set, a power of two.
         sets: Pairs of sets; each pair gives one estimate.
     """
-    bases = [base_draws(draws, len(loc), key=branch(key, number)) for number in range(2 * sets)]
-    return _certificate(decrement(density, loc, factor, bases), Scope.ESTIMATE, draws)
+
+    def look(number: int) -> S:
+        return rule.look(at, base_draws(draws, rule.base, key=branch(key, number)))
+
+    gaps = [rule.decrement(at, look(2 * number), look(2 * number + 1)) for number in range(sets)]
+    return _certificate(np.array(gaps), Scope.ESTIMATE, draws)
 
 
 def _certificate(gains: np.ndarray, scope: Scope, draws: int) -> Certificate:
@@ -174,34 +177,3 @@ def _certificate(gains: np.ndarray, scope: Scope, draws: int) -> Certificate:
     reach = stats.t.ppf(_LEVEL, len(gains) - 1) * gap.se
     limit = gap.value + reach if math.isfinite(gap.value) else math.inf
     return Certificate(gap, float(limit), scope, draws, len(gains))
-
-
-def project(
-    density: LogDensity, family: Family, member: Member, around: Quadratic, *, key: Key, draws: int
-) -> Quadratic:
-    """The quadratic nearest to log p under a member, from draws of it: the best control variate for it.
-
-    By Stein's identities its slope is E_q[grad log p], its curvature E_q[(grad log p) s'], s = covariance^-1 (z - loc);
-    both are taken of what a quadratic at hand does not explain, which leaves them less noise.
-
-    Args:
-        density: Log p(x, z).
-        family: The family.
-        member: Under which Gaussian.
-        around: The quadratic at hand.
-        key: Random key.
-        draws: How many, a power of two.
-    """
-    base = base_draws(draws, family.base, key=key)
-    points = family.points(member, base)
-    _, gradients = density.over(points)
-    _, known = around.at(points)
-    left = gradients - known
-    if not np.isfinite(left).all():
-        return around
-    _, at_loc = around.at_one(member.loc)
-    scores = family.scores(member, base)
-    if around.precision.ndim == 1:
-        return Quadratic(member.loc, at_loc + left.mean(0), around.precision - (left * scores).mean(0))
-    bend = left.T @ scores / len(base)
-    return Quadratic(member.loc, at_loc + left.mean(0), around.precision - (bend + bend.T) / 2)

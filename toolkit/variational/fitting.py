@@ -29,7 +29,7 @@ from toolkit.variational.density import LogDensity
 from toolkit.variational.draws import branch, check_key
 from toolkit.variational.failures import describe_edge
 from toolkit.variational.fits import Fit
-from toolkit.variational.gaussian_fits import FIXED_DRAWS, FIXED_LIMIT, NATURAL_GRADIENT, fit_gaussian
+from toolkit.variational.gaussian_fits import FIXED_DRAWS, NATURAL_GRADIENT, can_be_pinned, fit_gaussian
 from toolkit.variational.gaussians import DENSE_LIMIT, RankGain, rank_by_gain
 from toolkit.variational.guides import BY_GAIN, Guide, default_rank, find_guide
 from toolkit.variational.minibatches import Minibatch, find_minibatch
@@ -75,8 +75,9 @@ def fit(
         max_gradients: The budget, in gradients of the log density at one point each, the starts counted. Climbs, SVI's
             steps and the certificate keep to it; the search for starts and the diagnosis of a failure always run to
             their end.
-        solver: `"fixed_draws"` (a quasi-Newton method on the ELBO of common draws), `"natural_gradient"` (full-rank
-            Gaussians in high dimension), `"svi"` (NumPyro's, for any guide), or `"auto"`, which chooses and says why.
+        solver: `"fixed_draws"` (a quasi-Newton method on the ELBO of common draws), `"natural_gradient"` (averaged
+            steps on ever new draws, for full-rank and low-rank Gaussians in high dimension), `"svi"` (NumPyro's, for
+            any guide), or `"auto"`, which chooses and says why.
         starts: How many dispersed searches for a mode to begin with, or their result (`find_starts`), which several
             guides may share.
         smaller: Fits of the same model; a Gaussian guide is not left below those of families that it contains. Fits of
@@ -210,20 +211,18 @@ def choose_solver(model: Model, guide: Guide, built: Any, space: Space, asked: s
             raise ValueError(f"Expected solver '{SVI}' for guide '{guide.name}', since {only_svi}; got '{asked}'.")
         return SVI, only_svi
     assert form is not None
-    if asked == NATURAL_GRADIENT and not form.full:
-        raise ValueError(f"Expected a full-rank guide for solver '{NATURAL_GRADIENT}'; got '{guide.name}'.")
     if form.full and space.size > DENSE_LIMIT:
         text = f"a full-rank factor in {space.size:,} dimensions is beyond what dense matrices are for"
         if asked != AUTO:
             raise ValueError(f"Expected at most {DENSE_LIMIT:,} dimensions for solver '{asked}'; got {space.size:,}.")
         return SVI, text
+    if asked == NATURAL_GRADIENT and space.size > DENSE_LIMIT:
+        raise ValueError(f"Expected at most {DENSE_LIMIT:,} dimensions for solver '{asked}'; got {space.size:,}.")
     if asked != AUTO:
         return asked, "asked for"
-    if form.full and space.size > FIXED_LIMIT:
-        return (
-            NATURAL_GRADIENT,
-            f"in {space.size:,} dimensions no affordable set of fixed draws pins a full-rank factor",
-        )
+    if not can_be_pinned(form, space.size) and space.size <= DENSE_LIMIT:
+        kind = "full-rank factor" if form.full else "low-rank covariance"
+        return NATURAL_GRADIENT, f"in {space.size:,} dimensions no affordable set of fixed draws pins a {kind}"
     return FIXED_DRAWS, "on fixed draws the ELBO of a Gaussian guide is a smooth function, which has a maximum to find"
 
 

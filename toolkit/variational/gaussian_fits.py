@@ -19,13 +19,15 @@ import numpy as np
 from toolkit.estimate import Estimate
 from toolkit.status import Status
 from toolkit.variational.autoguides import GaussianForm
-from toolkit.variational.certificates import SETS, Bounded, Certificate, Scope, bound_gap, estimate_gap, project
+from toolkit.variational.certificates import SETS, Bounded, Certificate, Scope, bound_gap, estimate_gap
 from toolkit.variational.density import LogDensity
 from toolkit.variational.draws import Key, branch, generator, matched_draws, power_of_two
 from toolkit.variational.failures import Failure, find_failure, find_ridge, is_sound
 from toolkit.variational.gaussians import Family, Frame, Member, Quadratic, Triangular
+from toolkit.variational.projection import project
 from toolkit.variational.solvers.fixed_draws import EVALUATIONS, FixedDrawsELBO, Pair, climb
-from toolkit.variational.solvers.natural import STEPS, Gaussian, averaged_steps
+from toolkit.variational.solvers.natural import STEPS, Averaged, FullRank, Gaussian, averaged_steps
+from toolkit.variational.solvers.projected import Fitted, Projected
 from toolkit.variational.solvers.svi import Trace
 from toolkit.variational.starts import HOPELESS, Start, positive_definite
 from toolkit.variational.tails import FlatCoordinate, find_heavy_tail
@@ -33,7 +35,7 @@ from toolkit.variational.tails import FlatCoordinate, find_heavy_tail
 Report = Callable[[str, int, int, float], None]
 
 FIXED_DRAWS, NATURAL_GRADIENT = "fixed_draws", "natural_gradient"
-FIXED_LIMIT = 300  # dimensions from which fixed draws no longer pin a full-rank factor
+FIXED_LIMIT = 300  # dimensions from which fixed draws no longer pin a full-rank or low-rank covariance
 
 _LEAST_DRAWS, _FIRST_DRAWS, _MOST_DRAWS = 128, 1_024, 16_384
 _PROJECTION_DRAWS, _PROJECTED = 256, 16  # at least, and for each dimension up to the many that a matrix asks for
@@ -58,6 +60,14 @@ _SAME_HEIGHT = 0.5  # nats between the ELBOs of one optimum, beyond their errors
 _GROWN = 2  # times the limit before: such a limit from the most draws says that they do not pin the family
 _MOST_TIMES = 16  # as many draws in a round as in the one before
 _TIGHT = 3  # times the draws must be affordable, or the round is taken to be the last
+
+
+def can_be_pinned(form: GaussianForm, size: int) -> bool:
+    """Whether an affordable set of fixed draws pins a family in so many dimensions.
+
+    The parameters of a full-rank or low-rank covariance grow faster than the dimensions.
+    """
+    return size <= FIXED_LIMIT or (form.concave and not form.full)
 
 
 @dataclass(frozen=True)
@@ -179,7 +189,7 @@ def fit_gaussian(
         failure = find_failure(density, form, first.member, first.quadratic, key=own, suspected=True)
         return _failed(climbed, failure or find_heavy_tail(density, flat, first.member), begun)
     best = _not_below(
-        density, form, optima[0], smaller, key=branch(key, 1_000), tolerance=tolerance, left=left, report=report
+        density, form, optima[0], smaller, solver, key=branch(key, 1_000), tolerance=tolerance, left=left, report=report
     )
     others = [one for one in optima if one is not best and _stays_lower(one, best)]
     optima = (best, *(one for one in others if not _is_same(one, best)))
@@ -196,8 +206,8 @@ def fit_gaussian(
     if failure:
         return _without_optimum(density, best, optima, failure, elbo_draws or _ELBO_DRAWS[0], begun, key=own)
     scope = Scope.GLOBAL if log_concave and form.concave else Scope.LOCAL
-    if solver == NATURAL_GRADIENT and density.size > FIXED_LIMIT:  # in fewer dimensions a bound can be had
-        best, proof = _estimated(density, best, key=branch(key, 1_001), tolerance=tolerance, left=left)
+    if solver == NATURAL_GRADIENT and not can_be_pinned(form, density.size):
+        best, proof = _estimated(density, form, best, key=branch(key, 1_001), tolerance=tolerance, left=left)
     else:
         best, proof = _proved(
             density,
@@ -294,46 +304,70 @@ def _solved(
     report: Report,
 ) -> Optimum:
     """Where a start leads, by the solver asked for, its ELBO on so many draws."""
-    pairs = tuple[Pair, ...]()
-    if start.precision is None:
-        frame = Frame.of(start.loc, np.full(density.size, _UNKNOWN_SCALE**-2))
-        quadratic = Quadratic(frame.loc, np.zeros(density.size), np.zeros(density.size))
-    else:
-        frame = Frame.of(start.loc, start.precision)
-        quadratic = Quadratic(frame.loc, np.zeros(density.size), frame.precision)
+    known = start.precision
+    frame = Frame.of(start.loc, np.full(density.size, _UNKNOWN_SCALE**-2) if known is None else known)
+    family = form.family(frame)
+    x = np.zeros(family.parameters)
     if solver == NATURAL_GRADIENT:
-        begin = Gaussian(frame.loc, np.diag(frame.factor) if frame.factor.ndim == 1 else frame.factor, start.elbo)
-        draws = max(_NATURAL_DRAWS, power_of_two(2 * density.size))
-        averaged = averaged_steps(
-            density,
-            begin,
-            key=branch(key, 0),
-            draws=draws,
-            tolerance=tolerance,
-            most=int(np.clip(budget // draws, 1, STEPS)),
-            report=lambda steps, elbo: report("natural-gradient steps", steps, STEPS, elbo),
+        begin = Fitted(frame, family, x, Quadratic(frame.loc, np.zeros(density.size), _matrix(frame.precision)))
+        return _stepped(
+            density, form, begin, key=key, tolerance=tolerance, budget=budget, compared=compared, report=report
         )
-        frame = Frame.of(averaged.gaussian.loc, averaged.gaussian.precision)
-        course, behind, arrived = averaged.course[:, 0], averaged.gap, averaged.arrived
-        family = form.family(frame)
+    precision = np.zeros(density.size) if known is None else frame.precision
+    return _climbed(
+        density,
+        form,
+        family,
+        x,
+        Quadratic(frame.loc, np.zeros(density.size), precision),
+        key=key,
+        tolerance=tolerance,
+        budget=budget,
+        most=_SCREENED,
+        compared=compared,
+        report=report,
+    )
+
+
+def _stepped(
+    density: LogDensity,
+    form: GaussianForm,
+    begin: Fitted,
+    *,
+    key: Key,
+    tolerance: float,
+    budget: int,
+    compared: int,
+    report: Report,
+) -> Optimum:
+    """Where averaged natural-gradient steps lead, the ELBO there on so many draws."""
+    draws = max(_NATURAL_DRAWS, power_of_two(2 * density.size))
+    most = int(np.clip(budget // draws, 1, STEPS))
+
+    def told(steps: int, elbo: float) -> None:
+        report("natural-gradient steps", steps, STEPS, elbo)
+
+    own = branch(key, 0)
+    ended: Averaged[Gaussian] | Averaged[Fitted]
+    if form.full:
+        gaussian = Gaussian(begin.frame.loc, _matrix(begin.frame.factor), math.nan)
+        ended = full = averaged_steps(
+            FullRank(density), gaussian, key=own, draws=draws, tolerance=tolerance, most=most, report=told
+        )
+        frame = Frame.of(full.at.loc, full.at.precision)
+        family, quadratic = form.family(frame), Quadratic(frame.loc, np.zeros(density.size), frame.precision)
         x = np.zeros(family.parameters)
-        quadratic = Quadratic(frame.loc, np.zeros(density.size), frame.precision)
     else:
-        family = form.family(frame)
-        draws = _first_draws(family)
-        base = matched_draws(draws, family.base, key=branch(key, 0))
-        climbed = climb(
-            FixedDrawsELBO(density, family, quadratic, base),
-            np.zeros(family.parameters),
-            residual=_RESIDUAL * tolerance,
-            least_steps=_least_steps(form),
-            max_evaluations=int(np.clip(budget // draws, 1, _SCREENED)),
-            report=lambda steps, elbo: report("climbing", steps, steps + 1, elbo),
-        )
-        x, behind, arrived, pairs = climbed.x, climbed.residual, climbed.arrived, climbed.pairs
-        course = np.maximum.accumulate(climbed.course)  # the last point tried need not be the best
-    looked = _looked_at(density, family, x, quadratic, _trace(course), key=branch(key, 1), draws=compared)
-    return replace(looked, arrived=arrived, left=max(behind, 0.0), pairs=pairs)
+        rule = Projected(density, form.family, begin.family.base)
+        ended = other = averaged_steps(rule, begin, key=own, draws=draws, tolerance=tolerance, most=most, report=told)
+        family, x, quadratic = other.at.family, other.at.x, other.at.quadratic
+    looked = _looked_at(density, family, x, quadratic, _trace(ended.course), key=branch(key, 1), draws=compared)
+    return replace(looked, arrived=ended.arrived, left=max(ended.gap, 0.0))
+
+
+def _matrix(diagonal: np.ndarray) -> np.ndarray:
+    """A matrix, also from a diagonal alone."""
+    return np.diag(diagonal) if diagonal.ndim == 1 else diagonal
 
 
 def _trace(course: np.ndarray) -> Trace:
@@ -357,8 +391,17 @@ def _finished(
         optimum = found
         if not _stays_lower(optimum, optima[0]):
             own = branch(key, number)
-            optimum = _climbed_on(
-                density, form, optimum, optimum.x, key=own, tolerance=tolerance, budget=left(), report=report
+            optimum = _climbed(
+                density,
+                form,
+                optimum.family,
+                optimum.x,
+                optimum.quadratic,
+                key=own,
+                tolerance=tolerance,
+                budget=left(),
+                most=EVALUATIONS,
+                report=report,
             )
             whole = np.concatenate([found.trace.elbo, optimum.trace.elbo])
             optimum = replace(optimum, trace=_trace(whole))
@@ -371,37 +414,33 @@ def _stays_lower(optimum: Optimum, best: Optimum) -> bool:
     return optimum.arrived or optimum.elbo.value + optimum.left < best.elbo.value
 
 
-def _climbed_on(
+def _climbed(
     density: LogDensity,
     form: GaussianForm,
-    optimum: Optimum,
+    family: Family,
     x: np.ndarray,
+    quadratic: Quadratic,
     *,
     key: Key,
     tolerance: float,
     budget: int,
+    most: int,
+    compared: int = _COMPARED_DRAWS,
     report: Report,
 ) -> Optimum:
-    """Where a further climb leads, in an optimum's family and from any member of it."""
-    base = matched_draws(_first_draws(optimum.family), optimum.family.base, key=branch(key, 0))
+    """Where a climb on fixed draws leads from a member, in at most so many evaluations, the ELBO on so many draws."""
+    base = matched_draws(_first_draws(family), family.base, key=branch(key, 0))
     climbed = climb(
-        FixedDrawsELBO(density, optimum.family, optimum.quadratic, base),
+        FixedDrawsELBO(density, family, quadratic, base),
         x,
         residual=_RESIDUAL * tolerance,
         least_steps=_least_steps(form),
-        max_evaluations=int(np.clip(budget // len(base), 1, EVALUATIONS)),
+        max_evaluations=int(np.clip(budget // len(base), 1, most)),
         report=lambda steps, elbo: report("climbing", steps, steps + 1, elbo),
     )
-    looked = _looked_at(
-        density,
-        optimum.family,
-        climbed.x,
-        optimum.quadratic,
-        _trace(np.maximum.accumulate(climbed.course)),
-        key=branch(key, 1),
-        draws=_COMPARED_DRAWS,
-    )
-    return replace(looked, arrived=climbed.arrived, left=climbed.residual, pairs=climbed.pairs)
+    course = np.maximum.accumulate(climbed.course)  # the last point tried need not be the best
+    looked = _looked_at(density, family, climbed.x, quadratic, _trace(course), key=branch(key, 1), draws=compared)
+    return replace(looked, arrived=climbed.arrived, left=max(climbed.residual, 0.0), pairs=climbed.pairs)
 
 
 def _least_steps(form: GaussianForm) -> int:
@@ -481,15 +520,16 @@ def _not_below(
     form: GaussianForm,
     best: Optimum,
     smaller: Sequence[Member],
+    solver: str,
     *,
     key: Key,
     tolerance: float,
     left: Callable[[], int],
     report: Report,
 ) -> Optimum:
-    """The optimum, or one climbed from the best of a smaller family where that lies above it on common draws.
+    """The optimum, or one found from the best of a smaller family where that lies above it on common draws.
 
-    From that best itself no gradient may lead on: a low-rank Gaussian without columns is a saddle. So the climb begins
+    From that best itself no gradient may lead on: a low-rank Gaussian without columns is a saddle. So the search begins
     at the family's best for the curvature there, where that is higher still.
     """
     for number, member in enumerate(smaller):
@@ -505,19 +545,44 @@ def _not_below(
         if fitting is not None:
             bent = family.near(fitting)
             x = bent if _gain(density, best, bent, _COMPARED_DRAWS, key=branch(own, 0)).value > gain.value else x
-        climbed = _climbed_on(
-            density,
-            form,
-            replace(best, quadratic=around),
-            x,
-            key=branch(own, 2),
-            tolerance=tolerance,
-            budget=left(),
-            report=report,
-        )
-        if _gain(density, best, climbed.x, _COMPARED_DRAWS, key=branch(own, 3)).value > 0:
-            best = climbed
+        if solver == NATURAL_GRADIENT:
+            found = _stepped(
+                density,
+                form,
+                _fitted_near(form, family.member(x), around),
+                key=branch(own, 2),
+                tolerance=tolerance,
+                budget=left(),
+                compared=_COMPARED_DRAWS,
+                report=report,
+            )
+        else:
+            found = _climbed(
+                density,
+                form,
+                family,
+                x,
+                around,
+                key=branch(own, 2),
+                tolerance=tolerance,
+                budget=left(),
+                most=EVALUATIONS,
+                report=report,
+            )
+        there = family.near(found.member)
+        if _gain(density, best, there, _COMPARED_DRAWS, key=branch(own, 3)).value > 0:
+            best = found
     return best
+
+
+def _fitted_near(form: GaussianForm, member: Member, around: Quadratic) -> Fitted:
+    """A member with the quadratic around it, or with its own where that is bent upwards somewhere."""
+    own = np.linalg.inv(member.covariance())
+    precision, _ = positive_definite(around.precision) if around.precision.ndim == 2 else (None, 0)
+    frame = Frame.of(member.loc, (own + own.T) / 2 if precision is None else precision)
+    family = form.family(frame)
+    _, slope = around.at_one(member.loc)
+    return Fitted(frame, family, family.near(member), Quadratic(member.loc, slope, frame.precision))
 
 
 def _best_for(form: GaussianForm, quadratic: Quadratic) -> Member | None:
@@ -628,17 +693,28 @@ def _moved(density: LogDensity, best: Optimum, bounded: Bounded, draws: int, *, 
 
 
 def _estimated(
-    density: LogDensity, best: Optimum, *, key: Key, tolerance: float, left: Callable[[], int]
+    density: LogDensity,
+    form: GaussianForm,
+    best: Optimum,
+    *,
+    key: Key,
+    tolerance: float,
+    left: Callable[[], int],
 ) -> tuple[Optimum, Proof]:
     """The optimum with Newton's decrement."""
-    member = best.member
-    assert member.factor is not None
     steps = f"{len(best.trace.steps):,} natural-gradient steps were taken"
     draws = min(_DECREMENT_DRAWS, power_of_two(left() // (2 * SETS) // 2 + 1))
     if draws < _LEAST_DRAWS:
         why = f"{steps}, and of the budget {left():,} gradients are left, which do not suffice for an estimate"
         return best, Proof(None, Status.BUDGET, why)
-    certificate = estimate_gap(density, member.loc, member.factor, key=key, draws=draws)
+    if form.full:
+        member = best.member
+        assert member.factor is not None
+        gaussian = Gaussian(member.loc, member.factor, math.nan)
+        certificate = estimate_gap(FullRank(density), gaussian, key=key, draws=draws)
+    else:
+        rule = Projected(density, form.family, best.family.base)
+        certificate = estimate_gap(rule, _fitted_near(form, best.member, best.quadratic), key=key, draws=draws)
     if certificate.limit <= tolerance:
         return best, Proof(certificate)
     return best, Proof(certificate, Status.BUDGET, steps)

@@ -11,10 +11,10 @@ import numpy as np
 from toolkit.compilation import keep_compiled_programs
 from toolkit.modelling.model import Model
 from toolkit.threads import threads_for
-from toolkit.variational.certificates import project
 from toolkit.variational.density import LogDensity, central_differences, difference_steps
 from toolkit.variational.draws import Key, branch, generator, matched_draws, power_of_two
 from toolkit.variational.gaussians import DENSE_LIMIT, Diagonal, Frame, Member, Quadratic
+from toolkit.variational.projection import project
 from toolkit.variational.solvers.fixed_draws import FixedDrawsELBO, climb
 from toolkit.variational.solvers.lockstep import minimise_each
 from toolkit.variational.solvers.natural import is_safely_positive, natural_steps

@@ -1,4 +1,4 @@
-"""Natural-gradient steps for a full-rank Gaussian, by the Bonnet and Price identities.
+"""Natural-gradient steps for Gaussians, by the Bonnet and Price identities; those for a full-rank one.
 
 For q = N(m, P^-1) the ELBO's natural gradient needs two averages over q: of log p's gradient, which moves the location,
 and of its Hessian, whose negative is the precision that q should have. Both come from gradients alone: with the draws
@@ -7,12 +7,16 @@ explain, L' g = -e, is taken out before averaging, so that on a Gaussian target 
 
 Reference: Khan & Rue (2023), The Bayesian learning rule, section 3.2; Opper & Archambeau (2009), equations 5 and 6;
 Lin, Schmidt & Khan (2020), Handling the positive-definite constraint in the Bayesian learning rule, section 3.
+
+Steps at falling rates, and the decrement that ends them, are the same for every family (`Rule`); `projected` has the
+rule for those whose covariance is not free.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import scipy.linalg
@@ -100,43 +104,100 @@ def natural_steps(
     return Gaussian(loc, factor, slope.elbo)
 
 
+class Slope(Protocol):
+    """What draws say of a Gaussian: at least its ELBO in nats, -inf where it is not finite."""
+
+    @property
+    def elbo(self) -> float:
+        """In nats, on the draws that were looked at: too high where these are few."""
+        ...
+
+
 @dataclass(frozen=True)
-class Averaged:
+class Taken[At, S: Slope]:
+    """A step.
+
+    Attributes:
+        begin: From where.
+        slope: What draws there said.
+        rate: With what weight.
+        end: To where.
+    """
+
+    begin: At
+    slope: S
+    rate: float
+    end: At
+
+
+class Rule[At, S: Slope](Protocol):
+    """How natural-gradient steps are taken in a family of Gaussians.
+
+    Attributes:
+        base: Standard normal numbers that a draw takes.
+    """
+
+    @property
+    def base(self) -> int:
+        """Standard normal numbers that a draw takes."""
+        ...
+
+    def look(self, at: At, base: np.ndarray) -> S:
+        """The slope at a Gaussian on base draws (n, base)."""
+        ...
+
+    def step(self, at: At, slope: S, rate: float) -> At:
+        """The Gaussian whose precision is the weighted mean of the old one's and of what the slope asks for."""
+        ...
+
+    def product(self, taken: Taken[At, S], slope: S) -> float:
+        """Half of H^-1 g times another gradient, in nats, where `taken` was a step along H^-1 g."""
+        ...
+
+    def decrement(self, at: At, first: S, second: S) -> float:
+        """Half of g' H^-1 g in nats, of two independent gradients at one place: what is left to gain there."""
+        ...
+
+
+@dataclass(frozen=True)
+class Averaged[At]:
     """Where averaged natural-gradient steps ended.
 
     Attributes:
-        gaussian: The last iterate, which is a mean over all steps; its ELBO is the last step's, on that step's draws.
+        at: The last iterate, which is a mean over all steps.
+        elbo: In nats, of the last step, on that step's draws.
         gap: In nats, an estimate of what the family's best still gains: Newton's decrement, as a mean over the last few
             iterates; infinite before the second.
         arrived: Whether that came to be well below the tolerance; else the steps were used up.
-        course: The ELBO at each step, in nats, and the gradients computed by then, (steps, 2).
+        course: The ELBO at each step, in nats, (steps,).
     """
 
-    gaussian: Gaussian
+    at: At
+    elbo: float
     gap: float
     arrived: bool
     course: np.ndarray
 
 
-def averaged_steps(
-    density: LogDensity,
-    begin: Gaussian,
+def averaged_steps[At, S: Slope](
+    rule: Rule[At, S],
+    begin: At,
     *,
     key: Key,
     draws: int,
     tolerance: float,
     most: int = STEPS,
     report: Callable[[int, float], None] | None = None,
-) -> Averaged:
+) -> Averaged[At]:
     """The Gaussian to which steps on ever new draws converge, at rates that fall as 1 / step once they have come near.
 
     At such rates precision and location are means over all these steps, and their noise falls with the number of all
-    draws, not with those of one step: the way to a full-rank optimum in dimensions in which no affordable set of fixed
-    draws pins it. A mean over steps from afar would keep some of where they began; so the rate stays what it is until
-    what is left to gain is less than the noise.
+    draws, not with those of one step: the way to the optimum of a family with so many parameters that no affordable set
+    of fixed draws pins it. A mean over steps from afar would keep some of where they began; so the rate stays what it
+    is until what is left to gain is less than the noise.
 
     Args:
-        density: What to approximate.
+        rule: How steps are taken.
         begin: Where to begin.
         key: Random key.
         draws: In each step, a power of two.
@@ -144,56 +205,70 @@ def averaged_steps(
         most: The most steps.
         report: Called at each step with its number and ELBO.
     """
-    loc, factor = begin.loc, begin.factor
-    course: list[tuple[float, float]] = []
+    at = begin
+    course: list[float] = []
     products: list[float] = []
-    taken = 0.0  # the last step's rate
-    last: tuple[np.ndarray, np.ndarray, _Slope] | None = None
-    gap, elbo, near, damping, arrived = np.inf, begin.elbo, 0, 1.0, False
+    last: Taken[At, S] | None = None
+    gap, elbo, near, damping, arrived = np.inf, -np.inf, 0, 1.0, False
     for number in range(1, most + 1):
-        base = base_draws(draws, len(loc), key=branch(key, number))
-        slope = _slope(density, loc, factor, base)
-        course.append((slope.elbo, density.evaluations))
+        slope = rule.look(at, base_draws(draws, rule.base, key=branch(key, number)))
+        course.append(slope.elbo)
         if report:
             report(number, slope.elbo)
         if not np.isfinite(slope.elbo):
             if last is None:
                 break
             damping /= 2  # a shorter step from where the last one set out
-            taken = damping / (near + 3)
-            loc, factor = _step(*last, taken)
+            last = _taken(rule, last.begin, last.slope, damping / (near + 3))
+            at = last.end
             continue
         if last is not None:
             # The draws of two steps are independent, but the later iterate has moved by a share of the earlier noise.
-            square = _product(last[2], last[2])
-            products.append(_product(last[2], slope) + taken * square)
+            square = rule.product(last, last.slope)
+            products.append(rule.product(last, slope) + last.rate * square)
             noise = max(0.0, square - products[-1])
-            if near or products[-1] < max(_NEAR * taken / (2 - taken) * noise, tolerance / 4):
+            if near or products[-1] < max(_NEAR * last.rate / (2 - last.rate) * noise, tolerance / 4):
                 near += 1
             gap = float(np.mean(products[-min(_SMOOTHED, max(near, 1)) :]))
         elbo = slope.elbo
         arrived = near >= _SMOOTHED and gap < _ENOUGH * tolerance
         if arrived:
             break
-        last, taken, damping = (loc, factor, slope), damping / (near + 3), min(1.0, 1.5 * damping)
-        loc, factor = _step(*last, taken)
-    return Averaged(Gaussian(loc, factor, elbo), float(gap), arrived, np.array(course))
+        last, damping = _taken(rule, at, slope, damping / (near + 3)), min(1.0, 1.5 * damping)
+        at = last.end
+    return Averaged(at, elbo, float(gap), arrived, np.array(course))
 
 
-def decrement(density: LogDensity, loc: np.ndarray, factor: np.ndarray, bases: list[np.ndarray]) -> np.ndarray:
-    """Estimates, in nats, of the gap to the best full-rank Gaussian nearby, one for each pair of independent draws.
+def _taken[At, S: Slope](rule: Rule[At, S], at: At, slope: S, rate: float) -> Taken[At, S]:
+    return Taken(at, slope, rate, rule.step(at, slope, rate))
 
-    Half the squared natural gradient: |L' E g|^2 / 2 + |I + L' E[H] L|^2 / 4. A square of a noisy mean is too large, so
-    each is the product of the means over two sets of draws.
+
+class FullRank:
+    """Steps of a full-rank Gaussian, in units of its own factor.
 
     Args:
-        density: What is approximated.
-        loc: Shape (size,).
-        factor: Shape (size, size).
-        bases: Independent sets of base draws, an even number, (draws, size) each.
+        density: What to approximate.
     """
-    slopes = [_slope(density, loc, factor, base) for base in bases]
-    return np.array([_product(a, b) for a, b in zip(slopes[::2], slopes[1::2], strict=True)])
+
+    def __init__(self, density: LogDensity) -> None:
+        self._density = density
+        self.base = density.size
+
+    def look(self, at: Gaussian, base: np.ndarray) -> _Slope:
+        """The slope."""
+        return _slope(self._density, at.loc, at.factor, base)
+
+    def step(self, at: Gaussian, slope: _Slope, rate: float) -> Gaussian:
+        """A step, whose ELBO is not known."""
+        return Gaussian(*_step(at.loc, at.factor, slope, rate), np.nan)
+
+    def product(self, taken: Taken[Gaussian, _Slope], slope: _Slope) -> float:
+        """As the Fisher metric has it, which at the optimum is the curvature."""
+        return _product(taken.slope, slope)
+
+    def decrement(self, at: Gaussian, first: _Slope, second: _Slope) -> float:
+        """Half the squared natural gradient, |L' E g|^2 / 2 + |I + L' E[H] L|^2 / 4."""
+        return _product(first, second)
 
 
 def _product(first: _Slope, second: _Slope) -> float:
