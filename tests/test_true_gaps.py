@@ -10,10 +10,12 @@ import certificates
 import jax
 import numpy as np
 import pandas as pd
+import posteriors
 import pytest
 from targets import SCALES, pair
 
-from toolkit import Fit, fit
+from toolkit import Fit, Status, fit
+from toolkit.variational.starts import find_starts
 
 CORRELATION = 0.9
 
@@ -40,6 +42,25 @@ def test_the_elbo_of_a_displaced_member_is_its_closed_form(case: str, fitted: Fi
     elbo = certificates.measured_elbo(moved, jax.random.PRNGKey(1))
     assert abs(elbo.value + (spread + volumes) / 2) < 5 * elbo.se + 1e-9
     assert elbo.se < 0.002
+
+
+@pytest.mark.usefixtures("shared_data")
+@pytest.mark.parametrize("chart", ["centered", "noncentered"])
+def test_full_rank_gains_over_a_mean_field_what_theory_says_on_a_radon_hierarchy(chart: str) -> None:
+    """On a Gaussian of precision P the gain is (sum of log P_ii - log det P) / 2; this posterior is nearly one."""
+    name = f"radon_mn-radon_variable_intercept_slope_{chart}"
+    model = posteriors.load(name)
+    starts = find_starts(model, key=jax.random.PRNGKey(0), count=8)
+    small, full = (fit(model, guide, key=jax.random.PRNGKey(0), starts=starts) for guide in ("mean_field", "full_rank"))
+    assert full.status is Status.ARRIVED
+    gain = full.elbo.value - small.elbo.value
+    inverse = np.linalg.inv(np.asarray(full.params["auto_scale_tril"]))
+    theory = 0.5 * np.log((inverse**2).sum(0)).sum() - np.log(np.diag(inverse)).sum()
+    assert theory > 2.5
+    assert gain == pytest.approx(theory, rel=0.25)
+    long_runs = pd.read_csv(certificates.YARDSTICKS).set_index(["posterior", "guide"]).elbo
+    expected = long_runs[name, "full_rank"] - long_runs[name, "mean_field"]
+    assert abs(gain - expected) < 0.1 + 3 * math.hypot(full.elbo.se, small.elbo.se)
 
 
 YARDSTICKS = """posterior,guide,elbo,se,newton_gap,newton_gap_se
