@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import numpy as np
@@ -37,6 +37,7 @@ from toolkit.variational.solvers.natural import Rule, Slope
 
 SETS = 4
 _LEVEL = 0.95
+_NEGATIVE = 5.0  # standard errors below zero, at which an estimate of what is left is none
 
 
 class Scope(Enum):
@@ -163,13 +164,21 @@ def estimate_gap[At, S: Slope](rule: Rule[At, S], at: At, *, key: Key, draws: in
         key: Random key.
         draws: In each set, a power of two.
         sets: Pairs of sets; each pair gives one estimate.
+
+    Returns:
+        An estimate; infinite where a draw has no finite density, or the curvature at hand is no maximum's.
     """
-
-    def look(number: int) -> S:
-        return rule.look(at, base_draws(draws, rule.base, key=branch(key, number)))
-
-    gaps = [rule.decrement(at, look(2 * number), look(2 * number + 1)) for number in range(sets)]
-    return _certificate(np.array(gaps), Scope.ESTIMATE, draws)
+    gaps = []
+    for number in range(sets):
+        first, second = (
+            rule.look(at, base_draws(draws, rule.base, key=branch(key, 2 * number + half))) for half in (0, 1)
+        )
+        finite = math.isfinite(first.elbo) and math.isfinite(second.elbo)
+        gaps.append(rule.decrement(at, first, second) if finite else math.inf)
+    certificate = _certificate(np.array(gaps), Scope.ESTIMATE, draws)
+    if certificate.gap.value < -_NEGATIVE * certificate.gap.se:  # noise alone does not make it so
+        return replace(certificate, gap=Estimate(math.inf, math.nan), limit=math.inf)
+    return certificate
 
 
 def _certificate(gains: np.ndarray, scope: Scope, draws: int) -> Certificate:

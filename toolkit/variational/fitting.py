@@ -29,7 +29,7 @@ from toolkit.variational.density import LogDensity
 from toolkit.variational.draws import branch, check_key
 from toolkit.variational.failures import describe_edge
 from toolkit.variational.fits import Fit
-from toolkit.variational.gaussian_fits import FIXED_DRAWS, NATURAL_GRADIENT, can_be_pinned, fit_gaussian
+from toolkit.variational.gaussian_fits import FIXED_DRAWS, NATURAL_GRADIENT, can_be_pinned, fit_gaussian, parameters
 from toolkit.variational.gaussians import DENSE_LIMIT, RankGain, rank_by_gain
 from toolkit.variational.guides import BY_GAIN, Guide, default_rank, find_guide
 from toolkit.variational.minibatches import Minibatch, find_minibatch
@@ -211,19 +211,21 @@ def choose_solver(model: Model, guide: Guide, built: Any, space: Space, asked: s
             raise ValueError(f"Expected solver '{SVI}' for guide '{guide.name}', since {only_svi}; got '{asked}'.")
         return SVI, only_svi
     assert form is not None
-    if form.full and space.size > DENSE_LIMIT:
-        text = f"a full-rank factor in {space.size:,} dimensions is beyond what dense matrices are for"
-        if asked != AUTO:
-            raise ValueError(f"Expected at most {DENSE_LIMIT:,} dimensions for solver '{asked}'; got {space.size:,}.")
-        return SVI, text
-    if asked == NATURAL_GRADIENT and space.size > DENSE_LIMIT:
+    dense = space.size <= DENSE_LIMIT
+    if asked != AUTO and not dense and (form.full or asked == NATURAL_GRADIENT):
         raise ValueError(f"Expected at most {DENSE_LIMIT:,} dimensions for solver '{asked}'; got {space.size:,}.")
     if asked != AUTO:
         return asked, "asked for"
-    if not can_be_pinned(form, space.size) and space.size <= DENSE_LIMIT:
-        kind = "full-rank factor" if form.full else "low-rank covariance"
-        return NATURAL_GRADIENT, f"in {space.size:,} dimensions no affordable set of fixed draws pins a {kind}"
-    return FIXED_DRAWS, "on fixed draws the ELBO of a Gaussian guide is a smooth function, which has a maximum to find"
+    if form.full and not dense:
+        return SVI, f"a full-rank factor in {space.size:,} dimensions is beyond what dense matrices are for"
+    if can_be_pinned(form, space.size):
+        text = "on fixed draws the ELBO of a Gaussian guide is a smooth function, which has a maximum to find"
+        return FIXED_DRAWS, text
+    many = f"{parameters(form, space.size):,} parameters"
+    if dense:
+        return NATURAL_GRADIENT, f"no affordable set of fixed draws pins {many} in {space.size:,} dimensions"
+    text = f"in {space.size:,} dimensions matrices are too large for natural-gradient steps"
+    return FIXED_DRAWS, f"{text}, though fixed draws may not pin {many}"
 
 
 _set_up: WeakKeyDictionary[Model, dict[Hashable, Any]] = WeakKeyDictionary()

@@ -25,9 +25,18 @@ from toolkit.variational.draws import Key, branch, generator, matched_draws, pow
 from toolkit.variational.failures import Failure, find_failure, find_ridge, is_sound
 from toolkit.variational.gaussians import Family, Frame, Member, Quadratic, Triangular
 from toolkit.variational.projection import project
-from toolkit.variational.solvers.fixed_draws import EVALUATIONS, FixedDrawsELBO, Pair, climb
-from toolkit.variational.solvers.natural import STEPS, Averaged, FullRank, Gaussian, averaged_steps
-from toolkit.variational.solvers.projected import Fitted, Projected
+from toolkit.variational.solvers.fixed_draws import EVALUATIONS, MOST_PARAMETERS, FixedDrawsELBO, Pair, climb
+from toolkit.variational.solvers.natural import (
+    STEPS,
+    Averaged,
+    FullRank,
+    Gaussian,
+    Rule,
+    Slope,
+    averaged_steps,
+    is_safely_positive,
+)
+from toolkit.variational.solvers.projected import Fitted, Projected, as_matrix
 from toolkit.variational.solvers.svi import Trace
 from toolkit.variational.starts import HOPELESS, Start, positive_definite
 from toolkit.variational.tails import FlatCoordinate, find_heavy_tail
@@ -35,7 +44,8 @@ from toolkit.variational.tails import FlatCoordinate, find_heavy_tail
 Report = Callable[[str, int, int, float], None]
 
 FIXED_DRAWS, NATURAL_GRADIENT = "fixed_draws", "natural_gradient"
-FIXED_LIMIT = 300  # dimensions from which fixed draws no longer pin a full-rank or low-rank covariance
+FIXED_LIMIT = 300  # dimensions up to which fixed draws pin any Gaussian family
+_PINNED = 45_000  # parameters that they pin beyond, as many as a full-rank Gaussian has there
 
 _LEAST_DRAWS, _FIRST_DRAWS, _MOST_DRAWS = 128, 1_024, 16_384
 _PROJECTION_DRAWS, _PROJECTED = 256, 16  # at least, and for each dimension up to the many that a matrix asks for
@@ -63,11 +73,13 @@ _TIGHT = 3  # times the draws must be affordable, or the round is taken to be th
 
 
 def can_be_pinned(form: GaussianForm, size: int) -> bool:
-    """Whether an affordable set of fixed draws pins a family in so many dimensions.
+    """Whether an affordable set of fixed draws pins a family in so many dimensions, in climbs of affordable length."""
+    return size <= FIXED_LIMIT or parameters(form, size) <= (_PINNED if form.concave else MOST_PARAMETERS)
 
-    The parameters of a full-rank or low-rank covariance grow faster than the dimensions.
-    """
-    return size <= FIXED_LIMIT or (form.concave and not form.full)
+
+def parameters(form: GaussianForm, size: int) -> int:
+    """How many parameters a family has in so many dimensions."""
+    return form.family(Frame(np.zeros(size), np.ones(size), np.ones(size))).parameters
 
 
 @dataclass(frozen=True)
@@ -75,7 +87,7 @@ class Optimum:
     """Where one start's climb ended.
 
     Attributes:
-        family: The family, in the start's frame.
+        family: The family, in a frame near it.
         x: The parameters.
         quadratic: The control variate found there.
         elbo: On draws that no climb has seen, in nats.
@@ -84,6 +96,7 @@ class Optimum:
         arrived: Whether its solver came to its end.
         left: What it could still gain, in nats, as far as that is known.
         pairs: What the climb has learned of the curvature.
+        steps: The averaged natural-gradient steps that led there, from which more could go on; None for a climb.
     """
 
     family: Family
@@ -95,6 +108,7 @@ class Optimum:
     arrived: bool = True
     left: float = 0.0
     pairs: tuple[Pair, ...] = ()
+    steps: Averaged[Gaussian] | Averaged[Fitted] | None = None
 
     @property
     def member(self) -> Member:
@@ -193,6 +207,7 @@ def fit_gaussian(
     )
     others = [one for one in optima if one is not best and _stays_lower(one, best)]
     optima = (best, *(one for one in others if not _is_same(one, best)))
+    before = density.evaluations
     failure = find_failure(density, form, best.member, best.quadratic, key=branch(key, 1_003))
     if failure is None and not any(start.is_mode for start in starts):
         failure = find_ridge(density, best.member, key=branch(key, 1_005))
@@ -202,12 +217,15 @@ def fit_gaussian(
             closely = branch(key, 1_004)
             line = find_failure(density, form, best.member, best.quadratic, key=closely, suspected=True)
             failure = line if line and line.status is Status.FLAT else failure
+    spent_before += density.evaluations - before  # a diagnosis leaves the budget as it was
     own = branch(key, 1_002)
     if failure:
         return _without_optimum(density, best, optima, failure, elbo_draws or _ELBO_DRAWS[0], begun, key=own)
     scope = Scope.GLOBAL if log_concave and form.concave else Scope.LOCAL
     if solver == NATURAL_GRADIENT and not can_be_pinned(form, density.size):
-        best, proof = _estimated(density, form, best, key=branch(key, 1_001), tolerance=tolerance, left=left)
+        best, proof = _estimated(
+            density, form, best, key=branch(key, 1_001), tolerance=tolerance, left=left, report=report
+        )
     else:
         best, proof = _proved(
             density,
@@ -309,9 +327,18 @@ def _solved(
     family = form.family(frame)
     x = np.zeros(family.parameters)
     if solver == NATURAL_GRADIENT:
-        begin = Fitted(frame, family, x, Quadratic(frame.loc, np.zeros(density.size), _matrix(frame.precision)))
+        quadratic = Quadratic(frame.loc, np.zeros(density.size), as_matrix(frame.precision))
         return _stepped(
-            density, form, begin, key=key, tolerance=tolerance, budget=budget, compared=compared, report=report
+            density,
+            form,
+            Gaussian(frame.loc, as_matrix(frame.factor), math.nan)
+            if form.full
+            else Fitted(frame, family, x, quadratic),
+            key=key,
+            tolerance=tolerance,
+            budget=budget,
+            compared=compared,
+            report=report,
         )
     precision = np.zeros(density.size) if known is None else frame.precision
     return _climbed(
@@ -332,42 +359,44 @@ def _solved(
 def _stepped(
     density: LogDensity,
     form: GaussianForm,
-    begin: Fitted,
+    begin: Gaussian | Fitted,
     *,
     key: Key,
     tolerance: float,
     budget: int,
-    compared: int,
+    near: int = 0,
+    compared: int = _COMPARED_DRAWS,
     report: Report,
 ) -> Optimum:
     """Where averaged natural-gradient steps lead, the ELBO there on so many draws."""
     draws = max(_NATURAL_DRAWS, power_of_two(2 * density.size))
-    most = int(np.clip(budget // draws, 1, STEPS))
+    # What a look and an estimate take is kept back.
+    kept = _projected(density.size) + max(compared, power_of_two(4 * density.size)) + 2 * SETS * _LEAST_DRAWS
+    most = int(np.clip((budget - kept) // draws, 1, STEPS))
 
-    def told(steps: int, elbo: float) -> None:
-        report("natural-gradient steps", steps, STEPS, elbo)
-
-    own = branch(key, 0)
-    ended: Averaged[Gaussian] | Averaged[Fitted]
-    if form.full:
-        gaussian = Gaussian(begin.frame.loc, _matrix(begin.frame.factor), math.nan)
-        ended = full = averaged_steps(
-            FullRank(density), gaussian, key=own, draws=draws, tolerance=tolerance, most=most, report=told
+    def averaged[At, S: Slope](rule: Rule[At, S], at: At) -> Averaged[At]:
+        return averaged_steps(
+            rule,
+            at,
+            key=branch(key, 0),
+            draws=draws,
+            tolerance=tolerance,
+            near=near,
+            most=most,
+            report=lambda steps, elbo: report("natural-gradient steps", steps, STEPS, elbo),
         )
+
+    ended: Averaged[Gaussian] | Averaged[Fitted]
+    if isinstance(begin, Gaussian):
+        ended = full = averaged(FullRank(density), begin)
         frame = Frame.of(full.at.loc, full.at.precision)
         family, quadratic = form.family(frame), Quadratic(frame.loc, np.zeros(density.size), frame.precision)
         x = np.zeros(family.parameters)
     else:
-        rule = Projected(density, form.family, begin.family.base)
-        ended = other = averaged_steps(rule, begin, key=own, draws=draws, tolerance=tolerance, most=most, report=told)
+        ended = other = averaged(Projected(density, form.family, begin.family.base), begin)
         family, x, quadratic = other.at.family, other.at.x, other.at.quadratic
     looked = _looked_at(density, family, x, quadratic, _trace(ended.course), key=branch(key, 1), draws=compared)
-    return replace(looked, arrived=ended.arrived, left=max(ended.gap, 0.0))
-
-
-def _matrix(diagonal: np.ndarray) -> np.ndarray:
-    """A matrix, also from a diagonal alone."""
-    return np.diag(diagonal) if diagonal.ndim == 1 else diagonal
+    return replace(looked, arrived=ended.arrived, left=max(ended.gap, 0.0), steps=ended)
 
 
 def _trace(course: np.ndarray) -> Trace:
@@ -546,15 +575,9 @@ def _not_below(
             bent = family.near(fitting)
             x = bent if _gain(density, best, bent, _COMPARED_DRAWS, key=branch(own, 0)).value > gain.value else x
         if solver == NATURAL_GRADIENT:
+            begin = _at_rest(form, family.member(x), around)
             found = _stepped(
-                density,
-                form,
-                _fitted_near(form, family.member(x), around),
-                key=branch(own, 2),
-                tolerance=tolerance,
-                budget=left(),
-                compared=_COMPARED_DRAWS,
-                report=report,
+                density, form, begin, key=branch(own, 2), tolerance=tolerance, budget=left(), report=report
             )
         else:
             found = _climbed(
@@ -570,18 +593,27 @@ def _not_below(
                 report=report,
             )
         there = family.near(found.member)
-        if _gain(density, best, there, _COMPARED_DRAWS, key=branch(own, 3)).value > 0:
+        # What was found on its own draws need not lie above where it set out.
+        gains = [_gain(density, best, at, _COMPARED_DRAWS, key=branch(own, 3)).value for at in (there, x)]
+        if max(gains) > 0 and gains[0] >= gains[1]:
             best = found
+        elif max(gains) > 0:
+            looked = _looked_at(density, family, x, around, best.trace, key=branch(own, 4), draws=_COMPARED_DRAWS)
+            best = replace(looked, arrived=False, left=math.inf, steps=None)
     return best
 
 
-def _fitted_near(form: GaussianForm, member: Member, around: Quadratic) -> Fitted:
-    """A member with the quadratic around it, or with its own where that is bent upwards somewhere."""
-    own = np.linalg.inv(member.covariance())
-    precision, _ = positive_definite(around.precision) if around.precision.ndim == 2 else (None, 0)
-    frame = Frame.of(member.loc, (own + own.T) / 2 if precision is None else precision)
-    family = form.family(frame)
+def _at_rest(form: GaussianForm, member: Member, around: Quadratic) -> Gaussian | Fitted:
+    """A member as natural-gradient steps begin with it: with the quadratic around it, or its own if that has no top."""
+    if form.full:
+        return Gaussian(member.loc, np.linalg.cholesky(member.covariance()), math.nan)
     _, slope = around.at_one(member.loc)
+    precision = as_matrix(around.precision)
+    if not is_safely_positive(precision):
+        own = np.linalg.inv(member.covariance())
+        precision, slope = (own + own.T) / 2, np.zeros(len(own))
+    frame = Frame.of(member.loc, precision)
+    family = form.family(frame)
     return Fitted(frame, family, family.near(member), Quadratic(member.loc, slope, frame.precision))
 
 
@@ -700,24 +732,46 @@ def _estimated(
     key: Key,
     tolerance: float,
     left: Callable[[], int],
+    report: Report,
 ) -> tuple[Optimum, Proof]:
-    """The optimum with Newton's decrement."""
-    steps = f"{len(best.trace.steps):,} natural-gradient steps were taken"
-    draws = min(_DECREMENT_DRAWS, power_of_two(left() // (2 * SETS) // 2 + 1))
-    if draws < _LEAST_DRAWS:
-        why = f"{steps}, and of the budget {left():,} gradients are left, which do not suffice for an estimate"
-        return best, Proof(None, Status.BUDGET, why)
-    if form.full:
-        member = best.member
-        assert member.factor is not None
-        gaussian = Gaussian(member.loc, member.factor, math.nan)
-        certificate = estimate_gap(FullRank(density), gaussian, key=key, draws=draws)
-    else:
-        rule = Projected(density, form.family, best.family.base)
-        certificate = estimate_gap(rule, _fitted_near(form, best.member, best.quadratic), key=key, draws=draws)
-    if certificate.limit <= tolerance:
-        return best, Proof(certificate)
-    return best, Proof(certificate, Status.BUDGET, steps)
+    """The optimum with Newton's decrement, its steps gone on with until that is below the tolerance."""
+    certificate: Certificate | None = None
+    goal, taken = tolerance, len(best.trace.steps)
+    for number in range(_ROUNDS):
+        own = branch(key, number)
+        steps = f"{taken:,} natural-gradient {'step was' if taken == 1 else 'steps were'} taken"
+        draws = min(_DECREMENT_DRAWS, power_of_two(left() // (2 * SETS) // 2 + 1))
+        if draws < _LEAST_DRAWS:
+            why = f"{steps}, and of the budget {left():,} gradients are left, which do not suffice for an estimate"
+            return best, Proof(certificate, Status.BUDGET, why)
+        at = best.steps.at if best.steps else _at_rest(form, best.member, best.quadratic)
+        if isinstance(at, Gaussian):
+            found = estimate_gap(FullRank(density), at, key=branch(own, 0), draws=draws)
+        else:
+            rule = Projected(density, form.family, at.family.base)
+            found = estimate_gap(rule, at, key=branch(own, 0), draws=draws)
+        certificate = found if math.isfinite(found.limit) else None
+        if best.arrived and certificate and certificate.limit <= tolerance:
+            return best, Proof(certificate)
+        if left() < 4 * max(_NATURAL_DRAWS, power_of_two(2 * density.size)):
+            return best, Proof(certificate, Status.BUDGET, f"{steps}, for which the budget was used up")
+        if best.arrived:  # the steps' own estimate is a mean over the last few of them, on fewer draws
+            goal /= 2
+        more = _stepped(
+            density,
+            form,
+            at,
+            key=branch(own, 1),
+            tolerance=goal,
+            budget=left(),
+            near=best.steps.near if best.steps and best.arrived else 0,
+            report=report,
+        )
+        taken += len(more.trace.steps)
+        best = replace(more, trace=_trace(np.concatenate([best.trace.elbo, more.trace.elbo])))
+        if not len(more.trace.steps) > 1:
+            break
+    return best, Proof(certificate, Status.BUDGET, f"{taken:,} natural-gradient steps in {_ROUNDS} rounds")
 
 
 def _draws_for(best: Optimum, se: float) -> int:

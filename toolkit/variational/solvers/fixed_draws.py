@@ -25,7 +25,7 @@ EVALUATIONS = 200  # of a climb, at most
 _DIFFERENCE = 1e-5  # of a curvature's difference quotient, in working parameters
 _FLATTEST = 1e-3
 _CG_STEPS = 100
-_MOST_PARAMETERS = 4_000  # whose curvature is factorised
+MOST_PARAMETERS = 4_000  # whose curvature is factorised
 _LEAST_BENDS = (0.25, 1.0)  # added to a curvature: less would let steps leap along what is flat only nearby
 
 
@@ -89,7 +89,7 @@ class Units:
     def __init__(self, family: Family, x: np.ndarray, quadratic: Quadratic) -> None:
         self._shifts, self._root = family.size, None
         self._secants = list[tuple[np.ndarray, np.ndarray]]()
-        bent = family.bend(x, quadratic) if family.parameters <= _MOST_PARAMETERS else None
+        bent = family.bend(x, quadratic) if family.parameters <= MOST_PARAMETERS else None
         if bent is None or not np.isfinite(bent).all():
             return
         for least in _LEAST_BENDS:
@@ -265,9 +265,9 @@ def remaining(
 
     H is the curvature of the part of the ELBO that is known exactly, and costs no draws: in most directions it is about
     one, but a family may have flat ones, in which a small gradient leads far. Directions flatter than a thousandth
-    count as a thousandth. By conjugate gradients, at most a hundred steps of them, each of which raises it: an estimate
-    from below. Where it falls, H is bent upwards along a step: what it had risen to is then all that is known from H,
-    and it counts as no less than what the climb's last step gained.
+    count as a thousandth. By at most a hundred conjugate gradients, each of which raises it: an estimate from below.
+    Where H is bent upwards along one of them, what it had risen to is all that is known from H, and it counts as no
+    less than what the climb's last step gained.
 
     Args:
         objective: The ELBO.
@@ -277,32 +277,76 @@ def remaining(
         at_least: In nats: what is left where H is bent upwards.
     """
     least = float(gradient @ gradient)  # as where H is one in all directions
-    risen, bent_upwards = 0.0, False
+    try:
+        newton = newton_step(objective.family, objective.quadratic, x, gradient, enough=enough)
+    except np.linalg.LinAlgError:  # at a member that rounding has made singular nothing is known of what is left
+        return np.inf
+    return max(newton.gain, least, at_least if newton.bent_upwards else 0.0)
+
+
+@dataclass(frozen=True)
+class NewtonStep:
+    """A step along H^-1 g.
+
+    Attributes:
+        step: H^-1 g, (parameters,), as far as conjugate gradients came.
+        gain: g' H^-1 g in nats, an estimate from below.
+        bent_upwards: Whether H is bent upwards along one of them, where the step ends.
+    """
+
+    step: np.ndarray
+    gain: float
+    bent_upwards: bool
+
+
+def newton_step(
+    family: Family,
+    quadratic: Quadratic,
+    x: np.ndarray,
+    gradient: np.ndarray,
+    *,
+    flattest: float = _FLATTEST,
+    rtol: float = 0.1,
+    most: int = _CG_STEPS,
+    enough: float = np.inf,
+) -> NewtonStep:
+    """H^-1 g by conjugate gradients, H minus the Hessian of the part of the ELBO that is known exactly.
+
+    Args:
+        family: The family.
+        quadratic: Near log p.
+        x: The parameters.
+        gradient: g, of any ELBO there.
+        flattest: Added to H.
+        rtol: Of the gradient's length, that may be left.
+        most: Conjugate gradients, at most.
+        enough: A gain in nats beyond which it need not be known.
+
+    Raises:
+        numpy.linalg.LinAlgError: Rounding has made the member singular.
+    """
+    reached, risen, bent_upwards = np.zeros_like(x), 0.0, False
 
     def slope(at: np.ndarray) -> np.ndarray:
-        return objective.family.exact(at, objective.family.undrawn(at), objective.quadratic)[1]
+        return family.exact(at, family.undrawn(at), quadratic)[1]
 
     def curved(vector: np.ndarray) -> np.ndarray:
         length = np.linalg.norm(vector)
         step = _DIFFERENCE / length if length > 0 else 0.0
         bent = (slope(x - step * vector) - slope(x + step * vector)) / (2 * _DIFFERENCE) * length
-        return bent + _FLATTEST * vector
+        return bent + flattest * vector
 
     def seen(solved: np.ndarray) -> None:
-        nonlocal risen, bent_upwards
-        reached = float(gradient @ solved)
-        if reached < risen:
+        nonlocal reached, risen, bent_upwards
+        gain = float(gradient @ solved)
+        if gain < risen:
             bent_upwards = True
             raise _Enough
-        risen = reached
+        reached, risen = solved.copy(), gain
         if risen > enough:
             raise _Enough
 
     operator = LinearOperator((len(x), len(x)), matvec=curved, dtype=float)
-    try:
-        cg(operator, gradient, rtol=0.1, maxiter=_CG_STEPS, callback=seen)
-    except _Enough:
-        pass
-    except np.linalg.LinAlgError:  # at a member that rounding has made singular nothing is known of what is left
-        return np.inf
-    return max(risen, least, at_least if bent_upwards else 0.0)
+    with suppress(_Enough):
+        cg(operator, gradient, rtol=rtol, maxiter=most, callback=seen)
+    return NewtonStep(reached, risen, bent_upwards)

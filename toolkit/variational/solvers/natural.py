@@ -31,7 +31,10 @@ _SLOWEST = 0.01  # a rate at which steps are no longer worth their draws
 _WORTH = 0.03  # nats, that a step of a start must gain: the climb that follows is cheaper
 _NEAR = 2.0  # times the gap that noise alone keeps up at a constant rate
 _ENOUGH = 0.5  # of the tolerance, since the estimate has an error
-_SMOOTHED = 6  # products of gradients, over which the estimate of what is left to gain is averaged
+_FALL = 5.0  # standard errors by which a step may seem to lower the ELBO
+_ROUNDING = 1e-9  # of an ELBO
+_SHORTEST = 1e-3  # times its rate, of a step that is tried again
+_SMOOTHED = 6  # products of gradients, over which the estimate of what is left to gain is averaged, or the last half
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,13 @@ class _Slope:
 
     Attributes:
         elbo: In nats.
+        se: Its standard error.
         shift: E[L' g], shape (size,).
         bend: I + E[L' H L], shape (size, size): zero where the covariance is the best.
     """
 
     elbo: float
+    se: float
     shift: np.ndarray
     bend: np.ndarray
 
@@ -105,11 +110,16 @@ def natural_steps(
 
 
 class Slope(Protocol):
-    """What draws say of a Gaussian: at least its ELBO in nats, -inf where it is not finite."""
+    """What draws say of a Gaussian: at least its ELBO."""
 
     @property
     def elbo(self) -> float:
-        """In nats, on the draws that were looked at: too high where these are few."""
+        """In nats; -inf where a draw has no finite density."""
+        ...
+
+    @property
+    def se(self) -> float:
+        """The ELBO's standard error in nats."""
         ...
 
 
@@ -147,15 +157,19 @@ class Rule[At, S: Slope](Protocol):
         ...
 
     def step(self, at: At, slope: S, rate: float) -> At:
-        """The Gaussian whose precision is the weighted mean of the old one's and of what the slope asks for."""
+        """What a weighted mean of the old curvature and slope and of those seen leads to.
+
+        Raises:
+            numpy.linalg.LinAlgError: Rounding leaves no Gaussian there.
+        """
         ...
 
     def product(self, taken: Taken[At, S], slope: S) -> float:
-        """Half of H^-1 g times another gradient, in nats, where `taken` was a step along H^-1 g."""
+        """Half of g' H^-1 h in nats, where `taken` was a step along H^-1 g, and h is the slope's gradient."""
         ...
 
     def decrement(self, at: At, first: S, second: S) -> float:
-        """Half of g' H^-1 g in nats, of two independent gradients at one place: what is left to gain there."""
+        """Half of g' H^-1 h in nats, of two gradients at one place; inf where H is bent upwards."""
         ...
 
 
@@ -164,18 +178,18 @@ class Averaged[At]:
     """Where averaged natural-gradient steps ended.
 
     Attributes:
-        at: The last iterate, which is a mean over all steps.
-        elbo: In nats, of the last step, on that step's draws.
+        at: The last iterate that was looked at.
         gap: In nats, an estimate of what the family's best still gains: Newton's decrement, as a mean over the last few
             iterates; infinite before the second.
-        arrived: Whether that came to be well below the tolerance; else the steps were used up.
+        arrived: Whether that came to be well below the tolerance; else the steps were used up, or led nowhere.
+        near: Steps since it came near, over which the iterate is a mean.
         course: The ELBO at each step, in nats, (steps,).
     """
 
     at: At
-    elbo: float
     gap: float
     arrived: bool
+    near: int
     course: np.ndarray
 
 
@@ -186,6 +200,7 @@ def averaged_steps[At, S: Slope](
     key: Key,
     draws: int,
     tolerance: float,
+    near: int = 0,
     most: int = STEPS,
     report: Callable[[int, float], None] | None = None,
 ) -> Averaged[At]:
@@ -194,7 +209,8 @@ def averaged_steps[At, S: Slope](
     At such rates precision and location are means over all these steps, and their noise falls with the number of all
     draws, not with those of one step: the way to the optimum of a family with so many parameters that no affordable set
     of fixed draws pins it. A mean over steps from afar would keep some of where they began; so the rate stays what it
-    is until what is left to gain is less than the noise.
+    is until what is left to gain is less than the noise. A step after which the ELBO is lower than noise explains, or
+    not finite, is taken again at half its rate.
 
     Args:
         rule: How steps are taken.
@@ -202,6 +218,7 @@ def averaged_steps[At, S: Slope](
         key: Random key.
         draws: In each step, a power of two.
         tolerance: In nats: steps end when the decrement is well below it.
+        near: Steps over which `begin` is a mean already.
         most: The most steps.
         report: Called at each step with its number and ELBO.
     """
@@ -209,38 +226,54 @@ def averaged_steps[At, S: Slope](
     course: list[float] = []
     products: list[float] = []
     last: Taken[At, S] | None = None
-    gap, elbo, near, damping, arrived = np.inf, -np.inf, 0, 1.0, False
+    gap, first, damping, arrived = np.inf, near, 1.0, False
     for number in range(1, most + 1):
         slope = rule.look(at, base_draws(draws, rule.base, key=branch(key, number)))
         course.append(slope.elbo)
         if report:
             report(number, slope.elbo)
-        if not np.isfinite(slope.elbo):
-            if last is None:
-                break
+        if last is None and not np.isfinite(slope.elbo):
+            break
+        square = rule.product(last, last.slope) if last else 0.0
+        if last and _falls(last, slope, square):
             damping /= 2  # a shorter step from where the last one set out
-            last = _taken(rule, last.begin, last.slope, damping / (near + 3))
+            last = _taken(rule, last.begin, last.slope, last.rate / 2)
+            if last is None or damping < _SHORTEST:
+                break
             at = last.end
             continue
-        if last is not None:
+        if last:
             # The draws of two steps are independent, but the later iterate has moved by a share of the earlier noise.
-            square = rule.product(last, last.slope)
             products.append(rule.product(last, slope) + last.rate * square)
             noise = max(0.0, square - products[-1])
             if near or products[-1] < max(_NEAR * last.rate / (2 - last.rate) * noise, tolerance / 4):
                 near += 1
-            gap = float(np.mean(products[-min(_SMOOTHED, max(near, 1)) :]))
-        elbo = slope.elbo
-        arrived = near >= _SMOOTHED and gap < _ENOUGH * tolerance
-        if arrived:
-            break
-        last, damping = _taken(rule, at, slope, damping / (near + 3)), min(1.0, 1.5 * damping)
+            # As many as noise asks for: to stop where a mean over few happens to be low would be to stop too soon.
+            gap = float(np.mean(products[-max(min(_SMOOTHED, near - first), (near - first) // 2, 1) :]))
+        arrived = near - first >= _SMOOTHED and gap < _ENOUGH * tolerance
+        seen = at
+        last, damping = None if arrived else _taken(rule, at, slope, damping / (near + 3)), min(1.0, 1.5 * damping)
+        if last is None:
+            return Averaged(seen, gap, arrived, near, np.array(course))
         at = last.end
-    return Averaged(at, elbo, float(gap), arrived, np.array(course))
+    return Averaged(last.begin if last else at, gap, False, near, np.array(course))
 
 
-def _taken[At, S: Slope](rule: Rule[At, S], at: At, slope: S, rate: float) -> Taken[At, S]:
-    return Taken(at, slope, rate, rule.step(at, slope, rate))
+def _falls[At, S: Slope](last: Taken[At, S], slope: S, square: float) -> bool:
+    """Whether the ELBO after a step is lower than the noise of its direction and that of both ELBOs explain."""
+    # The error is the earlier one's, for both: where the later one's is larger, that is because the step was too long.
+    explained = last.rate**2 * square + _FALL * 2**0.5 * last.slope.se
+    return not slope.elbo >= last.slope.elbo - explained - _ROUNDING * (1 + abs(last.slope.elbo))
+
+
+def _taken[At, S: Slope](rule: Rule[At, S], at: At, slope: S, rate: float) -> Taken[At, S] | None:
+    """A step, shorter where rounding leaves no Gaussian at its end; None where a short one does not help."""
+    while rate > _SHORTEST / 10:
+        try:
+            return Taken(at, slope, rate, rule.step(at, slope, rate))
+        except np.linalg.LinAlgError:
+            rate /= 4
+    return None
 
 
 class FullRank:
@@ -284,10 +317,11 @@ def _slope(density: LogDensity, loc: np.ndarray, factor: np.ndarray, base: np.nd
         whitened = gradients @ factor + base  # what -|e|^2 / 2 does not explain
         finite = np.isfinite(values).all() and np.isfinite(whitened).all() and (diagonal > 0).all()
         if not finite:
-            return _Slope(-np.inf, np.zeros(size), np.zeros((size, size)))
-        elbo = (values + 0.5 * np.einsum("ni,ni->n", base, base)).mean() + np.log(diagonal).sum()
+            return _Slope(-np.inf, np.nan, np.zeros(size), np.zeros((size, size)))
+        terms = values + 0.5 * np.einsum("ni,ni->n", base, base)
+        elbo = terms.mean() + np.log(diagonal).sum() + 0.5 * size * np.log(2 * np.pi)
         bend = whitened.T @ base / len(base)
-    return _Slope(float(elbo + 0.5 * size * np.log(2 * np.pi)), whitened.mean(0), (bend + bend.T) / 2)
+    return _Slope(float(elbo), float(terms.std()) / len(base) ** 0.5, whitened.mean(0), (bend + bend.T) / 2)
 
 
 def _step(loc: np.ndarray, factor: np.ndarray, slope: _Slope, rate: float) -> tuple[np.ndarray, np.ndarray]:
@@ -299,14 +333,21 @@ def _step(loc: np.ndarray, factor: np.ndarray, slope: _Slope, rate: float) -> tu
 
 def _bounded(precision: np.ndarray) -> np.ndarray:
     """The matrix with its eigenvalues brought within bounds; as it is where a factorisation shows that they are."""
-    unit = np.eye(len(precision))
+    if is_between(precision, np.eye(len(precision)), _LEAST, _MOST):
+        return precision
+    values, vectors = scipy.linalg.eigh(precision, check_finite=False)
+    return (vectors * np.clip(values, _LEAST, _MOST)) @ vectors.T
+
+
+def is_between(matrix: np.ndarray, other: np.ndarray, least: float, most: float) -> bool:
+    """Whether a symmetric matrix lies between two multiples of a positive definite one."""
     try:
-        scipy.linalg.cholesky(precision - _LEAST * unit, lower=True, check_finite=False)
-        scipy.linalg.cholesky(_MOST * unit - precision, lower=True, check_finite=False)
+        # Cholesky's factorisation exists if and only if all eigenvalues are positive; it takes a tenth of their time.
+        scipy.linalg.cholesky(matrix - least * other, lower=True, check_finite=False)
+        scipy.linalg.cholesky(most * other - matrix, lower=True, check_finite=False)
     except scipy.linalg.LinAlgError:
-        values, vectors = scipy.linalg.eigh(precision, check_finite=False)
-        return (vectors * np.clip(values, _LEAST, _MOST)) @ vectors.T
-    return precision
+        return False
+    return True
 
 
 def is_safely_positive(matrix: np.ndarray) -> bool:
@@ -317,7 +358,6 @@ def is_safely_positive(matrix: np.ndarray) -> bool:
     root = np.sqrt(diagonal)
     scaled = matrix / root / root[:, None]
     try:
-        # Cholesky's factorisation exists if and only if all eigenvalues are positive; it takes a tenth of their time.
         scipy.linalg.cholesky(scaled - 1e-8 * np.eye(len(matrix)), lower=True, check_finite=False)
     except scipy.linalg.LinAlgError:
         return False

@@ -4,8 +4,8 @@ A Gaussian that is the best of its family has, by Bonnet's and Price's identitie
 as if log p were its own projection on quadratics: the quadratic with the means of log p's gradient and Hessian over q.
 So each step projects log p from draws of q (`nearest_quadratic`), averages this quadratic with those of the steps
 before, and moves q to the family's best under that mean, for which no draws are needed. In a full-rank family that is
-the natural-gradient step of `natural`; in a smaller one only those of the mean's numbers count that the family can
-follow, and its noise falls accordingly.
+the natural-gradient step of `natural`, but for its bounds; in a smaller one only those of the mean's numbers count that
+the family can follow, and its noise falls accordingly.
 
 Reference: Salimans & Knowles (2013), Fixed-form variational posterior approximation through stochastic linear
 regression, sections 3 and 5; Mishkin et al. (2018), SLANG, take such steps for a diagonal plus columns, but keep the
@@ -24,14 +24,15 @@ from scipy.optimize import minimize
 from toolkit.variational.density import LogDensity
 from toolkit.variational.gaussians import Family, Frame, Quadratic
 from toolkit.variational.projection import nearest_quadratic
-from toolkit.variational.solvers.natural import Taken
+from toolkit.variational.solvers.fixed_draws import newton_step
+from toolkit.variational.solvers.natural import Taken, is_between
 
-_LEAST, _MOST = 0.1, 20.0  # by how much a step may change the mean's curvature in any direction
+_LEAST, _MOST = 0.6, 8.0  # by how much a step may change the mean's curvature in any direction
 _DRIFTED = 4.0  # times the frame's curvature in some direction, or a fourth of it: a new frame is then taken
 _EVALUATIONS = 60  # of the known ELBO, in a step
 _MEMORY = 20
-_SETTLED = 1e-5  # nats that an evaluation still gains: the member is then the best
-_PROBE = 0.1  # of a gradient, by which the known ELBO is tilted to see where its best goes
+_SETTLED = 0.01  # of the slope where it began, in any direction: the member is then the best
+_FLATTEST, _EXACT, _CG_STEPS = 1e-5, 0.01, 300  # of the curvature by which a decrement is reckoned
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,14 @@ class _Seen:
     Attributes:
         at: The member.
         elbo: In nats; -inf where a draw's density is not finite.
+        se: Its standard error.
         quadratic: Log p's projection.
         gradient: Of the ELBO, in the family's parameters.
     """
 
     at: Fitted
     elbo: float
+    se: float
     quadratic: Quadratic
     gradient: np.ndarray
 
@@ -82,22 +85,24 @@ class Projected:
 
     def look(self, at: Fitted, base: np.ndarray) -> _Seen:
         """The slope at a member."""
+        nothing = _Seen(at, -np.inf, np.nan, at.quadratic, np.zeros_like(at.x))
         try:
             member = at.family.member(at.x)
         except np.linalg.LinAlgError:  # so wide that rounding has made it singular
-            return _Seen(at, -np.inf, at.quadratic, np.zeros_like(at.x))
+            return nothing
         rests, near = nearest_quadratic(self._density, at.family, member, at.quadratic, base)
         if near is None:
-            return _Seen(at, -np.inf, at.quadratic, np.zeros_like(at.x))
+            return nothing
         elbo = float(rests.mean()) + at.family.exact(at.x, member, at.quadratic)[0]
-        return _Seen(at, elbo, near, at.family.exact(at.x, member, near)[1])
+        gradient = at.family.exact(at.x, member, near)[1]
+        return _Seen(at, elbo, float(rests.std()) / len(base) ** 0.5, near, gradient)
 
     def step(self, at: Fitted, slope: _Seen, rate: float) -> Fitted:
-        """The best member under the weighted mean of the two quadratics."""
+        """The best member under the weighted mean of the two quadratics, in a new frame where the old one is far."""
         mean = _mean(at.quadratic, slope.quadratic, rate)
-        if not _is_between(mean.precision, at.frame.precision, 1 / _DRIFTED, _DRIFTED):
+        if not is_between(mean.precision, as_matrix(at.frame.precision), 1 / _DRIFTED, _DRIFTED):
             frame = Frame.of(mean.centre, mean.precision)
-            family = self._form(frame)
+            family, mean = self._form(frame), replace(mean, precision=frame.precision)
             at = Fitted(frame, family, family.near(at.family.undrawn(at.x)), mean)
         return replace(at, x=best_member(at.family, at.x, mean), quadratic=mean)
 
@@ -111,23 +116,16 @@ class Projected:
         return float(0.5 * slope.gradient @ (end - begin)) / taken.rate
 
     def decrement(self, at: Fitted, first: _Seen, second: _Seen) -> float:
-        """Where the best under the quadratic at hand goes when that is tilted by a part of the first gradient."""
-        here = at.family.exact(at.x, at.family.undrawn(at.x), at.quadratic)[1]
-        tilted = best_member(at.family, at.x, at.quadratic, tilt=_PROBE * first.gradient - here)
-        return float(0.5 * second.gradient @ (tilted - at.x)) / _PROBE
+        """By the curvature of the known ELBO, which is positive at the best member under the quadratic at hand."""
+        newton = newton_step(
+            at.family, at.quadratic, at.x, first.gradient, flattest=_FLATTEST, rtol=_EXACT, most=_CG_STEPS
+        )
+        return np.inf if newton.bent_upwards else float(0.5 * second.gradient @ newton.step)
 
 
-def best_member(family: Family, x: np.ndarray, quadratic: Quadratic, tilt: np.ndarray | None = None) -> np.ndarray:
-    """The parameters of the family's best, were log p a quadratic, from those of a member nearby.
-
-    Args:
-        family: The family.
-        x: Where to begin, (parameters,).
-        quadratic: Log p.
-        tilt: A gradient (parameters,) that is added to the ELBO's.
-    """
+def best_member(family: Family, x: np.ndarray, quadratic: Quadratic) -> np.ndarray:
+    """The parameters (parameters,) of the family's best, were log p a quadratic, from those of a member nearby."""
     begun, slope = family.exact(x, family.undrawn(x), quadratic)
-    slope = slope if tilt is None else slope + tilt
     length = float(np.linalg.norm(slope))
     if not length > 0:
         return x
@@ -137,45 +135,34 @@ def best_member(family: Family, x: np.ndarray, quadratic: Quadratic, tilt: np.nd
     def loss(steps: np.ndarray) -> tuple[float, np.ndarray]:
         at = x + unit * steps
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            try:
-                elbo, gradient = family.exact(at, family.undrawn(at), quadratic)
-            except np.linalg.LinAlgError:
-                return 1e300, np.zeros_like(at)
-        if tilt is not None:
-            elbo, gradient = elbo + float(tilt @ (at - x)), gradient + tilt
+            elbo, gradient = family.exact(at, family.undrawn(at), quadratic)
         if not (np.isfinite(elbo) and np.isfinite(gradient).all()):
             return 1e300, np.zeros_like(at)  # a wall, which the line search turns away from
-        return begun - elbo, -unit * gradient  # from zero, so that SciPy's relative change is one in nats
+        return begun - elbo, -unit * gradient
 
-    limits = {"maxcor": _MEMORY, "maxfun": _EVALUATIONS, "maxiter": _EVALUATIONS, "ftol": _SETTLED, "gtol": 0.0}
+    settled = _SETTLED * unit * float(np.abs(slope).max())
+    limits = {"maxcor": _MEMORY, "maxfun": _EVALUATIONS, "maxiter": _EVALUATIONS, "ftol": 0.0, "gtol": settled}
     found = minimize(loss, np.zeros_like(x), jac=True, method="L-BFGS-B", options=limits)
     return x + unit * np.asarray(found.x)
 
 
+def as_matrix(diagonal: np.ndarray) -> np.ndarray:
+    """A matrix (size, size), also from a diagonal alone (size,)."""
+    return np.diag(diagonal) if diagonal.ndim == 1 else diagonal
+
+
 def _mean(old: Quadratic, new: Quadratic, rate: float) -> Quadratic:
-    """The weighted mean of two quadratics around the new one's centre, its curvature within bounds of the old one's."""
+    """The weighted mean of two quadratics around the new one's centre, its curvature within bounds of the old one's.
+
+    What the new one adds is what few draws see, with noise that is large where the member is much narrower than the
+    quadratic. The mean is bounded and not what it is made of: at small rates no bound acts, and the noise averages out.
+    """
     slope = old.gradient - old.times((new.centre - old.centre)[None])[0]  # the old one's, around the new one's centre
     gradient = slope + rate * (new.gradient - slope)
-    precision = _bounded(old.precision, old.precision + rate * (new.precision - old.precision))
-    return Quadratic(new.centre, gradient, precision)
-
-
-def _bounded(old: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """The new matrix, in no direction bent by less or more than bounds times the old one."""
-    if _is_between(new, old, _LEAST, _MOST):
-        return new
-    values, vectors = scipy.linalg.eigh(new, old, check_finite=False)  # vectors' old vectors = 1
-    back = old @ vectors
-    bounded = (back * np.clip(values, _LEAST, _MOST)) @ back.T
-    return (bounded + bounded.T) / 2
-
-
-def _is_between(matrix: np.ndarray, other: np.ndarray, least: float, most: float) -> bool:
-    """Whether a matrix lies between multiples of a positive definite one, which two factorisations show."""
-    other = np.diag(other) if other.ndim == 1 else other
-    try:
-        scipy.linalg.cholesky(matrix - least * other, lower=True, check_finite=False)
-        scipy.linalg.cholesky(most * other - matrix, lower=True, check_finite=False)
-    except scipy.linalg.LinAlgError:
-        return False
-    return True
+    mean = old.precision + rate * (new.precision - old.precision)
+    if not is_between(mean, old.precision, _LEAST, _MOST):
+        values, vectors = scipy.linalg.eigh(mean, old.precision, check_finite=False)
+        back = old.precision @ vectors  # vectors' back = 1
+        bounded = (back * np.clip(values, _LEAST, _MOST)) @ back.T
+        mean = (bounded + bounded.T) / 2
+    return Quadratic(new.centre, gradient, mean)
