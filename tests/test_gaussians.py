@@ -385,6 +385,27 @@ def test_a_scale_on_the_other_side_of_zero_is_the_same_gaussian(dense: bool) -> 
     )
 
 
+@pytest.mark.parametrize("own", [1e-2, 1e-4, 1e-5])
+def test_slope_and_bend_are_exact_where_a_coordinate_has_hardly_a_scale_of_its_own(own: float) -> None:
+    """Its row of W is then huge, but the covariance S S + B B' and its inverse K are ordinary: slopes are S (K - P)."""
+    rng = np.random.default_rng(0)
+    size, rank = 12, 3
+    family = LowRank(Frame(np.zeros(size), np.ones(size), np.ones(size)), rank)
+    scale, columns = np.r_[own, np.ones(size - 1)], rng.standard_normal((size, rank))
+    x = family.near(Member(np.zeros(size), scale, columns / scale[:, None]))
+    target = Quadratic(np.zeros(size), np.zeros(size), np.diag(np.full(size, 0.7)))
+    inverse = np.linalg.inv(np.diag(scale**2) + columns @ columns.T)
+    left = inverse - target.precision
+    _, gradient = family.exact(x, family.undrawn(x), target)
+    _, by_stretch, by_columns = np.split(gradient, [size, 2 * size])
+    np.testing.assert_allclose(by_stretch * np.sqrt(2), scale * np.diag(left), rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(by_columns, (left @ columns).ravel(), rtol=1e-6, atol=1e-8)
+    step = 1e-5 * np.eye(family.parameters)[size]  # of that scale alone
+    slopes = [family.exact(at, family.undrawn(at), target)[1] for at in (x - step, x + step)]
+    differences = (slopes[0] - slopes[1])[size:] / 2e-5
+    np.testing.assert_allclose(family.bend(x, target)[0], differences, rtol=1e-3, atol=1e-3)
+
+
 def test_a_member_of_another_family_is_refused() -> None:
     frame = frame_of()
     diagonal, full, low = Diagonal(frame), Triangular(frame), LowRank(frame, 1)

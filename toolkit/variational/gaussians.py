@@ -430,10 +430,8 @@ class LowRank:
         """Minus the gradient of log q at the draws."""
         if member.factor is not None:
             return scipy.linalg.solve_triangular(member.factor, base.T, lower=True, trans="T").T
-        mixed, columns = self._mixed(member, base), _columns(member)
-        # (I + W W')^-1 v = v - W (I + W' W)^-1 W' v
-        solved = mixed - np.linalg.solve(self._inner(member), columns.T @ mixed.T).T @ columns.T
-        return solved / _scale(member)
+        mixed, spread = self._mixed(member, base), _Spread(_columns(member))
+        return (mixed - mixed @ spread.left * spread.share @ spread.left.T) / _scale(member)
 
     def pull(self, x: np.ndarray, member: Member, base: np.ndarray, gradients: np.ndarray) -> np.ndarray:
         """The gradient of a mean over draws."""
@@ -468,8 +466,10 @@ class LowRank:
 
     def entropy(self, member: Member) -> float:
         """In nats."""
-        spread = np.log(np.abs(_scale(member))).sum() + 0.5 * np.linalg.slogdet(self._inner(member))[1]
-        return float(spread) + 0.5 * self.size * (1 + _LOG_2PI)
+        return self._entropy(member, _Spread(_columns(member)))
+
+    def _entropy(self, member: Member, spread: _Spread) -> float:
+        return float(np.log(np.abs(_scale(member))).sum()) + spread.log_volume + 0.5 * self.size * (1 + _LOG_2PI)
 
     def exact(self, x: np.ndarray, member: Member, quadratic: Quadratic) -> tuple[float, np.ndarray]:
         """Entropy plus the mean of a quadratic."""
@@ -478,9 +478,10 @@ class LowRank:
         moved = scale[:, None] * columns
         pulled = quadratic.times(moved.T).T
         spread = quadratic.diagonal * scale**2
-        solved = np.linalg.solve(self._inner(member), columns.T).T
-        value += self.entropy(member) - 0.5 * float(spread.sum() + np.einsum("ir,ir->", moved, pulled))
-        by_scale = 1 - spread - np.einsum("ir,ir->i", columns, solved)
+        inverse = _Spread(columns)
+        solved = inverse.of_columns
+        value += self._entropy(member, inverse) - 0.5 * float(spread.sum() + np.einsum("ir,ir->", moved, pulled))
+        by_scale = inverse.diagonal - spread
         return value, self._packed(by_loc, by_scale / scale, solved / scale[:, None] - pulled)
 
     def bend(self, x: np.ndarray, quadratic: Quadratic) -> np.ndarray:
@@ -492,8 +493,9 @@ class LowRank:
         member = self.undrawn(x)
         scale, columns = _scale(member), _columns(member)
         moved = scale[:, None] * columns
-        # (I + W W')^-1 = I - W (I + W' W)^-1 W'
-        inverse = np.eye(self.size) - columns @ np.linalg.solve(self._inner(member), columns.T)
+        spread = _Spread(columns)
+        inverse = np.eye(self.size) - spread.left * spread.share @ spread.left.T
+        np.fill_diagonal(inverse, spread.diagonal)
         inverse /= np.outer(scale, scale)
         precision = np.diag(quadratic.precision) if quadratic.precision.ndim == 1 else quadratic.precision
         solved = inverse @ moved
@@ -511,13 +513,33 @@ class LowRank:
         """Draws in units of the scale, (n, size)."""
         return base[:, : self.size] + base[:, self.size :] @ _columns(member).T
 
-    def _inner(self, member: Member) -> np.ndarray:
-        """I + W' W, (rank, rank)."""
-        return np.eye(self.rank) + _columns(member).T @ _columns(member)
-
     def _packed(self, loc: np.ndarray, scale: np.ndarray, columns: np.ndarray) -> np.ndarray:
         """The gradient, from those with respect to location, scale and columns in the model's units."""
         return np.concatenate([self._frame.pull(loc), scale * self._scale / _ROOT_2, self._frame.pull(columns).ravel()])
+
+
+class _Spread:
+    """(I + W W')^-1 by the singular values of W = U D V': it is I - U (D^2 / (1 + D^2)) U'.
+
+    Where a coordinate's own scale is all but zero, its row of W is huge, and what is left on the diagonal is a
+    difference of nearly equal numbers: from I + W' W it would be rounding alone.
+
+    Attributes:
+        left: U, (size, rank).
+        share: D^2 / (1 + D^2), (rank,).
+        diagonal: Of the inverse, (size,).
+        of_columns: The inverse times W, (size, rank).
+        log_volume: Half the log of the determinant of I + W W'.
+    """
+
+    def __init__(self, columns: np.ndarray) -> None:
+        self.left, values, right = np.linalg.svd(columns, full_matrices=False)
+        squares = values**2
+        self.share = squares / (1 + squares)
+        own = self.left**2
+        self.diagonal = np.maximum(1 - own.sum(1), 0.0) + own @ (1 / (1 + squares))
+        self.of_columns = self.left * (values / (1 + squares)) @ right
+        self.log_volume = 0.5 * float(np.log1p(squares).sum())
 
 
 def _away_from_zero(values: np.ndarray) -> np.ndarray:

@@ -62,12 +62,13 @@ class FixedDrawsELBO:
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # a run-off's terms are not finite
             try:
                 member = self.family.member(x)
+                exact, _ = self.family.exact(x, member, self.quadratic)
             except np.linalg.LinAlgError:
                 return np.full(len(self.base), np.nan)
             points = self.family.points(member, self.base)
             values, _ = self.density.over(points)
             known, _ = self.quadratic.at(points)
-            return values - known + self.family.exact(x, member, self.quadratic)[0]
+            return values - known + exact
 
 
 Pair = tuple[np.ndarray, np.ndarray]  # a step and how minus the gradient changed along it

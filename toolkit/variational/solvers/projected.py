@@ -117,9 +117,12 @@ class Projected:
 
     def decrement(self, at: Fitted, first: _Seen, second: _Seen) -> float:
         """By the curvature of the known ELBO, which is positive at the best member under the quadratic at hand."""
-        newton = newton_step(
-            at.family, at.quadratic, at.x, first.gradient, flattest=_FLATTEST, rtol=_EXACT, most=_CG_STEPS
-        )
+        try:
+            newton = newton_step(
+                at.family, at.quadratic, at.x, first.gradient, flattest=_FLATTEST, rtol=_EXACT, most=_CG_STEPS
+            )
+        except np.linalg.LinAlgError:
+            return np.inf
         return np.inf if newton.bent_upwards else float(0.5 * second.gradient @ newton.step)
 
 
@@ -135,7 +138,10 @@ def best_member(family: Family, x: np.ndarray, quadratic: Quadratic) -> np.ndarr
     def loss(steps: np.ndarray) -> tuple[float, np.ndarray]:
         at = x + unit * steps
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            elbo, gradient = family.exact(at, family.undrawn(at), quadratic)
+            try:
+                elbo, gradient = family.exact(at, family.undrawn(at), quadratic)
+            except np.linalg.LinAlgError:  # so far off that the columns are no numbers
+                return 1e300, np.zeros_like(at)
         if not (np.isfinite(elbo) and np.isfinite(gradient).all()):
             return 1e300, np.zeros_like(at)  # a wall, which the line search turns away from
         return begun - elbo, -unit * gradient
