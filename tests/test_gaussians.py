@@ -28,7 +28,7 @@ from toolkit.variational.autoguides import GaussianForm, gaussian_form
 from toolkit.variational.block_guides import AutoBlockNormal
 from toolkit.variational.blocks import Blocks, Run
 from toolkit.variational.building import build_guide
-from toolkit.variational.draws import base_draws, matched_draws
+from toolkit.variational.draws import base_draws, matched_draws, mirrored_draws
 from toolkit.variational.gaussians import (
     Diagonal,
     Family,
@@ -614,7 +614,7 @@ def test_other_guides_have_no_gaussian_form() -> None:
 # -- base draws -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [base_draws, matched_draws])
+@pytest.mark.parametrize("make", [base_draws, matched_draws, mirrored_draws])
 def test_a_key_is_its_draws(make: Callable[..., np.ndarray]) -> None:
     one, again = make(64, 3, key=KEY), make(64, 3, key=jax.random.PRNGKey(0))
     np.testing.assert_array_equal(one, again)
@@ -625,6 +625,13 @@ def test_a_key_is_its_draws(make: Callable[..., np.ndarray]) -> None:
     assert abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 5 / np.sqrt(192)
     assert one.shape == (64, 3)
     assert np.isfinite(one).all()
+
+
+def test_mirrored_draws_have_no_odd_moments_and_halves_that_are_base_draws() -> None:
+    draws = mirrored_draws(64, 3, key=KEY)
+    np.testing.assert_array_equal(draws[:32], base_draws(32, 3, key=KEY))
+    np.testing.assert_allclose(np.einsum("ni,nj,nk->ijk", draws, draws, draws), 0, atol=1e-12)
+    np.testing.assert_allclose(draws.mean(0), 0, atol=1e-14)
 
 
 def test_base_draws_are_more_even_than_independent_ones() -> None:

@@ -30,7 +30,7 @@ from scipy import stats
 
 from toolkit.estimate import Estimate
 from toolkit.variational.density import LogDensity
-from toolkit.variational.draws import Key, base_draws, branch, matched_draws
+from toolkit.variational.draws import Key, branch, matched_draws, mirrored_draws
 from toolkit.variational.gaussians import Family, Quadratic
 from toolkit.variational.solvers.fixed_draws import EVALUATIONS, Climbed, FixedDrawsELBO, Pair, Units, climb
 from toolkit.variational.solvers.natural import Rule, Slope
@@ -171,7 +171,7 @@ def estimate_gap[At, S: Slope](rule: Rule[At, S], at: At, *, key: Key, draws: in
     gaps = []
     for number in range(sets):
         first, second = (
-            rule.look(at, base_draws(draws, rule.base, key=branch(key, 2 * number + half))) for half in (0, 1)
+            rule.look(at, mirrored_draws(draws, rule.base, key=branch(key, 2 * number + half))) for half in (0, 1)
         )
         finite = math.isfinite(first.elbo) and math.isfinite(second.elbo)
         gaps.append(rule.decrement(at, first, second) if finite else math.inf)

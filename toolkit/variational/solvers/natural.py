@@ -22,7 +22,7 @@ import numpy as np
 import scipy.linalg
 
 from toolkit.variational.density import LogDensity
-from toolkit.variational.draws import Key, base_draws, branch
+from toolkit.variational.draws import Key, branch, mirrored_draws
 from toolkit.variational.gaussians import inverse_factor
 
 _LEAST, _MOST = 0.05, 20.0  # by how much a step may change a variance, before it is weighed by its rate
@@ -228,7 +228,7 @@ def averaged_steps[At, S: Slope](
     last: Taken[At, S] | None = None
     gap, first, damping, arrived = np.inf, near, 1.0, False
     for number in range(1, most + 1):
-        slope = rule.look(at, base_draws(draws, rule.base, key=branch(key, number)))
+        slope = rule.look(at, mirrored_draws(draws, rule.base, key=branch(key, number)))
         course.append(slope.elbo)
         if report:
             report(number, slope.elbo)
