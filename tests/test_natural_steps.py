@@ -311,6 +311,21 @@ def test_steps_that_rounding_leaves_no_gaussian_for_are_shorter_or_the_last(monk
     assert ended.gap == np.inf
 
 
+def test_where_no_shorter_step_helps_the_place_it_set_out_from_is_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule, begin = Recorded(), wide_start()
+    look = rule.look
+
+    def finite_at_first(at: Fitted, base: np.ndarray) -> Any:
+        found = look(at, base)
+        return found if len(rule.gaps) == 1 else replace(found, elbo=-math.inf)
+
+    monkeypatch.setattr(rule, "look", finite_at_first)
+    ended = averaged_steps(rule, begin, key=KEY, draws=256, tolerance=0.02, near=50)
+    assert ended.at is begin
+    assert not ended.arrived
+    assert 5 < len(ended.course) < 20
+
+
 def test_when_steps_run_out_the_last_member_that_was_looked_at_is_returned() -> None:
     rule = Recorded()
     ended = averaged_steps(rule, wide_start(), key=KEY, draws=256, tolerance=1e-9, most=7)
@@ -420,6 +435,31 @@ def test_steps_go_on_where_the_estimate_of_what_is_left_is_too_high(monkeypatch:
     ]
     assert gaps[2] < gaps[0]
     assert len(fitted.traces[0].steps) == len(fitted.traces[0].elbo) > 21
+
+
+def test_further_steps_go_on_from_the_mean_and_a_lower_end_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gaussian_fits, "can_be_pinned", lambda form, size: False)
+    estimate, stepped, near = gaussian_fits.estimate_gap, gaussian_fits._stepped, []
+
+    def lower_at_last(*args: Any, **settings: Any) -> Any:
+        near.append(settings.get("near", 0))
+        found = stepped(*args, **settings)
+        return replace(found, x=found.x + 1.0) if len(near) == 3 else found
+
+    def high(*args: Any, **settings: Any) -> Any:
+        return replace(estimate(*args, **settings), limit=1.0)
+
+    monkeypatch.setattr(gaussian_fits, "_stepped", lower_at_last)
+    monkeypatch.setattr(gaussian_fits, "estimate_gap", high)
+    model, starts = skewed()
+    starts = replace(starts, points=starts.points[:1])
+    fitted = fit(model, "mean_field", key=KEY, starts=starts, solver="natural_gradient")
+    assert near[0] == 0
+    assert 0 < near[1] < near[2]
+    assert len(near) == 3
+    assert fitted.status is Status.UNPROVEN
+    assert "more of them did not raise the ELBO" in fitted.message
+    assert skewed_gap(fitted) < 0.01
 
 
 @pytest.mark.parametrize("guide", ["low_rank_2", "low_rank", "full_rank", "mean_field"])

@@ -369,10 +369,8 @@ def _stepped(
     report: Report,
 ) -> Optimum:
     """Where averaged natural-gradient steps lead, the ELBO there on so many draws."""
-    draws = max(_NATURAL_DRAWS, power_of_two(2 * density.size))
-    # What a look and an estimate take is kept back.
-    kept = _projected(density.size) + max(compared, power_of_two(4 * density.size)) + 2 * SETS * _LEAST_DRAWS
-    most = int(np.clip((budget - kept) // draws, 1, STEPS))
+    draws = _step_draws(density.size)
+    most = int(np.clip((budget - _kept_back(density.size, compared)) // draws, 1, STEPS))
 
     def averaged[At, S: Slope](rule: Rule[At, S], at: At) -> Averaged[At]:
         return averaged_steps(
@@ -397,6 +395,16 @@ def _stepped(
         family, x, quadratic = other.at.family, other.at.x, other.at.quadratic
     looked = _looked_at(density, family, x, quadratic, _trace(ended.course), key=branch(key, 1), draws=compared)
     return replace(looked, arrived=ended.arrived, left=max(ended.gap, 0.0), steps=ended)
+
+
+def _step_draws(size: int) -> int:
+    """Draws of a natural-gradient step in so many dimensions."""
+    return max(_NATURAL_DRAWS, power_of_two(2 * size))
+
+
+def _kept_back(size: int, compared: int = _COMPARED_DRAWS) -> int:
+    """Gradients that steps leave of the budget: for a look at their end, and for an estimate of what is left."""
+    return _projected(size) + max(compared, power_of_two(4 * size)) + 2 * SETS * _LEAST_DRAWS
 
 
 def _trace(course: np.ndarray) -> Trace:
@@ -574,12 +582,13 @@ def _not_below(
         if fitting is not None:
             bent = family.near(fitting)
             x = bent if _gain(density, best, bent, _COMPARED_DRAWS, key=branch(own, 0)).value > gain.value else x
-        if solver == NATURAL_GRADIENT:
+        found: Optimum | None = None
+        if solver == NATURAL_GRADIENT and left() > _kept_back(density.size) + 2 * _step_draws(density.size):
             begin = _at_rest(form, family.member(x), around)
             found = _stepped(
                 density, form, begin, key=branch(own, 2), tolerance=tolerance, budget=left(), report=report
             )
-        else:
+        elif solver == FIXED_DRAWS:
             found = _climbed(
                 density,
                 form,
@@ -592,10 +601,10 @@ def _not_below(
                 most=EVALUATIONS,
                 report=report,
             )
-        there = family.near(found.member)
+        there = family.near(found.member) if found else x
         # What was found on its own draws need not lie above where it set out.
         gains = [_gain(density, best, at, _COMPARED_DRAWS, key=branch(own, 3)).value for at in (there, x)]
-        if max(gains) > 0 and gains[0] >= gains[1]:
+        if found and max(gains) > 0 and gains[0] >= gains[1]:
             best = found
         elif max(gains) > 0:
             looked = _looked_at(density, family, x, around, best.trace, key=branch(own, 4), draws=_COMPARED_DRAWS)
@@ -751,10 +760,13 @@ def _estimated(
             rule = Projected(density, form.family, at.family.base)
             found = estimate_gap(rule, at, key=branch(own, 0), draws=draws)
         certificate = found if math.isfinite(found.limit) else None
-        if best.arrived and certificate and certificate.limit <= tolerance:
+        is_low = certificate is not None and certificate.limit <= tolerance
+        if best.arrived and is_low:
             return best, Proof(certificate)
-        if left() < 4 * max(_NATURAL_DRAWS, power_of_two(2 * density.size)):
+        if left() < _kept_back(density.size) + 2 * _step_draws(density.size):
             return best, Proof(certificate, Status.BUDGET, f"{steps}, for which the budget was used up")
+        if number == _ROUNDS - 1:
+            break
         if best.arrived:  # the steps' own estimate is a mean over the last few of them, on fewer draws
             goal /= 2
         more = _stepped(
@@ -764,14 +776,17 @@ def _estimated(
             key=branch(own, 1),
             tolerance=goal,
             budget=left(),
-            near=best.steps.near if best.steps and best.arrived else 0,
+            near=best.steps.near if best.steps else 0,
             report=report,
         )
         taken += len(more.trace.steps)
+        gain = _gain(density, best, best.family.near(more.member), _COMPARED_DRAWS, key=branch(own, 2))
+        if not gain.value > -3 * gain.se:  # a lower end, or one without a finite density
+            if is_low:
+                return best, Proof(certificate)
+            return best, Proof(certificate, Status.BUDGET, f"{steps}, and more of them did not raise the ELBO")
         best = replace(more, trace=_trace(np.concatenate([best.trace.elbo, more.trace.elbo])))
-        if not len(more.trace.steps) > 1:
-            break
-    return best, Proof(certificate, Status.BUDGET, f"{taken:,} natural-gradient steps in {_ROUNDS} rounds")
+    return best, Proof(certificate, Status.BUDGET, f"{steps}, more than {_ROUNDS} rounds of them")
 
 
 def _draws_for(best: Optimum, se: float) -> int:

@@ -64,7 +64,7 @@ class _Slope:
 
     Attributes:
         elbo: In nats.
-        se: Its standard error.
+        se: Its standard error, were the draws independent.
         shift: E[L' g], shape (size,).
         bend: I + E[L' H L], shape (size, size): zero where the covariance is the best.
     """
@@ -110,7 +110,10 @@ def natural_steps(
 
 
 class Slope(Protocol):
-    """What draws say of a Gaussian: at least its ELBO."""
+    """What draws say of a Gaussian: at least its ELBO.
+
+    Its error is that of independent draws; of mirrored and evenly spread ones it is mostly smaller.
+    """
 
     @property
     def elbo(self) -> float:
@@ -119,7 +122,7 @@ class Slope(Protocol):
 
     @property
     def se(self) -> float:
-        """The ELBO's standard error in nats."""
+        """The ELBO's standard error in nats, were the draws independent."""
         ...
 
 
@@ -237,8 +240,9 @@ def averaged_steps[At, S: Slope](
         square = rule.product(last, last.slope) if last else 0.0
         if last and _falls(last, slope, square):
             damping /= 2  # a shorter step from where the last one set out
-            last = _taken(rule, last.begin, last.slope, last.rate / 2)
-            if last is None or damping < _SHORTEST:
+            at = last.begin
+            last = _taken(rule, at, last.slope, last.rate / 2) if damping > _SHORTEST else None
+            if last is None:
                 break
             at = last.end
             continue
@@ -268,7 +272,8 @@ def _falls[At, S: Slope](last: Taken[At, S], slope: S, square: float) -> bool:
 
 def _taken[At, S: Slope](rule: Rule[At, S], at: At, slope: S, rate: float) -> Taken[At, S] | None:
     """A step, shorter where rounding leaves no Gaussian at its end; None where a short one does not help."""
-    while rate > _SHORTEST / 10:
+    least = _SHORTEST * rate
+    while rate > least:
         try:
             return Taken(at, slope, rate, rule.step(at, slope, rate))
         except np.linalg.LinAlgError:

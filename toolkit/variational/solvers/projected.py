@@ -59,7 +59,7 @@ class _Seen:
     Attributes:
         at: The member.
         elbo: In nats; -inf where a draw's density is not finite.
-        se: Its standard error.
+        se: Its standard error, were the draws independent.
         quadratic: Log p's projection.
         gradient: Of the ELBO, in the family's parameters.
     """
