@@ -331,9 +331,7 @@ def _solved(
         return _stepped(
             density,
             form,
-            Gaussian(frame.loc, as_matrix(frame.factor), math.nan)
-            if form.full
-            else Fitted(frame, family, x, quadratic),
+            Gaussian(frame.loc, as_matrix(frame.factor)) if form.full else Fitted(frame, family, x, quadratic),
             key=key,
             tolerance=tolerance,
             budget=budget,
@@ -404,7 +402,7 @@ def _step_draws(size: int) -> int:
 
 def _kept_back(size: int, compared: int = _COMPARED_DRAWS) -> int:
     """Gradients that steps leave of the budget: for a look at their end, and for an estimate of what is left."""
-    return _projected(size) + max(compared, power_of_two(4 * size)) + 2 * SETS * _LEAST_DRAWS
+    return _projection_draws(size) + max(compared, power_of_two(4 * size)) + 2 * SETS * _LEAST_DRAWS
 
 
 def _trace(course: np.ndarray) -> Trace:
@@ -497,7 +495,7 @@ def _looked_at(
 ) -> Optimum:
     """A member with the control variate that suits it, and its ELBO on draws of their own."""
     member = family.member(x)
-    near = project(density, family, member, quadratic, key=branch(key, 0), draws=_projected(density.size))
+    near = project(density, family, member, quadratic, key=branch(key, 0), draws=_projection_draws(density.size))
     base = matched_draws(max(draws, power_of_two(2 * family.base)), family.base, key=branch(key, 1))
     points = family.points(member, base)
     values, _ = density.over(points)
@@ -512,7 +510,7 @@ def _looked_at(
     return Optimum(family, x, chosen, elbo, least, trace)
 
 
-def _projected(size: int) -> int:
+def _projection_draws(size: int) -> int:
     """Draws that a projection takes in so many dimensions."""
     wanted = min(_PROJECTED * size, max(4 * _PROJECTION_DRAWS, 4 * size))
     return max(_PROJECTION_DRAWS, power_of_two(wanted))
@@ -576,7 +574,7 @@ def _not_below(
         if gain.value <= 0:
             continue
         around = project(
-            density, family, family.member(x), best.quadratic, key=branch(own, 1), draws=_projected(density.size)
+            density, family, family.member(x), best.quadratic, key=branch(own, 1), draws=_projection_draws(density.size)
         )
         fitting = _best_for(form, around)
         if fitting is not None:
@@ -614,16 +612,16 @@ def _not_below(
 
 def _at_rest(form: GaussianForm, member: Member, around: Quadratic) -> Gaussian | Fitted:
     """A member as natural-gradient steps begin with it: with the quadratic around it, or its own if that has no top."""
-    if form.full:
-        return Gaussian(member.loc, np.linalg.cholesky(member.covariance()), math.nan)
     _, slope = around.at_one(member.loc)
-    precision = as_matrix(around.precision)
-    if not is_safely_positive(precision):
-        own = np.linalg.inv(member.covariance())
-        precision, slope = (own + own.T) / 2, np.zeros(len(own))
-    frame = Frame.of(member.loc, precision)
+    quadratic = Quadratic(member.loc, slope, as_matrix(around.precision))
+    if form.full or not is_safely_positive(quadratic.precision):
+        margins = Quadratic(member.loc, np.zeros(len(slope)), np.diag(1 / member.variances))
+        quadratic = next(iter(_own_quadratic(member)), margins)
+    frame = Frame.of(member.loc, as_matrix(quadratic.precision))
+    if form.full:
+        return Gaussian(frame.loc, frame.factor)
     family = form.family(frame)
-    return Fitted(frame, family, family.near(member), Quadratic(member.loc, slope, frame.precision))
+    return Fitted(frame, family, family.near(member), replace(quadratic, precision=frame.precision))
 
 
 def _best_for(form: GaussianForm, quadratic: Quadratic) -> Member | None:

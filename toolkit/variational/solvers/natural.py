@@ -44,12 +44,13 @@ class Gaussian:
     Attributes:
         loc: Shape (size,).
         factor: Lower-triangular, shape (size, size).
-        elbo: In nats, on the draws that moved it: too high where these are few; -inf if it is not finite there.
+        elbo: In nats, on the draws that moved it: too high where these are few; -inf if it is not finite there, NaN
+            where none were drawn.
     """
 
     loc: np.ndarray
     factor: np.ndarray
-    elbo: float
+    elbo: float = np.nan
 
     @property
     def precision(self) -> np.ndarray:
@@ -298,7 +299,7 @@ class FullRank:
 
     def step(self, at: Gaussian, slope: _Slope, rate: float) -> Gaussian:
         """A step, whose ELBO is not known."""
-        return Gaussian(*_step(at.loc, at.factor, slope, rate), np.nan)
+        return Gaussian(*_step(at.loc, at.factor, slope, rate))
 
     def product(self, taken: Taken[Gaussian, _Slope], slope: _Slope) -> float:
         """As the Fisher metric has it, which at the optimum is the curvature."""
