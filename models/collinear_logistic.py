@@ -57,9 +57,9 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pandas as pd
-from numpyro.distributions.transforms import LowerCholeskyAffine
 from numpyro.infer.reparam import LocScaleReparam, Reparam
 
+from models._predictors import RotatedReparam, equicorrelated, rotation
 from toolkit import Dataset, Model, Quantity
 
 PRIORS = ("normal", "horseshoe")
@@ -95,42 +95,6 @@ def _horseshoe_scale(features: int) -> Any:
     with numpyro.plate("feature", features):
         local_scale = numpyro.sample("local_scale", dist.HalfCauchy(1.0))
     return 1 / jnp.sqrt(1 / (global_scale * local_scale) ** 2 + 1 / slab_variance)
-
-
-class RotatedReparam(Reparam):
-    """A chart that samples z = R beta for a vector site beta whose prior stays as it is.
-
-    Attributes:
-        rotation: R, lower triangular with a positive diagonal, `(feature, feature)`.
-    """
-
-    def __init__(self, rotation: np.ndarray) -> None:
-        self.rotation = rotation
-
-    def __call__(self, name: str, fn: dist.Distribution, obs: Any) -> tuple[None, Any]:
-        """Sample `<name>_rotated` in place of `name`; gives no distribution and the value of `name`."""
-        if obs is not None:
-            raise ValueError(f"Expected a latent site to rotate; got '{name}', which is observed.")
-        rotate = LowerCholeskyAffine(jnp.zeros(len(self.rotation)), jnp.asarray(self.rotation))
-        rotated = numpyro.sample(f"{name}_rotated", dist.TransformedDistribution(fn, rotate))
-        return None, rotate.inv(rotated)
-
-
-def rotation(x: np.ndarray) -> np.ndarray:
-    """R of x = Q R with R lower triangular, its diagonal positive, and Q'Q / rows the identity; `(feature, feature)`.
-
-    Raises:
-        ValueError: The columns of x are linearly dependent, as they must be with fewer rows than columns.
-    """
-    rows, features = x.shape
-    # NumPy's R is upper triangular, NumPyro's affine transform wants lower: turn the columns' order round and back.
-    factor = np.linalg.qr(x[:, ::-1], mode="r")[::-1, ::-1] / np.sqrt(rows)
-    if rows < features or np.linalg.matrix_rank(x) < features:
-        raise ValueError(
-            f"Expected {features} linearly independent columns in x to rotate the coefficients; "
-            f"got rank {np.linalg.matrix_rank(x)} from {rows} rows: leave columns out, or use coefficients='raw'."
-        )
-    return factor * np.sign(np.diagonal(factor))[:, None]
 
 
 def measurements() -> pd.DataFrame:
@@ -176,14 +140,8 @@ def simulate(key: jax.Array, *, rows: int = 300, features: int = 10, correlation
     Raises:
         ValueError: A size is not positive, or the correlation is outside [0, 1).
     """
-    if min(rows, features) < 1:
-        raise ValueError(f"Expected at least 1 row and 1 feature; got {rows} and {features}.")
-    if not 0 <= correlation < 1:
-        raise ValueError(f"Expected a correlation from 0 to below 1; got {correlation}.")
     keys = jax.random.split(key, 3)
-    shared = np.asarray(jax.random.normal(keys[0], (rows, 1)))
-    own = np.asarray(jax.random.normal(keys[1], (rows, features)))
-    x = np.sqrt(correlation) * shared + np.sqrt(1 - correlation) * own
+    x = equicorrelated(keys[0], keys[1], rows, features, correlation)
     drawn = numpyro.handlers.trace(numpyro.handlers.seed(collinear_logistic, keys[2])).get_trace(jnp.asarray(x))
     return Dataset(
         f"simulated_correlation_{correlation:g}",

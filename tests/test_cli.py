@@ -93,7 +93,10 @@ def test_version_is_the_distribution_s():
 
 def test_list_has_a_line_for_each_curated_model():
     names = [line.split()[0] for line in run("list").output.splitlines()]
-    assert names == ["collinear_logistic", "hierarchical_regression", "lda", "poisson_glm"]
+    assert names == sorted(names)
+    assert {"collinear_logistic", "gaussian_target", "hierarchical_regression", "lda", "poisson_glm"} <= set(names)
+    files = (Path(__file__).parent.parent / "models").glob("[!_]*.py")
+    assert set(names) == {file.stem for file in files}
 
 
 def test_show_gives_question_data_options_and_sites():

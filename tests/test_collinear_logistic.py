@@ -16,6 +16,7 @@ from numpyro.infer import MCMC, NUTS
 from scipy.stats import qmc
 
 from models import collinear_logistic as collinear
+from models._predictors import RotatedReparam, rotation
 from toolkit import Dataset, Model
 
 
@@ -84,10 +85,10 @@ def test_charts_differ_by_their_jacobian_alone(small: Dataset, prior: str, chart
 
 def test_the_rotation_makes_predictors_orthogonal(small: Dataset) -> None:
     x = small.arrays["x"]
-    rotation = collinear.rotation(x)
-    orthogonal = x @ np.linalg.inv(rotation)
-    assert (np.triu(rotation, 1) == 0).all()
-    assert (np.diagonal(rotation) > 0).all()
+    factor = rotation(x)
+    orthogonal = x @ np.linalg.inv(factor)
+    assert (np.triu(factor, 1) == 0).all()
+    assert (np.diagonal(factor) > 0).all()
     np.testing.assert_allclose(orthogonal.T @ orthogonal / len(x), np.eye(4), atol=1e-12)
 
 
@@ -216,7 +217,7 @@ ERRORS = {
     "correlation": (lambda: collinear.simulate(jax.random.key(0), correlation=1.0), "below 1; got 1.0"),
     "rows": (lambda: collinear.simulate(jax.random.key(0), rows=0), "at least 1 row and 1 feature; got 0 and 10"),
     "observed": (
-        lambda: collinear.RotatedReparam(np.eye(2))("y", None, np.zeros(2)),
+        lambda: RotatedReparam(np.eye(2))("y", None, np.zeros(2)),
         "Expected a latent site to rotate; got 'y'",
     ),
 }
