@@ -53,6 +53,10 @@ class RotatedReparam(Reparam):
         rotated = numpyro.sample(f"{name}_rotated", dist.TransformedDistribution(fn, rotate))
         return None, rotate.inv(rotated)
 
+    def inverse(self, fn: dist.Distribution, value: Any) -> Any:
+        """The rotated value that gives the site its value."""
+        return jnp.asarray(self.rotation) @ value
+
 
 def rotation(x: np.ndarray) -> np.ndarray:
     """R of x = Q R with R lower triangular, its diagonal positive, and Q'Q / rows the identity; `(feature, feature)`.

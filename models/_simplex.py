@@ -100,3 +100,7 @@ class NormalSimplexReparam(Reparam):
             raise ValueError(f"Expected a latent site; got '{name}', which is observed.")
         transform = NormalToSimplex()
         return None, transform(numpyro.sample(f"{name}_normal", dist.TransformedDistribution(fn, transform.inv)))
+
+    def inverse(self, fn: dist.Distribution, value: Any) -> Any:
+        """The normals that give the site its value."""
+        return NormalToSimplex().inv(value)

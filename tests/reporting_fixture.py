@@ -14,8 +14,10 @@ import pandas as pd
 import xarray as xr
 
 from toolkit import Dataset, Estimate, Model, Quantity, Status, Thresholds
+from toolkit.comparison.gaps import GAP_COLUMNS, Gaps
 from toolkit.cost import Cost
 from toolkit.modelling.scalars import Scalars, scalars
+from toolkit.sampling.evidence import LogEvidence
 from toolkit.variational.certificates import Certificate, Scope
 
 GUIDES = ("mean_field", "low_rank", "full_rank")
@@ -105,6 +107,8 @@ def reference_failed() -> SimpleNamespace:
     comparison.guides["verdict"] = ""
     comparison.guides["sentence"] = "no verdict: the reference failed its checks"
     comparison.advice = ("Run longer chains before trusting any guide.",)
+    low = max(fit.elbo for fit in study.fits)
+    comparison.gaps = _gaps(study.fits, LogEvidence(None, problem="there is no reference that passed", low=low))
     return study
 
 
@@ -136,6 +140,7 @@ def guide_failed() -> SimpleNamespace:
     comparison.focus = comparison.focus[comparison.focus["source"] != "mean_field"]
     del comparison.sample["mean_field"], comparison.correlations["mean_field"]
     study.fits = tuple(fits)
+    comparison.gaps = _gaps(study.fits, comparison.gaps.evidence)
     return study
 
 
@@ -283,7 +288,35 @@ def _comparison(
         to_datatree=lambda: _datatree(named, draws),
     )
     comparison.guides = _guides(table, fits, len(named.names))
+    comparison.gaps = _gaps(fits, LogEvidence(Estimate(-57.31, 0.014), "bridge sampling between the reference and q"))
     return comparison
+
+
+def _gaps(fits: tuple[Any, ...], evidence: LogEvidence) -> Gaps:
+    rows = []
+    for fit in fits:
+        known, gap = evidence.estimate or evidence.low, fit.certificate
+        row = dict.fromkeys(GAP_COLUMNS, np.nan) | {"guide": fit.guide.name, "kl_pq_problem": "", "problem": ""}
+        row |= {"optimisation_scope": "", "cdf_difference_quantity": "", "labels": 0.0}
+        if fit.elbo is None or known is None:
+            rows.append(row | {"problem": "the fit has no optimum"})
+            continue
+        below = known.value - fit.elbo.value
+        row |= {"elbo": fit.elbo.value, "elbo_se": fit.elbo.se, "kl_qp_low": below}
+        if gap:
+            row |= {
+                "optimisation": gap.gap.value,
+                "optimisation_limit": gap.limit,
+                "optimisation_scope": gap.scope.value,
+            }
+            row |= {"family_low": max(below - gap.limit, 0.0)}
+        if evidence.estimate:
+            row |= {"kl_qp": below, "kl_qp_se": 0.025, "kl_qp_high": below, "family_high": below if gap else np.nan}
+            row |= {"kl_pq": 3.6 * below, "kl_pq_se": 0.4, "kl_pq_khat": 0.2, "tv_bound": min(1.0, below)}
+            row |= {"cdf_difference": 0.3, "cdf_difference_se": 0.008, "cdf_difference_quantity": "intercept"}
+        row |= {"expected_log_likelihood": fit.elbo.value + 40, "kl_to_prior": 40.0, "kl_to_prior_se": 0.2}
+        rows.append(row | {"energy": fit.elbo.value - 25, "energy_se": 0.2, "entropy": 25.0})
+    return Gaps(evidence, pd.DataFrame(rows, columns=list(GAP_COLUMNS)))
 
 
 def _datatree(named: Scalars, draws: dict[str, np.ndarray]) -> xr.DataTree:

@@ -12,8 +12,9 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import scipy.optimize
+from scipy.special import logsumexp
 
-from toolkit import Dataset, Fit, Model
+from toolkit import Dataset, Fit, Labels, Model
 from toolkit.variational.density import LogDensity
 from toolkit.variational.gaussians import Member
 from toolkit.variational.starts import Starts, find_starts
@@ -134,3 +135,31 @@ def skewed_gap(fitted: Fit) -> float:
     else:
         loc, factor = fitted.params["auto_loc"], fitted.params["auto_scale_tril"]
     return skewed_best(name) - skewed_elbo(np.asarray(loc), np.asarray(factor))
+
+
+def two_clusters(apart: float) -> np.ndarray:
+    """Thirty numbers, fifteen around each of two places."""
+    rng = np.random.default_rng(0)
+    return np.concatenate([rng.normal(-0.5 * apart, 1.0, 15), rng.normal(0.5 * apart, 1.0, 15)])
+
+
+def two_means(y: np.ndarray) -> Model:
+    """A mixture of two normals whose labels may switch."""
+
+    def mixture(y: Any = None) -> None:
+        means = numpyro.sample("means", dist.Normal(0.0, 5.0).expand([2]).to_event(1))
+        parts = dist.Normal(jnp.broadcast_to(means, (30, 2)), 1.0)
+        with numpyro.plate("row", 30):
+            numpyro.sample("y", dist.MixtureSameFamily(dist.Categorical(jnp.full((30, 2), 0.5)), parts), obs=y)
+
+    return Model(mixture, Dataset("two clusters", {"y": y}), labels=Labels({"means": -1}, "means", 2))
+
+
+def two_means_evidence(y: np.ndarray) -> float:
+    """Log p(y) of the mixture with all its labellings, on a grid of both means."""
+    grid = np.linspace(-12, 12, 1_201)
+    log_prior = -0.5 * (grid / 5) ** 2 - np.log(5 * np.sqrt(2 * np.pi))
+    each = np.exp(-0.5 * (y[:, None] - grid) ** 2) / np.sqrt(2 * np.pi)
+    likelihood = sum(np.log(0.5 * row[:, None] + 0.5 * row[None]) for row in each)
+    step = np.log(grid[1] - grid[0])
+    return float(logsumexp(likelihood + log_prior[:, None] + log_prior[None] + 2 * step))

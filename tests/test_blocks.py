@@ -25,13 +25,13 @@ from targets import line, pair
 
 from models import hierarchical_regression
 from toolkit import Dataset, Model, fit
+from toolkit.modelling.space import latent_space
 from toolkit.variational.block_guides import AutoBlockNormal, gaussian_from, params_from
 from toolkit.variational.block_normals import BlockCholesky, BlockNormal, _BlockCholeskyTransform
 from toolkit.variational.block_search import named_blocks, plate_blocks
 from toolkit.variational.blocks import Blocks, Run
 from toolkit.variational.guides import GUIDES, block_guide
 from toolkit.variational.objectives import StickTheLandingELBO
-from toolkit.variational.space import latent_space
 
 KEY = jax.random.PRNGKey(0)
 GROUPS = 4

@@ -15,13 +15,13 @@ from jax.flatten_util import ravel_pytree
 from numpyro.infer.autoguide import AutoDelta, AutoMultivariateNormal
 
 from toolkit import Dataset, Model, Status, fit
+from toolkit.modelling.space import latent_space
 from toolkit.variational import coordinates as chosen
 from toolkit.variational.autoguides import GaussianForm, gaussian_form
 from toolkit.variational.building import build_guide
 from toolkit.variational.coordinates import Coordinates, coordinates
 from toolkit.variational.gaussians import Frame, Member, best_low_rank
 from toolkit.variational.guides import find_guide
-from toolkit.variational.space import latent_space
 from toolkit.variational.starts import Start
 
 KEY = jax.random.PRNGKey(0)

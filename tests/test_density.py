@@ -16,9 +16,9 @@ import pytest
 from numpyro.infer.reparam import LocScaleReparam, Reparam
 
 from toolkit import Dataset, Model, fit
+from toolkit.modelling.space import latent_space
 from toolkit.variational import density as densities
 from toolkit.variational.density import LogDensity, central_differences, difference_steps
-from toolkit.variational.space import latent_space
 
 KEY = jax.random.PRNGKey(0)
 _COMPILATION = "/jax/core/compile/backend_compile_duration"

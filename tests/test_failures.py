@@ -14,13 +14,13 @@ from targets import impossible, pair
 
 from toolkit import Dataset, Estimate, Model, Status, fit
 from toolkit.modelling.density import invalid_sites
+from toolkit.modelling.space import Space
 from toolkit.variational.autoguides import GaussianForm
 from toolkit.variational.certificates import Certificate, Scope
 from toolkit.variational.density import LogDensity
 from toolkit.variational.failures import coordinate_names, describe_edge, find_failure, find_ridge
 from toolkit.variational.gaussian_fits import Proof
 from toolkit.variational.gaussians import Diagonal, Frame, LowRank, Member, Quadratic, Triangular
-from toolkit.variational.space import Space
 
 KEY = jax.random.PRNGKey(0)
 BUDGET = 100_000

@@ -19,6 +19,7 @@ from numpyro.infer.reparam import TransformReparam
 from targets import SCALES, impossible, line, pair
 
 from toolkit import Dataset, Estimate, Fit, Guide, Model, Status, Storage, fit
+from toolkit.modelling.space import latent_space
 from toolkit.variational import fitting, gaussian_fits
 from toolkit.variational import starts as starting
 from toolkit.variational.building import build_guide
@@ -32,7 +33,6 @@ from toolkit.variational.nesting import check_nesting
 from toolkit.variational.objectives import StickTheLandingELBO
 from toolkit.variational.solvers.natural import natural_steps
 from toolkit.variational.solvers.svi import _careful_adam, optimise
-from toolkit.variational.space import latent_space
 from toolkit.variational.starts import Start, find_starts
 from toolkit.variational.stochastic_fits import prepare
 

@@ -21,8 +21,10 @@ from numpyro.infer.autoguide import (
     AutoMultivariateNormal,
     AutoNormal,
 )
+from scipy.stats import multivariate_normal
 
 from toolkit import Dataset, Guide, Model
+from toolkit.modelling.space import latent_space
 from toolkit.variational import draws as drawing
 from toolkit.variational.autoguides import GaussianForm, gaussian_form
 from toolkit.variational.block_guides import AutoBlockNormal
@@ -41,7 +43,6 @@ from toolkit.variational.gaussians import (
     inverse_factor,
 )
 from toolkit.variational.solvers.fixed_draws import Units
-from toolkit.variational.space import latent_space
 
 KEY = jax.random.PRNGKey(0)
 SIZE = 5
@@ -169,6 +170,18 @@ def test_draws_and_scores_are_those_of_the_members_covariance(name: str, diagona
     np.testing.assert_allclose(
         family.scores(member, base) * UNITS, np.linalg.solve(covariance, apart.T).T * UNITS, rtol=1e-7, atol=1e-9
     )
+
+
+@every_frame
+@every_family
+def test_a_members_density_is_scipys(name: str, diagonal: bool) -> None:
+    family = FAMILIES[name](frame_of(diagonal=diagonal))
+    member = family.member(parameters(family))
+    points = family.points(member, np.random.default_rng(3).standard_normal((6, family.base)))
+    # In units in which the covariance is well conditioned; the volume of the units is put back.
+    law = multivariate_normal(member.loc / UNITS, member.covariance() / np.outer(UNITS, UNITS))
+    expected = law.logpdf(points / UNITS) - np.log(UNITS).sum()
+    np.testing.assert_allclose(member.log_density(points), expected, rtol=1e-9)
 
 
 @pytest.mark.parametrize("blocks", [ARROW, APART], ids=["arrow", "blocks"])

@@ -31,6 +31,25 @@ def _switched(rng: np.random.Generator, draws: dict[str, np.ndarray]) -> dict[st
     return out
 
 
+def test_orders_bring_each_draw_to_the_anchors_labelling() -> None:
+    rng = np.random.default_rng(0)
+    truth = _one_labelling(rng)
+    switched = _switched(rng, truth)
+    anchor = truth["topics"].mean((0, 1))
+    flat = {name: values.reshape(-1, *values.shape[2:]) for name, values in switched.items()}
+    orders = LABELS.orders(flat["topics"], anchor)
+    assert orders.shape == (100, 3)
+    back = np.take_along_axis(flat["topics"], orders[:, :, None], axis=1)
+    np.testing.assert_array_equal(back, truth["topics"].reshape(back.shape))
+    own = LABELS.orders(truth["topics"].reshape(back.shape), anchor)
+    np.testing.assert_array_equal(own, np.tile(np.arange(3), (100, 1)))
+    # The inverse order takes the anchor's labelling to a draw's.
+    first = {name: values.reshape(-1, *values.shape[2:])[:1] for name, values in truth.items()}
+    there = LABELS.permuted(first, np.argsort(orders[0]).tolist())
+    for name, values in there.items():
+        np.testing.assert_array_equal(values[0], flat[name][0])
+
+
 def test_labels_switched_in_every_draw_come_back_to_one_order() -> None:
     rng = np.random.default_rng(0)
     truth = _one_labelling(rng)

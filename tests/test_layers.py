@@ -11,7 +11,7 @@ import toolkit
 ROOT = Path(__file__).parent.parent
 # From the bottom up; a set holds layers that do not know each other.
 LAYERS: tuple[set[str], ...] = (
-    {"status", "estimate", "cost", "progress", "storage"},
+    {"status", "estimate", "influence", "cost", "progress", "storage"},
     {"compilation", "threads"},
     {"modelling"},
     {"variational", "sampling"},
@@ -82,12 +82,14 @@ def test_reporting_runs_no_inference(path: Path) -> None:
     assert not {name.split(".")[-1] for name in imported(path)} & INFERENCE
 
 
-@pytest.mark.parametrize("name", ["metrics", "influence", "sides", "wasserstein"])
+ARRAYS_ONLY = ("influence", "comparison.metrics", "comparison.sides", "comparison.wasserstein", "sampling.bridge")
+
+
+@pytest.mark.parametrize("name", ARRAYS_ONLY)
 def test_metrics_take_arrays_and_know_no_noun_but_the_estimate(name: str) -> None:
-    arrays_only = {f"toolkit.comparison.{other}" for other in ("influence", "sides", "wasserstein")}
-    for found in imported(ROOT / "toolkit" / "comparison" / f"{name}.py"):
+    for found in imported(ROOT.joinpath("toolkit", *name.split(".")).with_suffix(".py")):
         if found.startswith("toolkit."):
-            assert found.startswith("toolkit.estimate") or any(found.startswith(other) for other in arrays_only)
+            assert any(found.startswith(f"toolkit.{other}") for other in ("estimate", *ARRAYS_ONLY))
 
 
 def test_the_public_names_are_those_that_a_type_checker_sees() -> None:

@@ -8,10 +8,10 @@ import pytest
 from scipy.signal import lfilter
 from scipy.stats import expon, foldnorm, gamma, norm, wasserstein_distance
 
-from toolkit.comparison.influence import RULE_OF_THREE, chain_error, chain_errors, effective_draws
 from toolkit.comparison.metrics import METRICS, QUANTILE_METRICS, khat, metrics
 from toolkit.comparison.pairs import correlations, worst_pairs
 from toolkit.comparison.wasserstein import _folded_excess, wasserstein
+from toolkit.influence import RULE_OF_THREE, chain_error, chain_errors, effective_draws
 
 CHAINS, DRAWS, GUIDE_DRAWS = 4, 1_000, 5_000
 Distribution = tuple[Callable[[np.ndarray], np.ndarray], float, float]
@@ -38,7 +38,14 @@ def _expected(p: object, q: object) -> dict[str, float]:
         "coverage_50": float(np.diff(p.cdf(ends[0.5]))[0]),
         "coverage_90": float(np.diff(p.cdf(ends[0.9]))[0]),
         "wasserstein_1": _wasserstein_of(p.ppf, q.ppf) / p.std(),
+        "cdf_difference": _largest_difference(p, q),
     }
+
+
+def _largest_difference(p: object, q: object) -> float:
+    levels = (np.arange(200_000) + 0.5) / 200_000
+    places = np.concatenate([p.ppf(levels), q.ppf(levels)])
+    return float(np.abs(p.cdf(places) - q.cdf(places)).max())
 
 
 PAIRS = {
@@ -77,7 +84,9 @@ def test_errors_are_as_large_as_the_spread_over_replicates(pair: str, ar: float)
     result = metrics(_from(p, _normals(rng, replicates, ar)), _from(q, rng.normal(size=(GUIDE_DRAWS, replicates))))
     # The sd of n z-scores has the error 1 / sqrt(2n); se itself is an estimate, so that a tenth is allowed for it.
     allowed = 5 / math.sqrt(2 * replicates) + 0.1
-    for name, expected in _expected(p, q).items():
+    closed = _expected(p, q)
+    del closed["cdf_difference"]  # a maximum over noise: see below
+    for name, expected in closed.items():
         value, se = result.estimates[name]
         scores = (value - expected) / se
         assert abs(scores.std() - 1) < allowed, name
@@ -95,6 +104,20 @@ def test_nothing_is_accused_where_nothing_differs() -> None:
     for name, expected in {"shift": 0, "sd_ratio": 1, "coverage_50": 0.5, "coverage_90": 0.9}.items():
         value, se = result.estimates[name]
         assert (np.abs(value - expected) < 5 * se).all()
+
+
+def test_the_largest_difference_errs_upwards_and_by_as_much_as_it_says() -> None:
+    replicates, rng = 200, np.random.default_rng(8)
+    result = metrics(_normals(rng, replicates, ar=0.5), 0.8 + rng.normal(size=(GUIDE_DRAWS, replicates)))
+    value, se = result.estimates["cdf_difference"]
+    # Two normals of equal sd, 0.8 sd apart, differ most in the middle, by 2 Phi(0.4) - 1.
+    scores = (value - (2 * norm.cdf(0.4) - 1)) / se
+    assert 0 < scores.mean() < 0.6
+    assert abs(scores.std() - 1) < 5 / math.sqrt(2 * replicates) + 0.1
+    same = metrics(_normals(rng, replicates), rng.normal(size=(GUIDE_DRAWS, replicates))).estimates["cdf_difference"]
+    # Kolmogorov: the largest of a Brownian bridge is 0.87 on average.
+    expected = math.sqrt(math.pi / 2) * math.log(2) * math.sqrt(1 / (CHAINS * DRAWS) + 1 / GUIDE_DRAWS)
+    assert abs(same[0].mean() / expected - 1) < 0.15
 
 
 def test_wasserstein_is_scipys() -> None:

@@ -14,10 +14,10 @@ from numpyro.infer.autoguide import AutoNormal
 from numpyro.infer.util import potential_energy
 
 from toolkit import Dataset, Model, Status, fit
+from toolkit.modelling.space import latent_space
 from toolkit.variational.guides import find_guide
 from toolkit.variational.minibatches import Minibatch, find_minibatch
 from toolkit.variational.objectives import StickTheLandingELBO
-from toolkit.variational.space import latent_space
 from toolkit.variational.starts import find_starts
 from toolkit.variational.stochastic_fits import prepare
 

@@ -17,6 +17,7 @@ import scipy.optimize
 from targets import divergence, five, pair, skewed, skewed_best, skewed_elbo, skewed_gap
 
 from toolkit import Dataset, Model, Status, fit
+from toolkit.modelling.space import latent_space
 from toolkit.variational import gaussian_fits
 from toolkit.variational.autoguides import GaussianForm
 from toolkit.variational.building import build_guide
@@ -29,7 +30,6 @@ from toolkit.variational.projection import project
 from toolkit.variational.solvers import natural
 from toolkit.variational.solvers.natural import FullRank, Gaussian, Taken, averaged_steps
 from toolkit.variational.solvers.projected import Fitted, Projected, best_member
-from toolkit.variational.space import latent_space
 
 KEY = jax.random.PRNGKey(0)
 CORRELATION = 0.9

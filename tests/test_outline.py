@@ -11,10 +11,10 @@ import pytest
 from numpyro import handlers
 
 from toolkit import Dataset, Model
+from toolkit.modelling.space import latent_space
 from toolkit.variational import building
 from toolkit.variational.building import build_guide
 from toolkit.variational.guides import find_guide
-from toolkit.variational.space import latent_space
 
 ROWS, GROUPS = 6, 3
 

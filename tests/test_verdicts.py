@@ -100,7 +100,7 @@ def test_combine_is_right_only_if_all_are() -> None:
 def _metrics(heavy: tuple[bool, ...] = (), **values: list[float]) -> Metrics:
     count = len(next(iter(values.values())))
     neutral = {"shift": 0.0, "sd_ratio": 1.0, "coverage_50": 0.5, "coverage_90": 0.9, "wasserstein_1": 0.0}
-    neutral |= {"median_shift": 0.0, "spread_ratio": 1.0}
+    neutral |= {"cdf_difference": 0.0, "median_shift": 0.0, "spread_ratio": 1.0}
     estimates = {
         name: (np.array(values.get(name, [neutral[name]] * count)), np.full(count, 0.005))
         for name in (*METRICS, *QUANTILE_METRICS)

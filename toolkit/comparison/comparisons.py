@@ -16,6 +16,7 @@ from toolkit.comparison import trees
 from toolkit.comparison.advice import advise
 from toolkit.comparison.focus import parse_focus
 from toolkit.comparison.focus_tables import focus_table
+from toolkit.comparison.gaps import Gaps, gaps
 from toolkit.comparison.metrics import NAN, Metrics, Standard, khat, metrics, prepare
 from toolkit.comparison.pairs import worst_pairs
 from toolkit.comparison.sentences import guide_sentence
@@ -65,6 +66,8 @@ class Comparison:
         reference_ok: Whether the reference allows verdicts.
         sample: Source to its scalars, thinned to at most 1,000 draws, for figures.
         advice: What to do next, a sentence each, the most important first.
+        gaps: How the log evidence splits into what each fit reached, what its optimiser left and what its family cannot
+            reach: see `gaps.Gaps`.
         floors: What wasserstein_1 would be on average if nothing differed: quantities in rows, guides in columns.
         model: What was compared.
         thresholds: What counted as right.
@@ -80,6 +83,7 @@ class Comparison:
     reference_ok: bool
     sample: dict[str, Scalars]
     advice: tuple[str, ...]
+    gaps: Gaps
     floors: pd.DataFrame
     model: Model
     thresholds: Thresholds
@@ -165,6 +169,7 @@ def compare(
         reference_ok=not problem,
         sample={name: thinned(source) for name, source in sources.items()},
         advice=advise(model, guides, table, thresholds, problem, seconds) if len(guides) else (),
+        gaps=gaps(model, reference, fits, _largest(table), key=jax.random.fold_in(key, 1)),
         floors=_floors(sides, truth),
         model=model,
         thresholds=thresholds,
@@ -308,6 +313,16 @@ def _correlations(sources: Mapping[str, Scalars], table: pd.DataFrame) -> dict[s
     columns = [next(iter(sources.values())).names.index(name) for name in names]
     flat = {source: s.values.reshape(-1, len(s.names))[:, columns] for source, s in sources.items()}
     return correlation_frames(flat, names)
+
+
+def _largest(table: pd.DataFrame) -> dict[str, tuple[Estimate, str]]:
+    """Guide name to the largest difference of distribution functions over its quantities, and whose it is."""
+    rows = table[table["metric"] == "cdf_difference"].dropna(subset=["value"])
+    found = {}
+    for guide, own in rows.groupby("guide"):
+        row = own.iloc[int(np.argmax(own["value"].to_numpy()))]
+        found[str(guide)] = (Estimate(float(row["value"]), float(row["se"])), str(row["quantity"]))
+    return found
 
 
 def _floors(sides: Sequence[_Side], truth: Scalars | None) -> pd.DataFrame:

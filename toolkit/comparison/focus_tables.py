@@ -8,18 +8,18 @@ import numpy as np
 import pandas as pd
 
 from toolkit.comparison.focus import Focus
-from toolkit.comparison.influence import (
+from toolkit.comparison.metrics import metrics
+from toolkit.comparison.sentences import LOCATIONS, WIDTHS, directions, probability
+from toolkit.comparison.tables import metric_rows, quantity_verdicts
+from toolkit.comparison.verdicts import Thresholds, Verdict, judge
+from toolkit.estimate import Estimate
+from toolkit.influence import (
     RULE_OF_THREE,
     chain_error,
     effective_draws,
     independent_error,
     probability_error,
 )
-from toolkit.comparison.metrics import metrics
-from toolkit.comparison.sentences import LOCATIONS, WIDTHS, directions, probability
-from toolkit.comparison.tables import metric_rows, quantity_verdicts
-from toolkit.comparison.verdicts import Thresholds, Verdict, judge
-from toolkit.estimate import Estimate
 from toolkit.modelling.scalars import Scalars
 
 FOCUS_COLUMNS = (

@@ -8,6 +8,7 @@ Reference draws p are (chain, draw, scalar) and autocorrelated; guide draws q ar
 | sd_ratio | sd q / sd p | both sds, on the log scale |
 | coverage_50, coverage_90 | mass that p gives to q's central 50 or 90 % interval | it and the interval's ends |
 | wasserstein_1 | integral of |F_p - F_q| / sd p | both distribution functions, sd p, the bias of noise |
+| cdf_difference | largest |F_p - F_q|: no event "at most x" has probabilities further apart | the draws below that x |
 | median_shift | (median q - median p) / spread p | as shift, by quantiles; heavy tails only |
 | spread_ratio | spread q / spread p | as sd_ratio, by quantiles; heavy tails only |
 
@@ -23,7 +24,10 @@ from typing import NamedTuple
 import numpy as np
 from arviz_stats.base import array_stats
 
-from toolkit.comparison.influence import (
+from toolkit.comparison.sides import LEAST_DRAWS, Side, Standard, guide_side, prepare, spread_influence, spread_of
+from toolkit.comparison.wasserstein import Distance, wasserstein
+from toolkit.estimate import Estimate
+from toolkit.influence import (
     chain_errors,
     independent_error,
     least_probability_error,
@@ -31,11 +35,8 @@ from toolkit.comparison.influence import (
     ordered_quantiles,
     quantile_influence,
 )
-from toolkit.comparison.sides import LEAST_DRAWS, Side, Standard, guide_side, prepare, spread_influence, spread_of
-from toolkit.comparison.wasserstein import wasserstein
-from toolkit.estimate import Estimate
 
-METRICS = ("shift", "sd_ratio", "coverage_50", "coverage_90", "wasserstein_1")
+METRICS = ("shift", "sd_ratio", "coverage_50", "coverage_90", "wasserstein_1", "cdf_difference")
 QUANTILE_METRICS = ("median_shift", "spread_ratio")
 FLOOR = "wasserstein_1_floor"
 
@@ -119,13 +120,14 @@ def metrics(reference: np.ndarray | Sequence[Standard | None], guide: np.ndarray
 
 
 def _compared(p: Standard, q: Side, *, heavy: bool) -> tuple[dict[str, Estimate], float]:
-    distance, floor = _wasserstein(p, q)
+    distance = wasserstein(p.ordered, q.ordered, p.effective)
     whole = {"sd_ratio": _sd_ratio(p, q)}
     parts = {
         "shift": _shift(p, q),
         "coverage_50": _coverage(p, q, 0.5),
         "coverage_90": _coverage(p, q, 0.9),
-        "wasserstein_1": distance,
+        "wasserstein_1": _wasserstein(p, distance),
+        "cdf_difference": _cdf_difference(p, q, distance),
     }
     if heavy and p.quantiles.spread > 0:
         whole["spread_ratio"] = _spread_ratio(p, q)
@@ -134,7 +136,7 @@ def _compared(p: Standard, q: Side, *, heavy: bool) -> tuple[dict[str, Estimate]
     errors = chain_errors(np.stack([part.influence for part in parts.values()]))
     for (name, part), error in zip(parts.items(), errors.tolist(), strict=True):
         whole[name] = Estimate(part.value, float(np.hypot(max(error, part.least), part.guide_error)))
-    return whole, floor
+    return whole, distance.floor / p.sd
 
 
 def _shift(p: Standard, q: Side) -> _Part:
@@ -169,14 +171,21 @@ def _density_ratio(p: Side, q: Side, level: float) -> float:
     return float((below[1] - below[0]) / (2.0 * step))
 
 
-def _wasserstein(p: Standard, q: Side) -> tuple[_Part, float]:
-    distance = wasserstein(p.ordered, q.ordered, p.effective)
+def _wasserstein(p: Standard, distance: Distance) -> _Part:
     value = distance.value / p.sd
     influence = np.empty(p.draws.size)
     influence[p.order] = distance.reference_influence / p.sd
     influence = influence.reshape(p.draws.shape) - value * p.log_sd_influence
     guide_error = float(np.hypot(independent_error(distance.guide_influence), distance.bias) / p.sd)
-    return _Part(value, influence, guide_error), distance.floor / p.sd
+    return _Part(value, influence, guide_error)
+
+
+def _cdf_difference(p: Standard, q: Side, distance: Distance) -> _Part:
+    """The largest difference; its error is that of the two probabilities there, as if the place were known."""
+    below = (p.draws <= distance.largest_at).astype(float)
+    of_guide = float(np.searchsorted(q.ordered, distance.largest_at, side="right")) / q.ordered.size
+    guide_error = float(np.sqrt(of_guide * (1.0 - of_guide) / q.ordered.size))
+    return _Part(abs(distance.largest), below, guide_error, least=least_probability_error(p.effective))
 
 
 def _median_shift(p: Standard, q: Side) -> _Part:

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from toolkit.comparison.influence import chain_error, independent_error
 from toolkit.comparison.sides import CONSTANT
+from toolkit.influence import chain_error, independent_error
 
 
 class Pairs(NamedTuple):

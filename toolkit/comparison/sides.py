@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from toolkit.comparison.influence import (
+from toolkit.influence import (
     chain_error,
     effective_draws,
     independent_error,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ from toolkit.estimate import Estimate
 from toolkit.modelling.model import Model
 from toolkit.modelling.scalars import Scalars, scalars
 from toolkit.status import Status
+from toolkit.variational.certificates import Certificate
 
 # Numbers drawn at once (256 MB): each call compiles anew, so that smaller pieces cost more than they save.
 _AT_ONCE = 32_000_000
@@ -65,6 +66,22 @@ class Approximation(Protocol):
 
     def draw(self, key: jax.Array, draws: int, sites: tuple[str, ...] | None = None) -> dict[str, np.ndarray]:
         """Independent draws of the sites asked for, (draws, ...) each, in constrained space."""
+
+
+@runtime_checkable
+class Weighed(Protocol):
+    """What an approximation has if its density is known; without it the gap below the evidence is all that is told."""
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """How far the family's best may lie above it; None if that is not known."""
+
+    @property
+    def fresh_log_weights(self) -> np.ndarray | None:
+        """As `Approximation` has it."""
+
+    def log_weights_at(self, draws: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Log p(x, z) - log q(z) at values of the model's latent sites, (draws,), in nats."""
 
 
 def key_for(key: jax.Array, name: str) -> jax.Array:

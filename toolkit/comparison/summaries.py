@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from toolkit.comparison.influence import chain_errors, independent_error
 from toolkit.comparison.pairs import correlations
 from toolkit.comparison.verdicts import Thresholds, Verdict, combine, judge
+from toolkit.influence import chain_errors, independent_error
 from toolkit.modelling.scalars import Scalars
 
 QUANTITY_COLUMNS = (

@@ -71,6 +71,21 @@ class Labels:
             for site, values in draws.items()
         }
 
+    def orders(self, values: np.ndarray, anchor: np.ndarray) -> np.ndarray:
+        """For each draw of the site `by`, `(draws, ...)`, which of its labels stands at each place of the anchor.
+
+        Args:
+            values: Draws of the site `by`, `(draws, ...)`.
+            anchor: A value of that site.
+
+        Returns:
+            Label numbers, `(draws, count)`: 0, 1, 2, ... for a draw that has the anchor's labelling already.
+        """
+        axis = self.axes[self.by]
+        rows = np.moveaxis(np.asarray(values)[None], axis, 2)
+        target = np.moveaxis(np.asarray(anchor), axis, 0).reshape(self.count, -1)
+        return _assignments(rows.reshape(*rows.shape[:3], -1), target)[0]
+
     def permuted(self, values: Mapping[str, np.ndarray], order: Sequence[int]) -> dict[str, np.ndarray]:
         """One draw's values with the labels in another order; sites without labels pass through.
 

@@ -123,6 +123,7 @@ class Contents:
         health: The reference in one line.
         focus: The user's own quantities, or None.
         guides: One table of all guides.
+        room: How much room there is below the log evidence, and whose; None where nothing is known of it.
         overview: The figure that says most, or None where nothing can be compared.
         next_steps: Sentences on what to do.
         commands: What to run next: with another seed, or, where the reference failed, what may mend it.
@@ -138,6 +139,7 @@ class Contents:
     health: str
     focus: Table | None
     guides: Table
+    room: Picture | None
     overview: Picture | None
     next_steps: tuple[str, ...]
     commands: tuple[str, ...]
@@ -147,4 +149,4 @@ class Contents:
     def pictures(self) -> tuple[Picture, ...]:
         """Every figure, in the order of reading."""
         inside = [block for section in self.sections for block in section.blocks if isinstance(block, Picture)]
-        return tuple([self.overview, *inside] if self.overview else inside)
+        return (*(picture for picture in (self.room, self.overview) if picture), *inside)

@@ -18,9 +18,11 @@ from toolkit.reporting.arrival import by_svi, optima_of, spread
 from toolkit.reporting.contents import Contents, Section
 from toolkit.reporting.differences import differences
 from toolkit.reporting.figures.canvas import drawn, file_png, file_svg
+from toolkit.reporting.figures.room import room
 from toolkit.reporting.figures.scatter import overview
 from toolkit.reporting.html import to_html
 from toolkit.reporting.markdown import to_markdown
+from toolkit.reporting.nats import room_section
 from toolkit.reporting.palette import looks as looks_of
 from toolkit.reporting.program import what_is_the_model
 from toolkit.reporting.tables import focus_table, guides_table
@@ -32,6 +34,7 @@ _TABLES = {
     "pairs": "the pairs whose correlation is most wrong",
     "focus": "your quantities",
     "agreement": "smallest and largest mean and sd over the guides",
+    "gaps": "how the log evidence splits for each guide, KL in both directions, what the ELBO is made of",
     "diagnostics": "R-hat and ESS of every quantity of the reference",
     "fits": "status, ELBO, gap to the family's best, optima, solver and cost of each fit",
 }
@@ -120,6 +123,7 @@ def _contents(study: Any) -> Contents:
         health=first_screen.health(study.reference),
         focus=focus_table(comparison.focus, looks, against, comparison.reference_ok),
         guides=guides_table(comparison.guides, study.fits, looks, against, comparison.reference_ok),
+        room=room(comparison.gaps, looks),
         overview=overview(frame, compared, limits, against, comparison.reference_ok) if compared else None,
         next_steps=tuple(comparison.advice),
         commands=first_screen.next_commands(study),
@@ -133,6 +137,7 @@ def _sections(
     first = (sections.your_quantities(study.comparison, looks), sections.agreement(study.comparison))
     return (
         *(section for section in first if section),
+        room_section(study.comparison.gaps, looks),
         sections.which_quantities(study, frame, looks, limits, against),
         sections.how_wrong(frame, compared, limits, against),
         sections.which_relations(study.comparison, looks, against),
@@ -163,6 +168,7 @@ def _tables(study: Any) -> dict[str, pd.DataFrame]:
         "pairs": comparison.pairs,
         "focus": comparison.focus,
         "agreement": comparison.agreement,
+        "gaps": comparison.gaps.table,
         "diagnostics": study.reference.diagnostics.rename_axis("quantity"),
         "fits": _fits_frame(study.fits),
     }
@@ -212,6 +218,7 @@ def _nearness(fit: Any) -> dict[str, Any]:
 def _summary(study: Any) -> dict[str, Any]:
     reference, comparison = study.reference, study.comparison
     guides = comparison.guides.rename_axis("guide").reset_index()
+    gaps = comparison.gaps.table.drop(columns=["elbo", "elbo_se"])
     nearness = pd.DataFrame([{"guide": fit.guide.name, **_nearness(fit)} for fit in study.fits])
     return {
         "model": study.model.name,
@@ -230,10 +237,20 @@ def _summary(study: Any) -> dict[str, Any]:
             "verdicts_given": bool(comparison.reference_ok),
             "seconds": float(reference.cost.seconds),
         },
-        "guides": _records(guides.merge(nearness, on="guide")),
+        "log_evidence": _evidence(comparison.gaps.evidence),
+        "guides": _records(guides.merge(nearness, on="guide").merge(gaps, on="guide")),
         "focus": _records(comparison.focus),
         "advice": list(comparison.advice),
     }
+
+
+def _evidence(evidence: Any) -> dict[str, Any]:
+    """The log evidence for programs, in nats; None where a number is not known."""
+    ends = {"value": evidence.estimate, "low": evidence.low, "high": evidence.high}
+    numbers = {name: end.value if end else None for name, end in ends.items()}
+    errors = {f"{name}_se" if name != "value" else "se": end.se if end else None for name, end in ends.items()}
+    words = {"how": evidence.how, "problem": evidence.problem, "log_copies": evidence.log_copies}
+    return {name: _plain(value) for name, value in {**numbers, **errors, **words}.items()}
 
 
 def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:

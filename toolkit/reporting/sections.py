@@ -109,7 +109,8 @@ def did_it_arrive(fits: Any, table: pd.DataFrame, looks: Mapping[str, Look], lim
 def reference_trusted(study: Any) -> Section:
     """The reference's checks."""
     reference = study.reference
-    blocks: list[Block] = [f"{_capital(reference.origin)}, in chart “{reference.chart}”: {reference.status.value}."]
+    chart = f", in chart “{reference.chart}”" if reference.origin.startswith("NUTS") else ""
+    blocks: list[Block] = [f"{_capital(reference.origin)}{chart}: {reference.status.value}."]
     blocks += [_capital(reason) for reason in reference.reasons]
     if reference.usable:
         table = reference.diagnostics

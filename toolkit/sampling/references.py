@@ -74,7 +74,7 @@ class Reference:
         energy: The Hamiltonian, `(chain, draw)`, in nats.
         cost: What it took when it was made.
         origin: Where the draws are from, in a few words.
-        chart: The chart that NUTS ran in.
+        chart: The chart that NUTS ran in; the model's own for other draws.
         seed_text: The key that the draws depend on; empty for draws from a file.
         methods: How they were made and judged, as a paragraph.
         stored: Whether it was taken from storage whole, not made now.
@@ -223,6 +223,7 @@ def load_reference(path: str | Path, model: Model) -> Reference:
         log_density=loaded.log_density,
         energy=loaded.energy,
         origin=f"draws from {Path(path).name}",
+        chart=model.chart,
         methods=(
             f"{sample[0]} chains x {sample[1]:,} draws were read from {Path(path).name} and matched to the model by "
             f"site name{', then relabelled' if model.labels else ''}. {_JUDGED}"
@@ -247,6 +248,7 @@ def _exact(model: Model, exact: ExactDraws, key: jax.Array, chains: int, draws: 
         Status.EXACT,
         cost=cost,
         origin=f"{chains * draws:,} exact draws",
+        chart=model.chart,
         seed_text=_seed(key),
         methods="Independent draws from the posterior in closed form, which this model knows; NUTS was not run.",
     )

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpyro.infer import autoguide
 
+from toolkit.modelling.space import Space
 from toolkit.variational.block_guides import AutoBlockNormal, gaussian_from, params_from
 from toolkit.variational.gaussians import Diagonal, Family, Frame, LowRank, Member, Triangular
 from toolkit.variational.guides import default_rank
-from toolkit.variational.space import Space
 
 Params = dict[str, Any]
 

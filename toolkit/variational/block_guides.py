@@ -15,10 +15,10 @@ from numpyro.distributions.transforms import ComposeTransform, LowerCholeskyAffi
 from numpyro.infer.autoguide import AutoContinuous
 from numpyro.infer.initialization import init_to_uniform
 
+from toolkit.modelling.space import Space
 from toolkit.variational.block_normals import BlockCholesky, BlockNormal
 from toolkit.variational.block_search import blocks_of_program, grouped_blocks
 from toolkit.variational.blocks import Blocks
-from toolkit.variational.space import Space
 
 BLOCKS, COUPLED = "blocks", "coupled"
 

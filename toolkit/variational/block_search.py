@@ -27,8 +27,8 @@ from numpyro.primitives import Messenger
 from toolkit.compilation import QUICK
 from toolkit.modelling.model import Model
 from toolkit.modelling.sites import DETERMINISTIC, LATENT, Site, trace_sites
+from toolkit.modelling.space import Space, latent_space
 from toolkit.variational.blocks import Blocks, Run
-from toolkit.variational.space import Space, latent_space
 
 Gradient = Callable[[np.ndarray], Any]
 Plate = tuple[str, int]  # name and size: an axis of another length is another plate

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro.infer import autoguide
 
+from toolkit.modelling.space import Space
 from toolkit.variational.block_guides import AutoBlockNormal
 from toolkit.variational.gaussians import best_factor, best_low_rank, inverse_factor
 from toolkit.variational.guides import default_rank
-from toolkit.variational.space import Space
 from toolkit.variational.starts import DENSE_LIMIT, Start
 
 _PRODUCT_LIMIT = 400  # above it, products of d x d matrices in every step cost more than they save

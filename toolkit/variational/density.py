@@ -22,7 +22,7 @@ from numpyro.infer.reparam import Reparam
 from toolkit.compilation import QUICK, peak_bytes
 from toolkit.modelling.enumeration import SummedOut
 from toolkit.modelling.model import Model
-from toolkit.variational.space import Space, latent_space
+from toolkit.modelling.space import Space, latent_space
 
 _BATCH = 128  # points side by side: more no longer paid on the curated models
 _FEW, _FEW_SCALARS = 8, 128_000  # the same where few are asked for: with so many scalars a point alone is as cheap

@@ -30,13 +30,13 @@ from scipy.special import ndtri
 
 from toolkit.modelling.density import invalid_sites
 from toolkit.modelling.model import Model
+from toolkit.modelling.space import Space
 from toolkit.status import Status
 from toolkit.variational.autoguides import GaussianForm
 from toolkit.variational.density import LogDensity, central_differences
 from toolkit.variational.draws import Key, branch, matched_draws, power_of_two
 from toolkit.variational.gaussians import Diagonal, Family, Frame, Member, Quadratic, Triangular
 from toolkit.variational.solvers.fixed_draws import FixedDrawsELBO, climb
-from toolkit.variational.space import Space
 
 _DRAWS, _SCREENED_DRAWS = 256, 32
 _DRAWS_AN_EDGE = 4_096

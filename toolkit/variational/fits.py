@@ -28,13 +28,15 @@ from toolkit.cost import Cost
 from toolkit.estimate import Estimate
 from toolkit.modelling.completion import BATCH, complete
 from toolkit.modelling.model import Model
+from toolkit.modelling.points import points
+from toolkit.modelling.space import latent_space
 from toolkit.status import Status
+from toolkit.variational.autoguides import gaussian_form
 from toolkit.variational.certificates import Certificate, Scope
 from toolkit.variational.draws import check_key
 from toolkit.variational.guides import Guide
 from toolkit.variational.objectives import log_weight
 from toolkit.variational.solvers.svi import Trace
-from toolkit.variational.space import latent_space
 
 _SCALARS_AT_ONCE = 32_000_000  # drawn at once, all sites counted: 256 MB
 
@@ -166,6 +168,27 @@ class Fit:
         program, guide = self.model.bound(self.chart), self._program
         pieces = self._map(lambda k, params, arrays: log_weight(k, params, program, guide, arrays), key, draws)
         return np.concatenate(list(pieces))[:draws]
+
+    def log_weights_at(self, draws: Mapping[str, Any]) -> np.ndarray:
+        """Log p(x, z) - log q(z) at values z of the model's latent sites, shape (draws,), in nats.
+
+        Both densities are the guide's chart's, into which the values are brought. Under the posterior the mean is the
+        log evidence plus KL(p || q).
+
+        Args:
+            draws: The latent sites of the model as it is written (the plain chart), in constrained space,
+                `(draws, ...)` each; further sites are ignored.
+
+        Raises:
+            ValueError: The fit failed, its family has no density in closed form, a latent site is missing, or the
+                guide's chart cannot be inverted.
+        """
+        self._require_density()
+        found = points(self.model, draws, self.chart, self.params)
+        form = gaussian_form(self.autoguide, latent_space(self.model, self.chart))
+        if form is not None:
+            return found.log_density - form.member(self.params).log_density(found.vectors)
+        return found.log_density - found.log_jacobian - self.log_density(found.latents)
 
     def log_density(self, latents: Mapping[str, Any]) -> np.ndarray:
         """Log q(z) of latent sites `(draws, ...)` in the guide's chart, shape (draws,), in nats; others are ignored.

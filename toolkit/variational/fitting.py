@@ -19,6 +19,7 @@ from toolkit.compilation import keep_compiled_programs
 from toolkit.cost import Cost
 from toolkit.modelling.density import invalid_sites
 from toolkit.modelling.model import Model
+from toolkit.modelling.space import Space, latent_space
 from toolkit.progress import Progress, silent
 from toolkit.status import Status
 from toolkit.threads import threads_for
@@ -34,7 +35,6 @@ from toolkit.variational.gaussians import DENSE_LIMIT, RankGain, rank_by_gain
 from toolkit.variational.guides import BY_GAIN, Guide, default_rank, find_guide
 from toolkit.variational.minibatches import Minibatch, find_minibatch
 from toolkit.variational.nesting import contains
-from toolkit.variational.space import Space, latent_space
 from toolkit.variational.starts import Starts, find_starts
 from toolkit.variational.stochastic_fits import Prepared, fit_by_svi
 from toolkit.variational.tails import find_level_edge, flat_coordinates

@@ -7,6 +7,7 @@ and correlations (exactly so for a location and a Cholesky factor, where the pos
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -93,6 +94,21 @@ class Member:
             scaled = _scale(self)[:, None] * self.columns
             covariance += scaled @ scaled.T
         return covariance
+
+    def log_density(self, points: np.ndarray) -> np.ndarray:
+        """At points (n, size), shape (n,)."""
+        apart = points - self.loc
+        if self.factor is not None:
+            white, log_volume = np.linalg.solve(self.factor, apart.T).T, float(np.linalg.slogdet(self.factor)[1])
+            squares = np.einsum("ni,ni->n", white, white)
+        else:
+            white, log_volume = apart / _scale(self), float(np.log(np.abs(_scale(self))).sum())
+            squares = np.einsum("ni,ni->n", white, white)
+            if self.columns is not None:
+                spread = _Spread(self.columns)
+                squares -= np.square(white @ spread.left) @ spread.share
+                log_volume += spread.log_volume
+        return -0.5 * squares - log_volume - 0.5 * len(self.loc) * math.log(2 * math.pi)
 
 
 class Family(Protocol):

@@ -21,7 +21,7 @@ from numpyro.primitives import Messenger
 
 from toolkit.modelling.model import Model
 from toolkit.modelling.sites import Site
-from toolkit.variational.space import Space
+from toolkit.modelling.space import Space
 
 Program = Callable[..., Any]
 

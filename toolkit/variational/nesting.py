@@ -9,12 +9,12 @@ from graphlib import CycleError, TopologicalSorter
 
 from toolkit.estimate import Estimate
 from toolkit.modelling.model import Model
+from toolkit.modelling.space import latent_space
 from toolkit.status import Status
 from toolkit.variational.block_guides import AutoBlockNormal
 from toolkit.variational.certificates import Scope
 from toolkit.variational.fits import Fit
 from toolkit.variational.guides import BY_GAIN, LOW_RANK, Guide, default_rank
-from toolkit.variational.space import latent_space
 
 _SE_LIMIT = 3.0
 _FULL_RANK = "full_rank"

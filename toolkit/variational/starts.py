@@ -10,6 +10,7 @@ import numpy as np
 
 from toolkit.compilation import keep_compiled_programs
 from toolkit.modelling.model import Model
+from toolkit.modelling.space import Space
 from toolkit.threads import threads_for
 from toolkit.variational.density import LogDensity, central_differences, difference_steps
 from toolkit.variational.draws import Key, branch, generator, matched_draws, power_of_two
@@ -18,7 +19,6 @@ from toolkit.variational.projection import project
 from toolkit.variational.solvers.fixed_draws import FixedDrawsELBO, climb
 from toolkit.variational.solvers.lockstep import minimise_each
 from toolkit.variational.solvers.natural import is_safely_positive, natural_steps
-from toolkit.variational.space import Space
 
 _BATCHES, _SHRINK = 20, 0.7  # of points to begin at, each batch from smaller boxes
 # Rounds of the searches, and whether in the coordinates of a curvature. Few that end at a mode take more than 150.

@@ -18,6 +18,7 @@ from numpyro.infer.autoguide import AutoLaplaceApproximation
 from toolkit.cost import Cost
 from toolkit.estimate import Estimate
 from toolkit.modelling.model import Model
+from toolkit.modelling.space import latent_space
 from toolkit.progress import Progress
 from toolkit.status import Status
 from toolkit.variational.autoguides import gaussian_form
@@ -31,7 +32,6 @@ from toolkit.variational.guides import Guide
 from toolkit.variational.minibatches import Minibatch
 from toolkit.variational.objectives import StickTheLandingELBO
 from toolkit.variational.solvers.svi import BLOCK, Programs, Solution, lower_programs, optimise
-from toolkit.variational.space import latent_space
 from toolkit.variational.starts import DENSE_LIMIT, Start, Starts
 from toolkit.variational.tails import find_heavy_tail, find_level_edge, flat_coordinates
 

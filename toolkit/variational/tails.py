@@ -31,12 +31,12 @@ import scipy.linalg
 from toolkit.modelling.model import Model
 from toolkit.modelling.once import once_a_chart
 from toolkit.modelling.sites import LATENT, trace_sites
+from toolkit.modelling.space import latent_space
 from toolkit.status import Status
 from toolkit.variational.density import LogDensity
 from toolkit.variational.failures import Failure, coordinate_names
 from toolkit.variational.gaussians import Member
 from toolkit.variational.solvers.lockstep import minimise_each
-from toolkit.variational.space import latent_space
 
 _SIZE = 100  # dimensions: in more, determinants are dear
 _SCREENED_AT = 100.0  # sds, where most coordinates of regressions are told to be held

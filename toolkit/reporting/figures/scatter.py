@@ -36,7 +36,7 @@ def overview(
     rows = math.ceil(len(looks) / columns)
     width = {1: 3.2, 2: 4.2}.get(columns, 4.6)
     with styled():
-        figure, axes = blank(width, 0.75 + 2.3 * rows, rows, columns, sharex=True, sharey=True)
+        figure, axes = blank(width, 0.75 + 1.75 * rows, rows, columns, sharex=True, sharey=True)
         _axes(axes[0, 0], frame, thresholds)
         if axes[0, 0].get_xscale() == "linear":
             # As many ticks as fit: matplotlib would first lay out the panels with the ticks of wider ones.
@@ -49,10 +49,7 @@ def overview(
             panel.set_visible(False)
         figure.supylabel(f"sd ratio to {against} (log)", fontsize=9)
         figure.supxlabel(f"shift of the mean ({against} sd)", fontsize=9)
-    reading = (
-        "One dot for each quantity. Inside the shaded region a quantity counts as right; "
-        "below it the guide is too narrow, above too wide, left or right of it shifted."
-    )
+    reading = "One dot a quantity: right inside the shaded region, too narrow below it, too wide above."
     if not trusted:
         reading = (
             f"One dot for each quantity. {against} failed its checks: distances from it are not errors of a guide."
