@@ -13,8 +13,9 @@ import numpyro.distributions as dist
 import pandas as pd
 import xarray as xr
 
-from toolkit import Dataset, Estimate, Model, Quantity, Status, Thresholds
+from toolkit import Dataset, Estimate, Model, Quantity, Status, Thresholds, Verdict
 from toolkit.comparison.gaps import GAP_COLUMNS, Gaps
+from toolkit.comparison.overall import Overall
 from toolkit.cost import Cost
 from toolkit.modelling.scalars import Scalars, scalars
 from toolkit.sampling.evidence import LogEvidence
@@ -107,6 +108,7 @@ def reference_failed() -> SimpleNamespace:
     comparison.guides["verdict"] = ""
     comparison.guides["sentence"] = "no verdict: the reference failed its checks"
     comparison.advice = ("Run longer chains before trusting any guide.",)
+    comparison.overall = Overall(None, "", "No verdict: the reference failed its checks.", {})
     low = max(fit.elbo for fit in study.fits)
     comparison.gaps = _gaps(study.fits, LogEvidence(None, problem="there is no reference that passed", low=low))
     return study
@@ -288,6 +290,10 @@ def _comparison(
         to_datatree=lambda: _datatree(named, draws),
     )
     comparison.guides = _guides(table, fits, len(named.names))
+    count = len(named.names)
+    comparison.overall = Overall(
+        Verdict.RIGHT, "full_rank", f"Yes, from full_rank: all {count} quantities are right.", {}
+    )
     comparison.gaps = _gaps(fits, LogEvidence(Estimate(-57.31, 0.014), "bridge sampling between the reference and q"))
     return comparison
 
@@ -496,6 +502,8 @@ def _guides(table: pd.DataFrame, fits: tuple[Any, ...], size: int) -> pd.DataFra
             "khat": {"mean_field": 1.41, "low_rank": 0.93, "full_rank": 0.28}[name],
             "khat_se": 0.03,
             **_named("worst_shift", shift),
+            "worst_shift_least": max(abs(shift[0]) - 0.055, 0.0),
+            "worst_shift_most": abs(shift[0]) + 0.055,
             **_named("worst_sd_ratio", ratio),
             **_named("worst_coverage_90", cover),
             "seconds": fit.cost.seconds,

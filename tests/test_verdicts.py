@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from toolkit.comparison.metrics import METRICS, QUANTILE_METRICS, Metrics
+from toolkit.comparison.overall import overall
 from toolkit.comparison.sentences import at_most, directions, guide_sentence, probability, whose
 from toolkit.comparison.tables import TABLE_COLUMNS, metric_rows, quantity_verdicts, worst
 from toolkit.comparison.verdicts import (
@@ -19,6 +20,7 @@ from toolkit.comparison.verdicts import (
     interval,
     judge,
     judge_rows,
+    more_draws,
     reach,
     simultaneous_z,
 )
@@ -141,8 +143,14 @@ NARROW = {"sd_ratio": [0.26, 0.59, 0.4], "coverage_90": [0.3, 0.6, 0.5]}
             _metrics(coverage_90=[0.8, 0.9]),
             "no: 1 of 2 too narrow (the 90 % interval of b[0] holds 0.800 ± 0.005 of NUTS); the means are right",
         ),
-        (_metrics(sd_ratio=[1.0, 0.9]), "cannot tell: none of 2 is wrong, 1 is right; 1 of 2 needs more draws"),
-        (_metrics(sd_ratio=[0.9, 0.9], shift=[0.0, 0.0]), "cannot tell: 2 of 2 need more draws"),
+        (
+            _metrics(sd_ratio=[1.0, 0.9]),
+            "cannot tell: none of 2 is wrong, 1 is right; 1 of 2 needs more draws (over 50 times as many)",
+        ),
+        (
+            _metrics(sd_ratio=[0.9, 0.9], shift=[0.0, 0.0]),
+            "cannot tell: 2 of 2 need more draws (over 50 times as many)",
+        ),
         (
             _metrics(shift=[NAN], sd_ratio=[NAN], coverage_90=[NAN]),
             "cannot tell: infinite or NaN draws of 1 of 1 quantities",
@@ -191,6 +199,122 @@ def test_worst_is_the_farthest_on_each_metrics_own_scale() -> None:
     assert (found["worst_coverage_90"], found["worst_coverage_90_quantity"]) == (0.97, "c")
 
 
+def test_between_what_the_worst_lies_is_reckoned_over_all_at_once() -> None:
+    rng = np.random.default_rng(0)
+    covered, count = 0, 200
+    for _ in range(count):
+        true, se = np.array([0.0] * 30 + [0.05, -0.08]), 0.02
+        shift = (true + se * rng.standard_normal(32)).tolist()
+        compared = _metrics(shift=shift)
+        for name in ("shift", "sd_ratio", "coverage_90"):
+            compared.estimates[name][1][:] = se
+        found = worst(metric_rows("guide", [f"b[{i}]" for i in range(32)], compared, Thresholds(), judged=True))
+        covered += found["worst_shift_least"] <= 0.08 <= found["worst_shift_most"]
+    assert covered / count > 0.95 - 5 * math.sqrt(0.95 * 0.05 / count)
+    # The bare maximum errs upwards, which is why it is not to be read alone.
+    assert found["worst_shift_least"] < abs(found["worst_shift"]) < found["worst_shift_most"]
+    ratio = worst(metric_rows("guide", ["a"], _metrics(sd_ratio=[0.5]), Thresholds(), judged=True))
+    assert ratio["worst_sd_ratio_least"] < math.log(2) < ratio["worst_sd_ratio_most"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "se", "times"),
+    [
+        ("shift", 0.05, 0.05, (1.959964 * 0.05 / 0.05) ** 2),
+        ("shift", -0.09, 0.02, (1.959964 * 0.02 / 0.01) ** 2),
+        ("sd_ratio", 1.0, 0.2, (1.959964 * 0.2 / math.log(1.11)) ** 2),
+        ("shift", 0.12, 0.02, (1.959964 * 0.02 / 0.02) ** 2),
+        ("shift", 0.1, 0.02, math.inf),
+        ("sd_ratio", 0.0, 0.1, math.inf),
+        ("coverage_90", NAN, 0.1, math.inf),
+    ],
+)
+def test_how_many_more_draws_would_decide(metric: str, value: float, se: float, times: float) -> None:
+    assert more_draws(Estimate(value, se), metric, Thresholds()) == pytest.approx(times)
+
+
+def test_with_so_many_more_draws_a_number_is_decided() -> None:
+    for value, se in ((0.05, 0.05), (0.12, 0.02), (-0.09, 0.03)):
+        times = more_draws(Estimate(value, se), "shift", Thresholds())
+        assert judge(value, se, -0.1, 0.1) is CANNOT_TELL
+        assert judge(value, se / math.sqrt(1.01 * times), -0.1, 0.1) is not CANNOT_TELL
+    # What lies outside must survive Holm's test over all rows, and needs more.
+    assert more_draws(Estimate(0.12, 0.02), "shift", Thresholds(), 1_000) > 3
+
+
+def test_thresholds_are_read_from_text() -> None:
+    read = Thresholds.parse(["shift=0.05", "sd_ratio = 0.95, 1.05", "probability=0.01"])
+    assert read == Thresholds(shift=0.05, sd_ratio=(0.95, 1.05), probability=0.01)
+    assert Thresholds.parse([]) == Thresholds()
+
+
+@pytest.mark.parametrize("text", ["shift", "shift=", "shift=a", "shift=0.1,0.2", "sd_ratio=0.9", "width=0.1", "=1"])
+def test_a_threshold_that_is_none_is_told(text: str) -> None:
+    with pytest.raises(ValueError, match=f"Expected a threshold such as shift=0.05.*got '{text}'"):
+        Thresholds.parse([text])
+
+
+def _guides(**rows: tuple[str, int, int, float]) -> pd.DataFrame:
+    columns = ["verdict", "right", "wrong", "seconds"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).assign(quantities=5)
+
+
+def _asked(*rows: tuple[str, str, str]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=["item", "source", "verdict"])
+
+
+_NONE = _asked()
+_MIXED = _guides(a=("wrong", 3, 2, 1.0), b=("right", 5, 0, 3.0), c=("right", 5, 0, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("guides", "focus", "verdict", "guide", "text"),
+    [
+        (_MIXED, _NONE, RIGHT, "c", "Yes, from c: all 5 quantities are right."),
+        (
+            _MIXED,
+            _asked(("x", "reference", ""), ("x", "a", "right"), ("x", "b", "right"), ("x", "c", "wrong")),
+            RIGHT,
+            "a",
+            "Yes, from a: what you asked for is right (of all its 5 quantities 2 are wrong).",
+        ),
+        (
+            _MIXED,
+            _asked(("x", "a", "right"), ("x", "b", "cannot tell"), ("y", "a", "wrong"), ("y", "b", "right")),
+            CANNOT_TELL,
+            "",
+            "Not known yet: b is right in 1 of 2 that you asked for, and the draws are too few for the rest.",
+        ),
+        (
+            _guides(a=("wrong", 3, 2, 1.0), b=("wrong", 4, 1, 3.0)),
+            _NONE,
+            WRONG,
+            "",
+            "No: none of 2 guides is right in every quantity; b is wrong in the fewest, 1 of 5.",
+        ),
+        (
+            _guides(a=("cannot tell", 3, 0, 1.0), b=("wrong", 4, 1, 3.0)),
+            _NONE,
+            CANNOT_TELL,
+            "",
+            "Not known yet: a comes nearest, with 3 of 5 quantities right and none wrong.",
+        ),
+        (_guides(a=("", 0, 0, 1.0)), _NONE, None, "", "No verdict: no guide could be judged."),
+    ],
+)
+def test_the_study_has_a_verdict(
+    guides: pd.DataFrame, focus: pd.DataFrame, verdict: Verdict | None, guide: str, text: str
+) -> None:
+    found = overall(guides, focus, "")
+    assert (found.verdict, found.guide, found.sentence) == (verdict, guide, text)
+
+
+def test_without_a_reference_the_study_has_none() -> None:
+    found = overall(_MIXED, _NONE, "the reference failed its checks: the chains disagree")
+    assert found.verdict is None
+    assert found.sentence == "No verdict: the reference failed its checks: the chains disagree."
+
+
 def test_probabilities_are_rounded_by_their_error() -> None:
     assert probability(0.8612, 0.013) == "0.861 ± 0.013"
     assert probability(1.0, 0.00015) == "1.0000 ± 0.0001"
@@ -204,6 +328,7 @@ def test_probabilities_are_rounded_by_their_error() -> None:
         ({"sd_ratio": (1.1, 1.2)}, "Expected sd ratio thresholds around 1"),
         ({"coverage_90": (0.91, 0.95)}, "Expected coverage thresholds around 0.9"),
         ({"coverage_90": (0.8, 1.2)}, "Expected coverage thresholds around 0.9"),
+        ({"probability": 0.0}, "Expected a probability threshold between 0 and 1"),
     ],
 )
 def test_impossible_thresholds_are_refused(options: dict[str, object], text: str) -> None:
@@ -251,7 +376,7 @@ def test_a_limit_is_rounded_up(nats: float, text: str) -> None:
 
 
 def _wrong(*rows: tuple[str, str, float]) -> pd.DataFrame:
-    return pd.DataFrame([("g", name, metric, v, 0.01, "wrong") for name, metric, v in rows], columns=TABLE_COLUMNS)
+    return pd.DataFrame([("g", name, metric, v, 0.01, "wrong", NAN) for name, metric, v in rows], columns=TABLE_COLUMNS)
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,10 @@ def study(
     target_accept: Annotated[
         float, typer.Option(help="NUTS' target acceptance; higher is slower, and helps against divergences.")
     ] = 0.9,
+    threshold: Annotated[
+        list[str] | None,
+        typer.Option(help="What counts as right, such as shift=0.05 or sd_ratio=0.95,1.05; may be repeated."),
+    ] = None,
     against: Annotated[Path | None, typer.Option(help="Reference draws in ArviZ form, instead of NUTS.")] = None,
     tolerance: Annotated[float, typer.Option(help="The optimisation gap that is good enough, in nats.")] = 0.1,
     max_gradients: Annotated[
@@ -107,12 +111,13 @@ def study(
     with _sentences(keeps=not no_cache):
         begun = time.perf_counter()
         folder = _writable(out or Path("reports") / target.rpartition(":")[2].replace("/", "_"))
+        from toolkit.comparison.verdicts import Thresholds
         from toolkit.sampling.references import load_reference
         from toolkit.storage import default_storage
         from toolkit.studies import study as run
         from toolkit.targets import parse_options, resolve
 
-        storage = None if no_cache else default_storage()
+        storage, thresholds = None if no_cache else default_storage(), Thresholds.parse(threshold or [])
         model = resolve(target, data, parse_options(option or []))
         with _heard() as heard, _progress() as shown, _few_collections():
 
@@ -134,6 +139,7 @@ def study(
                 draws=draws,
                 chart=chart,
                 target_accept=target_accept,
+                thresholds=thresholds,
                 against=load_reference(against, model) if against else None,
                 storage=storage,
                 progress=progress,
@@ -309,6 +315,7 @@ def _summary(study: Study, report: Path, seconds: float) -> None:
         typer.echo(f"{stage}: taken from the cache")
     for note in study.notes:
         typer.echo(note)
+    typer.echo(study.comparison.overall.sentence)
     for name, row in study.comparison.guides.iterrows():
         typer.echo(f"{name:<14} {row['sentence']}")
     typer.echo(f"{'reference':<14} {study.reference.origin}: {study.reference.status.value}")

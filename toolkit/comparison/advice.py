@@ -6,20 +6,29 @@ import math
 
 import pandas as pd
 
-from toolkit.comparison.sentences import LOCATIONS
-from toolkit.comparison.verdicts import Thresholds, Verdict, Z, is_ratio, simultaneous_z
+from toolkit.comparison.overall import Overall
+from toolkit.comparison.sentences import LOCATIONS, how_many_more
+from toolkit.comparison.verdicts import Verdict, simultaneous_z
 from toolkit.modelling.check import index_past_its_array
 from toolkit.modelling.model import Model
 
 # What a family that is too narrow may be replaced by, cheapest first.
-_LADDER = ("mean_field", "low_rank", "full_rank", "iaf")
+_LADDER = ("mean_field", "blocks", "low_rank", "full_rank", "iaf")
+_EXPRESS = {
+    "blocks": "a guide with blocks that the model's own structure names",
+    "low_rank": "a family with a few directions of correlation",
+    "full_rank": "a family with every correlation",
+    "iaf": "a flow, which bends",
+}
+_RICHEST = "full_rank"
+_KHAT = 0.7  # Vehtari et al. 2024: above it, importance weights are not to be trusted
 
 
 def advise(
     model: Model,
     guides: pd.DataFrame,
     table: pd.DataFrame,
-    thresholds: Thresholds,
+    whole: Overall,
     reference_problem: str,
     reference_seconds: float,
 ) -> tuple[str, ...]:
@@ -29,7 +38,7 @@ def advise(
         model: The model compared.
         guides: The comparison's table of guides.
         table: The comparison's long table.
-        thresholds: What counted as right.
+        whole: The study's verdict.
         reference_problem: Why the reference gives no verdict; empty if it does.
         reference_seconds: What NUTS cost; NaN if the reference is not NUTS's, or unknown.
     """
@@ -38,15 +47,15 @@ def advise(
         # JAX takes an array's last entry for what lies beyond it: no longer run and no chart mends that.
         mend = index_past_its_array(model) or _repair_reference(model)
         sentences.append(f"No guide can be judged yet: {reference_problem}. {mend}")
-    right = guides[guides["verdict"] == Verdict.RIGHT.value]
-    unknown = guides[guides["verdict"] == Verdict.CANNOT_TELL.value]
     wrong = guides[guides["verdict"] == Verdict.WRONG.value]
-    if len(right):
-        sentences.append(_report(right, reference_seconds))
-    elif len(unknown):
-        sentences.append(_draw_more(unknown.sort_values("seconds").iloc[0], table, thresholds))
-    elif len(wrong):
-        sentences.append("Report the reference's intervals: no guide that was judged is right in every quantity.")
+    rows = {str(name): row for name, row in guides.iterrows()}
+    if whole.verdict is Verdict.RIGHT:
+        sentences.append(_report(rows[whole.guide], reference_seconds))
+    elif whole.verdict is Verdict.CANNOT_TELL:
+        unknown = [rows[name] for name, verdict in whole.chosen.items() if verdict is Verdict.CANNOT_TELL]
+        sentences.append(_draw_more(min(unknown, key=lambda row: row["seconds"]), table))
+    elif whole.verdict is Verdict.WRONG:
+        sentences.append("Report the reference's intervals: no guide that was judged is right in what was asked for.")
         sentences.append(_try(model, guides))
     sentences += [_means_only(str(name), table) for name in wrong.index if _means_right(str(name), table)]
     return (*sentences, *_fit_better(guides))
@@ -79,52 +88,59 @@ def _names(guides: pd.DataFrame) -> str:
     return ", ".join(str(name) for name in guides.index)
 
 
-def _report(right: pd.DataFrame, reference_seconds: float) -> str:
-    cheapest = right.sort_values("seconds").iloc[0]
+def _report(cheapest: pd.Series, reference_seconds: float) -> str:
     saved = ""
     if math.isfinite(reference_seconds) and reference_seconds > 0 and cheapest["seconds"] > 0:
         saved = f" It took {cheapest['seconds']:.3g} s, NUTS {reference_seconds:.3g} s"
         saved += "." if cheapest["seconds"] < reference_seconds else ": here NUTS is the quicker of the two."
-    count = cheapest["quantities"]
+    count, right = cheapest["quantities"], cheapest["right"]
     found = "its only quantity is right" if count == 1 else f"all {count} of its quantities are right"
+    if right < count:
+        asked = f"Report what you asked for from {cheapest.name}"
+        return f"{asked}: it is right in that, and in {right} of {count} quantities in all.{saved}"
     return f"Report {cheapest.name}'s intervals: {found}.{saved}"
 
 
-def _draw_more(guide: pd.Series, table: pd.DataFrame, thresholds: Thresholds) -> str:
-    """Which multiple of the draws would settle every undecided number, if the values stay where they are."""
-    rows = table[(table["guide"] == guide.name) & (table["verdict"] == Verdict.CANNOT_TELL.value)]
-    factors = []
-    for metric, value, se in zip(rows["metric"], rows["value"], rows["se"], strict=True):
-        low, high = thresholds.limits(str(metric)) or (math.nan, math.nan)
-        if is_ratio(str(metric)) and value > 0:
-            value, se, low, high = math.log(value), se / value, math.log(low), math.log(high)
-        margin = min(abs(value - low), abs(high - value))
-        factors.append((Z * se / margin) ** 2 if margin > 0 and math.isfinite(se) else math.inf)
-    factor = max(factors, default=math.inf)
-    text = f"about {max(2, math.ceil(factor))} times as many" if factor <= 50 else "over 50 times as many"
+def _draw_more(guide: pd.Series, table: pd.DataFrame) -> str:
+    """Which multiple of the draws would settle what is undecided, if the values stay where they are."""
+    own = table[table["guide"] == guide.name]
+    if not guide["cannot_tell"]:
+        return f"Draw more from the reference: the draws are too few to judge {guide.name} in what you asked for."
+    more = how_many_more(own)
+    settled = f"{more} draws would decide them" if "would decide" not in more else f"{more}"
     return (
         f"Draw more from the reference: {guide['cannot_tell']} of {guide['quantities']} quantities of {guide.name} "
-        f"are undecided; {text} draws would decide them if the numbers stay where they are."
+        f"are undecided; {settled} if the numbers stay where they are."
     )
 
 
 def _try(model: Model, guides: pd.DataFrame) -> str:
-    """A richer family that has not been fitted, or the same families in another chart."""
-    tried = {str(name).partition("@")[0] for name in guides.index}
-    highest = max((i for i, name in enumerate(_LADDER) if name in tried), default=-1)
-    untried = [name for name in _LADDER[highest + 1 :] if name not in tried]
-    if untried:
-        return f"Next, a family that can express more: {_with_guide(untried[0])}."
+    """What may be right where nothing that was fitted is, the cheapest first."""
     names = {str(name) for name in guides.index}
-    charts = [chart for chart in model.charts if chart != model.chart and f"full_rank@{chart}" not in names]
-    if charts:
-        return f"Next, another chart of the same posterior: {_with_guide(f'full_rank@{charts[0]}')}."
-    return "Next, write the model in other coordinates (non-centred, rotated, log scale): no richer family is left."
+    tried = {name.partition("@")[0] for name in names}
+    highest = max((i for i, name in enumerate(_LADDER) if name in tried), default=-1)
+    steps = [
+        f"another chart of the same posterior ({_with_guide(f'{_RICHEST}@{chart}')})"
+        for chart in model.charts
+        if chart != model.chart and f"{_RICHEST}@{chart}" not in names
+    ][:1]
+    steps += [
+        f"{_EXPRESS[name]} ({_with_guide(name)})"
+        for name in _LADDER[highest + 1 :]
+        if name not in tried and name in _EXPRESS
+    ][:2]
+    light = guides[(guides["khat"] <= _KHAT) & (guides["verdict"] == Verdict.WRONG.value)]
+    if len(light):
+        name = str(light["khat"].idxmin())
+        steps.append(f"importance weights from {name}, whose k-hat of {light['khat'].min():.2f} lets them repair it")
+    if not steps:
+        return "Next, write the model in other coordinates (non-centred, rotated, log scale): no richer family is left."
+    return f"Next, in this order: {'; '.join(steps)}. NUTS stays the answer until one of them is right."
 
 
 def _with_guide(guide: str) -> str:
     """How to fit one more guide; only the user knows the data and the options that the study was called with."""
-    return f"the same study with `--guides {guide}`"
+    return f"`--guides {guide}`"
 
 
 def _repair_reference(model: Model) -> str:
@@ -143,7 +159,8 @@ def _means_right(guide: str, table: pd.DataFrame) -> bool:
 def _means_only(guide: str, table: pd.DataFrame) -> str:
     own = _judged_locations(guide, table)
     largest = float((own["value"].abs() + simultaneous_z(len(own)) * own["se"]).max())
-    return f"{guide} may be used for means (all within {largest:.2g} sd), not for intervals or probabilities."
+    what = "means" if (own["metric"] == "shift").all() else "medians" if (own["metric"] != "shift").all() else "centres"
+    return f"{guide} may be used for {what} (all within {largest:.2g} sd), not for intervals or probabilities."
 
 
 def _judged_locations(guide: str, table: pd.DataFrame) -> pd.DataFrame:

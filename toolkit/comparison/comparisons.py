@@ -18,6 +18,7 @@ from toolkit.comparison.focus import parse_focus
 from toolkit.comparison.focus_tables import focus_table
 from toolkit.comparison.gaps import Gaps, gaps
 from toolkit.comparison.metrics import NAN, Metrics, Standard, khat, metrics, prepare
+from toolkit.comparison.overall import Overall, overall
 from toolkit.comparison.pairs import worst_pairs
 from toolkit.comparison.sentences import guide_sentence
 from toolkit.comparison.sources import Approximation, guide_draws, key_for, labelling, thinned, to_scalars
@@ -48,14 +49,16 @@ class Comparison:
 
     Attributes:
         table: Long table: guide, quantity, metric (see `metrics`), value, se, verdict (`right`, `wrong`,
-            `cannot tell`, or empty where a metric decides nothing or nothing may be judged). Quantities with heavy
+            `cannot tell`, or empty where a metric decides nothing or nothing may be judged), more_draws (where it
+            cannot tell: how many times as many draws would, if the number stayed where it is). Quantities with heavy
             tails have two more rows, `median_shift` and `spread_ratio`, that decide in place of `shift` and `sd_ratio`.
         guides: One row for each fit, failed ones too, by guide name: title, status (the `Status`'s name), verdict,
             sentence (for the first screen); quantities (how many were judged), right, wrong, cannot_tell (counts);
             elbo and elbo_se (nats), khat and khat_se; worst_shift, worst_sd_ratio and worst_coverage_90 with `_se` and
-            `_quantity` (largest over all quantities, hence above 0 by noise alone); seconds, gradient_evaluations.
-            NaN or empty where unknown, and where the fit's status says that there is no optimum (`Status.has_optimum`):
-            such numbers only say when it was stopped.
+            `_quantity` (largest over all quantities, hence above 0 by noise alone), and with `_least` and `_most`,
+            between which the error that is truly the largest lies with 95 % (as distances from 0, from a log ratio of
+            0, from 0.9); seconds, gradient_evaluations. NaN or empty where unknown, and where the fit's status says
+            that there is no optimum (`Status.has_optimum`): such numbers only say when it was stopped.
         quantities: One row for each source (`reference` or guide) and quantity: title, unit, mean, mean_se, sd, sd_se,
             and the quantiles q5, q25, q50, q75, q95, in the quantity's unit.
         pairs: The 50 pairs of each guide whose correlation differs most: guide, quantity_a, quantity_b, reference,
@@ -65,6 +68,7 @@ class Comparison:
         agreement: Where no reference can be trusted, what the guides say to each other: see `summaries.agreement`.
         reference_ok: Whether the reference allows verdicts.
         sample: Source to its scalars, thinned to at most 1,000 draws, for figures.
+        overall: The study's verdict, on the user's own quantities where there are any: see `overall.Overall`.
         advice: What to do next, a sentence each, the most important first.
         gaps: How the log evidence splits into what each fit reached, what its optimiser left and what its family cannot
             reach: see `gaps.Gaps`.
@@ -82,6 +86,7 @@ class Comparison:
     agreement: pd.DataFrame
     reference_ok: bool
     sample: dict[str, Scalars]
+    overall: Overall
     advice: tuple[str, ...]
     gaps: Gaps
     floors: pd.DataFrame
@@ -158,17 +163,20 @@ def compare(
     alone = quantities[~quantities["source"].isin(astray)] if problem else quantities.iloc[:0]
     judged = {s.fit.guide.name: not _why_not(s, problem) for s in sides}
     seconds = reference.cost.seconds if reference is not None and than == "NUTS" else float("nan")
+    asked = focus_table(items, meant, than, thresholds, judged=judged)
+    whole = overall(guides, asked, problem)
     return Comparison(
         table=table,
         guides=guides,
         quantities=quantities,
         pairs=join([_pairs(s, truth) for s in sides], PAIR_COLUMNS),
         correlations=_correlations(sources, table),
-        focus=focus_table(items, meant, than, thresholds, judged=judged),
+        focus=asked,
+        overall=whole,
         agreement=agreement(alone, thresholds),
         reference_ok=not problem,
         sample={name: thinned(source) for name, source in sources.items()},
-        advice=advise(model, guides, table, thresholds, problem, seconds) if len(guides) else (),
+        advice=advise(model, guides, table, whole, problem, seconds) if len(guides) else (),
         gaps=gaps(model, reference, fits, _largest(table), key=jax.random.fold_in(key, 1)),
         floors=_floors(sides, truth),
         model=model,

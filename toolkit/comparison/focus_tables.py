@@ -23,7 +23,8 @@ from toolkit.influence import (
 from toolkit.modelling.scalars import Scalars
 
 FOCUS_COLUMNS = (
-    "item", "event", "source", "mean", "mean_se", "low", "high", "probability", "probability_se", "sentence",
+    "item", "event", "source", "mean", "mean_se", "low", "high", "probability", "probability_se",
+    "difference", "difference_se", "verdict", "sentence",
 )  # fmt: skip
 
 
@@ -38,7 +39,8 @@ def focus_table(
     """One row for each item and source, the reference first.
 
     Columns: item, event, source; mean, mean_se, low and high (the central 90 % interval) of a quantity;
-    probability and probability_se of an event; sentence, what one may say from the guide alone.
+    probability and probability_se of an event; difference and difference_se, the event's probability under the guide
+    minus that under the reference; verdict, on the guide; sentence, what one may say from the guide alone.
 
     Args:
         items: What was asked for.
@@ -54,15 +56,19 @@ def focus_table(
         for name, values in drawn.items():
             autocorrelated = name == "reference"
             summary = _event(values, autocorrelated) if item.event else _interval(values, autocorrelated)
-            if name == "reference" or not judged[name]:
-                sentence = ""
-            elif item.event:
-                sentence = _event_sentence(drawn["reference"], values, than, thresholds)
-            else:
-                sentence = _interval_sentence(item, drawn["reference"], values, than, thresholds)
-            rows.append((item.text, item.event, name, *summary, sentence))
+            difference = Estimate(np.nan, np.nan)
+            if item.event and name != "reference" and "reference" in drawn:
+                difference = _difference(drawn["reference"], values)
+            verdict: Verdict | None = None
+            sentence = ""
+            if name != "reference" and judged[name] and item.event:
+                verdict, sentence = _event_sentence(drawn["reference"], values, than, thresholds)
+            elif name != "reference" and judged[name]:
+                verdict, sentence = _interval_sentence(item, drawn["reference"], values, than, thresholds)
+            said = (verdict.value if verdict else "", sentence)
+            rows.append((item.text, item.event, name, *summary, *difference, *said))
         absent = [name for name in judged if name not in drawn]
-        rows += [(item.text, item.event, name, *[np.nan] * 6, "") for name in absent]
+        rows += [(item.text, item.event, name, *[np.nan] * 8, "", "") for name in absent]
     return pd.DataFrame(rows, columns=list(FOCUS_COLUMNS))
 
 
@@ -84,27 +90,35 @@ def _probability(values: np.ndarray, autocorrelated: bool) -> Estimate:
     return Estimate(float(events.mean()), probability_error(values, effective_draws(events)))
 
 
-def _event_sentence(reference: np.ndarray, guide: np.ndarray, than: str, thresholds: Thresholds) -> str:
+def _difference(reference: np.ndarray, guide: np.ndarray) -> Estimate:
+    """The event's probability under the guide minus that under the reference, with the error of both."""
     p, q = _probability(reference, autocorrelated=True), _probability(guide, autocorrelated=False)
-    difference, se = q.value - p.value, float(np.hypot(p.se, q.se))
+    return Estimate(q.value - p.value, float(np.hypot(p.se, q.se)))
+
+
+def _event_sentence(reference: np.ndarray, guide: np.ndarray, than: str, thresholds: Thresholds) -> tuple[Verdict, str]:
+    p, q = _probability(reference, autocorrelated=True), _probability(guide, autocorrelated=False)
+    difference, se = _difference(reference, guide)
     verdict = judge(difference, se, -thresholds.probability, thresholds.probability)
     beside = f"{probability(*q)} where {than} has {probability(*p)}"
     if verdict is Verdict.RIGHT:
-        return f"may be reported from this guide alone: {beside}"
+        return verdict, f"may be reported from this guide alone: {beside}"
     if verdict is Verdict.WRONG:
         side = "high" if difference > 0 else "low"
-        return f"would mislead: {beside}, too {side} by {probability(abs(difference), se)}"
-    return f"cannot tell, more draws are needed: {beside}"
+        return verdict, f"would mislead: {beside}, too {side} by {probability(abs(difference), se)}"
+    return verdict, f"cannot tell, more draws are needed: {beside}"
 
 
-def _interval_sentence(item: Focus, reference: np.ndarray, guide: np.ndarray, than: str, thresholds: Thresholds) -> str:
+def _interval_sentence(
+    item: Focus, reference: np.ndarray, guide: np.ndarray, than: str, thresholds: Thresholds
+) -> tuple[Verdict | None, str]:
     compared = metrics(reference[:, :, None], guide.reshape(-1, 1))
     rows = metric_rows("", [item.text], compared, thresholds, judged=True)
     verdict = quantity_verdicts(rows).get(item.text)
     if verdict is None:
-        return f"not judged: it does not vary under {than}"
+        return None, f"not judged: it does not vary under {than}"
     if not np.isfinite(rows.loc[rows["metric"] == "coverage_90", "value"]).all():
-        return "cannot tell: some of the guide's draws are infinite or NaN"
+        return Verdict.CANNOT_TELL, "cannot tell: some of the guide's draws are infinite or NaN"
     # What is wrong is said first.
     decisive = rows[rows["verdict"] != ""].sort_values(
         "verdict", key=lambda verdicts: verdicts != Verdict.WRONG.value, kind="stable"
@@ -113,10 +127,10 @@ def _interval_sentence(item: Focus, reference: np.ndarray, guide: np.ndarray, th
         _number(*row, than) for row in zip(decisive["metric"], decisive["value"], decisive["se"], strict=True)
     )
     if verdict is Verdict.RIGHT:
-        return f"may be reported from this guide alone: {beside}"
+        return verdict, f"may be reported from this guide alone: {beside}"
     if verdict is Verdict.WRONG:
-        return f"{' and '.join(directions(rows))}: {beside}"
-    return f"cannot tell, more draws are needed: {beside}"
+        return verdict, f"{' and '.join(directions(rows))}: {beside}"
+    return verdict, f"cannot tell, more draws are needed: {beside}"
 
 
 def _number(metric: str, value: float, se: float, than: str) -> str:

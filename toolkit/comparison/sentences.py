@@ -12,6 +12,7 @@ from toolkit.estimate import Estimate, decimals, rounded
 from toolkit.variational.certificates import Certificate, Scope
 
 LOCATIONS, WIDTHS = ("shift", "median_shift"), ("sd_ratio", "spread_ratio")
+_MOST_TIMES = 50  # as many draws: nobody draws more to learn on which side of a threshold a number lies
 NARROW, WIDE, UP, DOWN = "too narrow", "too wide", "shifted up", "shifted down"
 
 
@@ -53,8 +54,19 @@ def guide_sentence(rows: pd.DataFrame, quantities: dict[str, Verdict], than: str
         if _not_finite(rows, unknown):
             return f"cannot tell: infinite or NaN draws of {some} quantities"
         known = f"none of {count} is wrong, {_some_right(count - len(unknown))}; " if len(unknown) < count else ""
-        return f"cannot tell: {known}{some} need{'s' if len(unknown) == 1 else ''} more draws"
+        return f"cannot tell: {known}{some} need{'s' if len(unknown) == 1 else ''} more draws ({how_many_more(rows)})"
     return f"yes: {_all(count)} right ({_room(rows, than)})"
+
+
+def how_many_more(rows: pd.DataFrame) -> str:
+    """How many times as many draws would decide the undecided quantities, if the numbers stayed where they are."""
+    open_rows = rows[rows["verdict"] == Verdict.CANNOT_TELL.value]
+    needed = open_rows.groupby("quantity")["more_draws"].max().to_numpy(dtype=float)
+    within = needed[needed <= _MOST_TIMES]
+    if not within.size:
+        return f"over {_MOST_TIMES} times as many"
+    times = f"about {max(2, math.ceil(within.max()))} times as many"
+    return times if within.size == needed.size else f"{times} would decide {within.size} of them"
 
 
 def _some_right(count: int) -> str:

@@ -33,6 +33,7 @@ class Thresholds:
         shift: Largest |mean q - mean p| in reference sds.
         sd_ratio: Smallest and largest sd q / sd p.
         coverage_90: Smallest and largest mass of the reference in the guide's central 90 % interval.
+        probability: Largest difference of an event's probability.
 
     Raises:
         ValueError: A threshold leaves no room around equality.
@@ -41,6 +42,7 @@ class Thresholds:
     shift: float = 0.1
     sd_ratio: tuple[float, float] = (0.9, 1.11)
     coverage_90: tuple[float, float] = (0.87, 0.93)
+    probability: float = 0.03
 
     def __post_init__(self) -> None:
         if not 0.0 < self.shift < math.inf:
@@ -54,6 +56,32 @@ class Thresholds:
                 f"Expected coverage thresholds around 0.9 within (0, 1), such as (0.87, 0.93); got {self.coverage_90}."
             )
 
+        if not 0.0 < self.probability < 1.0:
+            raise ValueError(f"Expected a probability threshold between 0 and 1; got {self.probability}.")
+
+    @classmethod
+    def parse(cls, texts: Sequence[str]) -> Thresholds:
+        """The defaults with what is written as `name=value`, or `name=low,high` where a threshold has two ends.
+
+        Raises:
+            ValueError: A text is not of that form, names no threshold, or leaves no room around equality.
+        """
+        given: dict[str, float | tuple[float, ...]] = {}
+        for text in texts:
+            name, equals, value = (part.strip() for part in text.partition("="))
+            pair = isinstance(getattr(cls, name, None), tuple) if name in _NAMES else False
+            try:
+                numbers = tuple(float(part) for part in value.split(","))
+            except ValueError:
+                numbers = ()
+            if name not in _NAMES or not equals or len(numbers) != (2 if pair else 1):
+                raise ValueError(
+                    f"Expected a threshold such as {', '.join(_EXAMPLES)}; got '{text}': write name=value, or "
+                    "name=low,high for the two with two ends."
+                )
+            given[name] = numbers if pair else numbers[0]
+        return cls(**given)  # type: ignore[arg-type]
+
     def limits(self, metric: str) -> tuple[float, float] | None:
         """The least and the largest value of a metric that count as right, or None if it decides nothing."""
         location, width = (-self.shift, self.shift), self.sd_ratio
@@ -65,10 +93,9 @@ class Thresholds:
             "coverage_90": self.coverage_90,
         }.get(metric)
 
-    @property
-    def probability(self) -> float:
-        """How far an event's probability may be off: as much as the mass of the 90 % interval may."""
-        return min(0.9 - self.coverage_90[0], self.coverage_90[1] - 0.9)
+
+_NAMES = tuple(Thresholds.__dataclass_fields__)
+_EXAMPLES = ("shift=0.05", "sd_ratio=0.95,1.05", "coverage_90=0.88,0.92", "probability=0.02")
 
 
 def interval(value: float, se: float, *, log: bool = False, z: float = Z) -> tuple[float, float]:
@@ -129,6 +156,28 @@ def judge_rows(values: Sequence[Estimate], metrics: Sequence[str], thresholds: T
         if verdicts[i] is Verdict.WRONG and not fallen:
             verdicts[i] = Verdict.CANNOT_TELL
     return verdicts
+
+
+def more_draws(value: Estimate, metric: str, thresholds: Thresholds, count: int = 1) -> float:
+    """How many times as many draws would decide an undecided number, if it stayed where it is; infinite on an edge.
+
+    Args:
+        value: The number.
+        metric: What it is.
+        thresholds: What counts as right.
+        count: How many numbers Holm's test goes over: what lies outside must lie so much further out.
+    """
+    low, high = thresholds.limits(metric) or (math.nan, math.nan)
+    centre, se = value
+    if is_ratio(metric):
+        if not centre > 0:
+            return math.inf
+        centre, se, low, high = math.log(centre), se / centre, math.log(low), math.log(high)
+    if not (math.isfinite(centre) and math.isfinite(se)):
+        return math.inf
+    inside = min(centre - low, high - centre)
+    z = Z if inside >= 0 else float(norm.isf(0.5 * (1.0 - CONFIDENCE) / max(count, 1)))
+    return (z * se / abs(inside)) ** 2 if inside else math.inf
 
 
 def is_ratio(metric: str) -> bool:

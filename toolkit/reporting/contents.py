@@ -119,6 +119,7 @@ class Contents:
         facts: Dataset, seed, machine, seconds, version.
         question: What the model is asked; may be empty.
         warning: Why there are no verdicts, or empty; `reasons` are its details.
+        overall: The study's verdict in a sentence.
         answers: The verdicts.
         health: The reference in one line.
         focus: The user's own quantities, or None.
@@ -135,6 +136,7 @@ class Contents:
     question: str
     warning: str
     reasons: tuple[str, ...]
+    overall: str
     answers: tuple[Answer, ...]
     health: str
     focus: Table | None

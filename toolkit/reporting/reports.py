@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,7 @@ def _contents(study: Any) -> Contents:
         question=study.model.question,
         warning=warning,
         reasons=reasons,
+        overall="" if warning else comparison.overall.sentence,
         answers=first_screen.answers(study, looks),
         health=first_screen.health(study.reference),
         focus=focus_table(comparison.focus, looks, against, comparison.reference_ok),
@@ -237,6 +238,9 @@ def _summary(study: Any) -> dict[str, Any]:
             "verdicts_given": bool(comparison.reference_ok),
             "seconds": float(reference.cost.seconds),
         },
+        "verdict": comparison.overall.verdict.value if comparison.overall.verdict else "",
+        "sentence": comparison.overall.sentence,
+        "thresholds": asdict(comparison.thresholds),
         "log_evidence": _evidence(comparison.gaps.evidence),
         "guides": _records(guides.merge(nearness, on="guide").merge(gaps, on="guide")),
         "focus": _records(comparison.focus),

@@ -67,7 +67,9 @@ _GUIDE_COLUMNS = (
     GAP,
     Column(
         "worst shift (sd)",
-        "Guide's mean minus the reference's, in reference sd, of the quantity where that is largest; 0 is right.",
+        "Guide's mean minus the reference's, in reference sd, of the quantity where that is largest; 0 is right. A "
+        "worst of many is a maximum over noise: below it, between what the shift lies that is truly the largest (95 %, "
+        "over all quantities at once); so in the next two columns.",
     ),
     Column("worst sd ratio", "Guide's sd divided by the reference's, of the quantity where that is furthest from 1."),
     Column(
@@ -119,7 +121,7 @@ def guides_table(
         for metric in ("elbo", "worst_shift", "worst_sd_ratio", "worst_coverage_90", "khat"):
             marked = worst.get(metric) == name
             # The reason stands where the first number would.
-            note = why[str(name)] if metric == "elbo" else str(row.get(f"{metric}_quantity", "") or "")
+            note = why[str(name)] if metric == "elbo" else _worst_note(row, metric)
             cells.append(number(row[metric], row[f"{metric}_se"], marked=marked, note=note))
             if metric == "elbo":
                 cells.append(gaps[str(name)])
@@ -127,6 +129,24 @@ def guides_table(
         cells.append(Cell(time, marked=worst.get("seconds") == name))
         rows.append(tuple(cells))
     return Table(f"Every guide against {against}", _GUIDE_COLUMNS, tuple(rows))
+
+
+def _worst_note(row: pd.Series, metric: str) -> str:
+    """Whose the worst is, and between what the error lies that is truly the largest."""
+    name = str(row.get(f"{metric}_quantity", "") or "")
+    least, most = (row.get(f"{metric}_{end}", math.nan) for end in ("least", "most"))
+    if not name or not (math.isfinite(least) and math.isfinite(most)):
+        return name
+    if metric == "worst_sd_ratio":
+        sign = -1.0 if row[metric] < 1.0 else 1.0
+        low, high = sorted((math.exp(sign * least), math.exp(sign * most)))
+    elif metric == "worst_coverage_90":
+        sign = -1.0 if row[metric] < 0.9 else 1.0
+        low, high = sorted((max(0.9 + sign * least, 0.0), min(max(0.9 + sign * most, 0.0), 1.0)))
+    else:
+        sign = -1.0 if row[metric] < 0.0 else 1.0
+        low, high = sorted((sign * least, sign * most))
+    return f"{minus(f'{low + 0.0:.2f}')} to {minus(f'{high + 0.0:.2f}')}, {name}"
 
 
 def focus_table(focus: pd.DataFrame, looks: Mapping[str, Look], against: str, trusted: bool) -> Table | None:
