@@ -62,8 +62,8 @@ def _on_focus(own: pd.DataFrame, name: str) -> Verdict:
 def _all_right(row: pd.Series, asked: int) -> str:
     if asked:
         others = int(row["wrong"])
-        count = {1: "what you asked for is", 2: "both quantities that you asked for are"}
-        said = f"{count.get(asked, f'all {asked} quantities that you asked for are')} right"
+        subjects = {1: "what you asked for is", 2: "both quantities that you asked for are"}
+        said = f"{subjects.get(asked, f'all {asked} quantities that you asked for are')} right"
         return f"{said}{f' (of all its {row.quantities} quantities {others} are wrong)' if others else ''}"
     count = int(row["quantities"])
     return {1: "its only quantity is right", 2: "both quantities are right"}.get(

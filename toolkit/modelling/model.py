@@ -16,7 +16,7 @@ from numpyro import handlers
 from numpyro.distributions import biject_to
 from numpyro.infer.initialization import init_to_uniform
 from numpyro.infer.reparam import Reparam
-from numpyro.infer.util import potential_energy, transform_fn
+from numpyro.infer.util import constrain_fn, potential_energy, transform_fn
 
 from toolkit.modelling.dataset import Dataset
 from toolkit.modelling.enumeration import SummedOut, sum_out_discrete
@@ -212,9 +212,7 @@ class Model:
     ) -> dict[str, Any]:
         """Every latent and deterministic site, from the latent values of one draw in unconstrained space."""
         bound = handlers.substitute(self.bound(chart), data=dict(params or {}))
-        latents = numpyro.infer.util.constrain_fn(
-            bound, (), dict(arrays), dict(unconstrained), return_deterministic=True
-        )
+        latents = constrain_fn(bound, (), dict(arrays), dict(unconstrained), return_deterministic=True)
         return dict(latents)
 
     def start(self, key: jax.Array, arrays: Sites, radius: float = 2.0, chart: str | None = None) -> dict[str, Any]:
