@@ -287,6 +287,7 @@ def _comparison(
         sample=sample,
         thresholds=Thresholds(),
         advice=("Report full_rank's intervals; use mean_field for point predictions only.",),
+        corrections=pd.DataFrame(columns=["of"]),
         to_datatree=lambda: _datatree(named, draws),
     )
     comparison.guides = _guides(table, fits, len(named.names))

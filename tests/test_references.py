@@ -1,6 +1,10 @@
 """The reference finds known posteriors, says so when it does not, and goes on where it was stopped."""
 
+import gzip
+import json
 import signal
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -16,7 +20,7 @@ from numpyro.infer.reparam import LocScaleReparam
 
 from toolkit import Dataset, Labels, Model, Status
 from toolkit.sampling.diagnostics import Evidence, diagnose, judge
-from toolkit.sampling.references import Reference, load_reference, reference
+from toolkit.sampling.references import Reference, as_reference, load_reference, reference
 from toolkit.storage import Storage
 
 KEY = jax.random.PRNGKey(3)
@@ -425,3 +429,92 @@ def test_every_failed_check_has_its_sentence_and_the_worst_decides(case: str) ->
     assert judged is status
     assert len(reasons) == len(beginnings)
     assert all(reason.startswith(begin) for reason, begin in zip(reasons, beginnings, strict=True))
+
+
+def _vector(labels: bool = False) -> Model:
+    """A posterior of a vector and a matrix, whose draws other programs name element by element."""
+
+    def program(y: np.ndarray | None = None) -> None:
+        numpyro.sample("theta", dist.Normal(0, 1).expand([3]).to_event(1))
+        numpyro.sample("phi", dist.Normal(0, 1).expand([2, 2]).to_event(2))
+        numpyro.sample("y", dist.Normal(0, 1), obs=y)
+
+    return Model(program, Dataset("vector", {"y": np.array(0.0)}))
+
+
+def _elements() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(2)
+    names = [f"theta[{i}]" for i in (1, 2, 3)] + [f"phi[{i},{j}]" for i in (1, 2) for j in (1, 2)]
+    return {name: rng.normal(size=(4, 500)) for name in names}
+
+
+def _as_json(elements: Mapping[str, np.ndarray]) -> str:
+    return json.dumps([{name: values[chain].tolist() for name, values in elements.items()} for chain in range(4)])
+
+
+def _zipped(path: Path, text: str) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("draws.json", text)
+
+
+_FORMS: dict[str, Callable[[Path, dict[str, np.ndarray]], None]] = {
+    "draws.json": lambda path, drawn: path.write_text(_as_json(drawn)) and None,
+    "draws.json.gz": lambda path, drawn: path.write_bytes(gzip.compress(_as_json(drawn).encode())) and None,
+    "eight_schools.json.zip": lambda path, drawn: _zipped(path, _as_json(drawn)),
+    "draws.npz": lambda path, drawn: np.savez(
+        path, draws=np.stack(list(drawn.values()), axis=-1), parameters=np.array(list(drawn))
+    ),
+    "draws_by_site.npz": lambda path, drawn: np.savez(
+        path,
+        theta=np.stack([drawn[f"theta[{i}]"] for i in (1, 2, 3)], axis=-1),
+        phi=np.stack([np.stack([drawn[f"phi[{i},{j}]"] for j in (1, 2)], -1) for i in (1, 2)], axis=-2),
+    ),
+}
+
+
+@pytest.mark.parametrize("folder", [False, True])
+@pytest.mark.parametrize("name", _FORMS)
+def test_draws_of_other_programs_are_put_together_by_site(name: str, folder: bool, tmp_path: Path) -> None:
+    drawn = _elements()
+    _FORMS[name](tmp_path / name, drawn)
+    loaded = load_reference(tmp_path if folder else tmp_path / name, _vector())
+    assert loaded.status is Status.LOADED
+    assert loaded.origin == f"draws from {tmp_path.name if folder else name}"
+    np.testing.assert_array_equal(loaded.draws["theta"][..., 1], drawn["theta[2]"])
+    np.testing.assert_array_equal(loaded.draws["phi"][..., 1, 0], drawn["phi[2,1]"])
+
+
+def test_draws_at_hand_are_a_reference() -> None:
+    made = as_reference({"m": _m()}, _conjugate(False), origin="Stan, 4 chains x 1,000 draws")
+    assert made.status is Status.LOADED
+    assert made.origin == "Stan, 4 chains x 1,000 draws"
+    np.testing.assert_allclose(made.draws["square"], _m() ** 2)
+    with pytest.raises(ValueError, match="'m' in 'draws from elsewhere' as \\(chain, draw, ...\\); got shape"):
+        as_reference({"m": _m()[0]}, _conjugate(False))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("draws.json", b"[{}", "Expected chains of draws by name in 'draws.json'"),
+        ("draws.json", b'{"m": [1.0]}', "Expected chains of draws by name in 'draws.json'"),
+        ("draws.json.zip", b"no zip", "Expected chains of draws by name in 'draws.json.zip'"),
+        ("draws.npz", b"no archive", "Expected a readable NPZ file of draws"),
+    ],
+)
+def test_a_file_of_another_program_that_cannot_be_read_is_one_sentence(
+    name: str, content: bytes, text: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=text):
+        load_reference(tmp_path / name, _conjugate(False))
+
+
+def test_a_missing_element_and_a_folder_without_a_file_are_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Expected one file of draws in folder .*; found none"):
+        load_reference(tmp_path, _vector())
+    drawn = _elements()
+    del drawn["phi[1,2]"]
+    (tmp_path / "draws.json").write_text(_as_json(drawn))
+    with pytest.raises(ValueError, match="Expected every element of 'phi' in 'draws.json', counted from 1; got 3 of 4"):
+        load_reference(tmp_path, _vector())

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import numpy as np
 import numpyro
@@ -6,6 +8,7 @@ import pandas as pd
 import pytest
 from targets import line, pair
 
+import models
 from toolkit import Dataset, Guide, Model, Status, Storage, study
 from toolkit.studies import package_versions
 
@@ -142,3 +145,39 @@ def test_misuse_is_told_before_any_work(arguments, text):
 
 def test_versions_name_what_the_numbers_depend_on():
     assert package_versions()["jax"] == jax.__version__
+
+
+def test_a_reference_is_drawn_longer_until_all_is_decided():
+    known = models.load("gaussian_target").model(dimensions=3, correlation=0.5)
+    settings = {"guides": ["full_rank", "mean_field"], "draws": 100}
+    once = study(known, **settings)
+    assert once.comparison.guides.loc["full_rank", "verdict"] == "cannot tell"
+    assert once.notes == ()
+    longer = study(known, **settings, until_decided=20_000)
+    assert longer.comparison.guides["verdict"].tolist() == ["right", "wrong"]
+    assert longer.notes[0].startswith("Drawn again with ")
+    assert longer.reference.draws["z"].shape[1] > 400
+    assert "until_decided=20000" in longer.command
+
+
+def test_the_limit_is_kept_and_what_stays_undecided_is_told():
+    known = models.load("gaussian_target").model(dimensions=3, correlation=0.5)
+    settings = {"guides": ["full_rank"], "draws": 50}
+    stopped = study(known, **settings, until_decided=120)
+    assert stopped.reference.draws["z"].shape[1] <= 120
+    assert stopped.notes[-1].startswith("Drawn until decided: ")
+    assert "full_rank" in stopped.notes[-1]
+
+
+@pytest.mark.parametrize(("options", "got"), [({"draws": 100, "until_decided": 50}, "50 with 100 draws")])
+def test_a_limit_below_the_draws_is_misuse(options, got):
+    known = models.load("gaussian_target").model(dimensions=2)
+    with pytest.raises(ValueError, match=f"Expected until_decided with NUTS or exact draws.*got {got}"):
+        study(known, **options)
+
+
+def test_a_reference_without_enough_draws_is_drawn_longer_too():
+    blind = dataclasses.replace(models.load("conjugate_regression").model(), exact=None, log_evidence=None)
+    done = study(blind, guides=["mean_field"], chains=2, warmup=200, draws=50, until_decided=4_000)
+    assert done.reference.status is Status.PASSED
+    assert done.comparison.guides.loc["mean_field", "verdict"] == "wrong"

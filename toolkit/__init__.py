@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from toolkit.reporting.reports import Report as Report
     from toolkit.reporting.reports import render as render
     from toolkit.sampling.references import Reference as Reference
+    from toolkit.sampling.references import as_reference as as_reference
     from toolkit.sampling.references import load_reference as load_reference
     from toolkit.sampling.references import reference as reference
     from toolkit.status import Status as Status
@@ -49,7 +50,7 @@ _HOMES = {
     "modelling.labels": ("Labels",),
     "modelling.model": ("Model", "Quantity"),
     "reporting.reports": ("Report", "render"),
-    "sampling.references": ("Reference", "load_reference", "reference"),
+    "sampling.references": ("Reference", "as_reference", "load_reference", "reference"),
     "status": ("Status",),
     "storage": ("Storage", "default_storage"),
     "studies": ("Study", "study"),

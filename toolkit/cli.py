@@ -88,11 +88,17 @@ def study(
     target_accept: Annotated[
         float, typer.Option(help="NUTS' target acceptance; higher is slower, and helps against divergences.")
     ] = 0.9,
+    until_decided: Annotated[
+        int, typer.Option(help="Draw longer until each guide is right or wrong, at most so many draws a chain.")
+    ] = 0,
     threshold: Annotated[
         list[str] | None,
         typer.Option(help="What counts as right, such as shift=0.05 or sd_ratio=0.95,1.05; may be repeated."),
     ] = None,
-    against: Annotated[Path | None, typer.Option(help="Reference draws in ArviZ form, instead of NUTS.")] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="Reference draws from a file or folder (ArviZ, NPZ, posteriordb), instead of NUTS."),
+    ] = None,
     tolerance: Annotated[float, typer.Option(help="The optimisation gap that is good enough, in nats.")] = 0.1,
     max_gradients: Annotated[
         int, typer.Option(help="The budget of each guide, in gradients of the log density.")
@@ -139,6 +145,7 @@ def study(
                 draws=draws,
                 chart=chart,
                 target_accept=target_accept,
+                until_decided=until_decided,
                 thresholds=thresholds,
                 against=load_reference(against, model) if against else None,
                 storage=storage,

@@ -24,11 +24,12 @@ class Status(Enum):
     IMPROPER = "location or scale grow without end: the posterior may be improper"
     FLAT = "the density is the same all along a line: the posterior is improper"
     DIVERGED = "the ELBO became NaN or infinite and did not recover"
+    WEIGHTS = "its importance weights rest on few draws and cannot repair it"
     FAILED = "an error stopped it"
 
     EXACT = "independent draws from the exact posterior, which is known for this model"
     PASSED = "NUTS passed every check"
-    LOADED = "draws loaded from a file passed every check that draws alone allow"
+    LOADED = "draws from elsewhere passed every check that draws alone allow"
     RHAT = "the chains disagree (R-hat above the limit)"
     FEW_DRAWS = "too few effective draws"
     DIVERGENCES = "NUTS met divergent transitions"

@@ -18,6 +18,8 @@ from typing import Any
 import jax
 
 from toolkit.comparison.comparisons import Comparison, compare
+from toolkit.comparison.corrections import corrections
+from toolkit.comparison.decided import draws_wanted
 from toolkit.comparison.focus import parse_focus
 from toolkit.comparison.verdicts import Thresholds
 from toolkit.compilation import keep_compiled_programs
@@ -34,6 +36,7 @@ from toolkit.variational.nesting import check_nesting, contains, smallest_first
 from toolkit.variational.starts import Starts, find_starts
 
 _ELBO_DRAWS = 4_096  # k-hat is had from these draws' weights, too
+_LEAST_GUIDE_DRAWS = 10_000
 _PACKAGES = ("elbowroom", "numpyro", "jax", "jaxlib", "arviz", "arviz-stats", "optax", "numpy", "scipy", "pandas")
 
 
@@ -93,6 +96,7 @@ def study(
     chart: str | None = None,
     target_accept: float = 0.9,
     against: Reference | None = None,
+    until_decided: int = 0,
     thresholds: Thresholds | None = None,
     storage: Storage | None = None,
     progress: Progress = silent,
@@ -118,6 +122,8 @@ def study(
         chart: The model's chart in which NUTS runs; the model's own choice if None.
         target_accept: The acceptance probability that NUTS adapts its step size to; higher is slower and safer.
         against: A reference from elsewhere (`load_reference`) instead of NUTS.
+        until_decided: Draw the reference again, longer, until each guide is right or wrong in what was asked for, with
+            at most so many draws in each chain; also where its checks failed for want of draws. 0 draws it once.
         thresholds: What counts as right; the documented defaults if None.
         storage: Where finished work is kept; nowhere if None. Compiled programs are kept in JAX's own cache either way.
         progress: Called between blocks of work.
@@ -139,6 +145,7 @@ def study(
         draws=draws,
         chart=chart,
         target_accept=target_accept,
+        until_decided=until_decided,
         thresholds=thresholds,
         against=_Words("the same reference") if against else None,
     )
@@ -147,6 +154,9 @@ def study(
     _check(model, chosen, chart, {"chains": (chains, 2), "warmup": (warmup, 1), "draws": (draws, 8)})
     if not 0 < target_accept < 1:
         raise ValueError(f"Expected target_accept between 0 and 1; got {target_accept}.")
+    if until_decided and (against or until_decided < draws):
+        got = "a reference from elsewhere" if against else f"{until_decided:,} with {draws:,} draws"
+        raise ValueError(f"Expected until_decided with NUTS or exact draws, and no less than draws; got {got}.")
     check_limits(tolerance, max_gradients)
     if solver not in SOLVERS:
         raise ValueError(f"Expected solver to be one of {', '.join(SOLVERS)}; got '{solver}'.")
@@ -182,12 +192,51 @@ def study(
     if drawn.stored:
         resumed.append("reference")
         stages["reference"] = drawn.cost.seconds
-    with _timed(stages, "compare"):
-        comparison = compare(
-            model, drawn, fits, key=named_key(key, "compare"), focus=focus, thresholds=thresholds, progress=progress
-        )
-    notes = tuple(storage.damaged[met_before:]) if storage else ()
-    return Study(model, fits, drawn, comparison, seed, stages, command, resumed=tuple(resumed), notes=notes)
+
+    def compared(with_reference: Reference) -> Comparison:
+        with _timed(stages, "compare"):
+            return compare(
+                model,
+                with_reference,
+                fits,
+                key=named_key(key, "compare"),
+                draws=_guide_draws(with_reference),
+                focus=focus,
+                thresholds=thresholds,
+                corrections=corrections(fits, key=named_key(key, "corrections")) if with_reference.status.ok else (),
+                progress=progress,
+            )
+
+    comparison, notes = compared(drawn), list(storage.damaged[met_before:]) if storage else []
+    while until_decided:
+        length = next(iter(drawn.draws.values())).shape[1] if drawn.usable else draws
+        wanted, why = _longer(drawn, comparison, length, until_decided)
+        if wanted is None:
+            notes += [f"Drawn until decided: {why}."] if why else []
+            break
+        notes.append(f"Drawn again with {wanted:,} draws a chain, since {length:,} did not decide.")
+        longer = nuts | {"draws": wanted, "warmup": warmup if drawn.status.ok else max(warmup, wanted // 2)}
+        with _timed(stages, "reference"):
+            drawn = reference(model, progress=progress, **longer)
+        comparison = compared(drawn)
+    return Study(model, fits, drawn, comparison, seed, stages, command, resumed=tuple(resumed), notes=tuple(notes))
+
+
+def _guide_draws(drawn: Reference) -> int:
+    """Draws of each guide: they are cheap, and enough of them let the reference's error dominate."""
+    size = next(iter(drawn.draws.values())).shape[:2] if drawn.usable else (0, 0)
+    return max(_LEAST_GUIDE_DRAWS, 5 * size[0] * size[1] // 2)
+
+
+def _longer(drawn: Reference, comparison: Comparison, length: int, most: int) -> tuple[int | None, str]:
+    """How many draws a chain the next reference needs; None where it is not wanted, with the reason if undecided."""
+    if comparison.reference_ok:
+        return draws_wanted(comparison.overall.chosen, comparison.table, length, most)
+    if drawn.status not in (Status.RHAT, Status.FEW_DRAWS):
+        return None, f"longer chains do not mend it: {drawn.status.value}"
+    if length >= most:
+        return None, f"the limit of {most:,} draws a chain was reached: {drawn.status.value}"
+    return min(most, 4 * length), ""
 
 
 @dataclass(frozen=True, eq=False)

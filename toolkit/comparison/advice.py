@@ -21,7 +21,6 @@ _EXPRESS = {
     "iaf": "a flow, which bends",
 }
 _RICHEST = "full_rank"
-_KHAT = 0.7  # Vehtari et al. 2024: above it, importance weights are not to be trusted
 
 
 def advise(
@@ -29,6 +28,7 @@ def advise(
     guides: pd.DataFrame,
     table: pd.DataFrame,
     whole: Overall,
+    corrections: pd.DataFrame,
     reference_problem: str,
     reference_seconds: float,
 ) -> tuple[str, ...]:
@@ -39,6 +39,7 @@ def advise(
         guides: The comparison's table of guides.
         table: The comparison's long table.
         whole: The study's verdict.
+        corrections: The comparison's table of corrections.
         reference_problem: Why the reference gives no verdict; empty if it does.
         reference_seconds: What NUTS cost; NaN if the reference is not NUTS's, or unknown.
     """
@@ -56,7 +57,7 @@ def advise(
         sentences.append(_draw_more(min(unknown, key=lambda row: row["seconds"]), table))
     elif whole.verdict is Verdict.WRONG:
         sentences.append("Report the reference's intervals: no guide that was judged is right in what was asked for.")
-        sentences.append(_try(model, guides))
+        sentences.append(_try(model, guides, corrections))
     sentences += [_means_only(str(name), table) for name in wrong.index if _means_right(str(name), table)]
     return (*sentences, *_fit_better(guides))
 
@@ -114,7 +115,7 @@ def _draw_more(guide: pd.Series, table: pd.DataFrame) -> str:
     )
 
 
-def _try(model: Model, guides: pd.DataFrame) -> str:
+def _try(model: Model, guides: pd.DataFrame, corrections: pd.DataFrame) -> str:
     """What may be right where nothing that was fitted is, the cheapest first."""
     names = {str(name) for name in guides.index}
     tried = {name.partition("@")[0] for name in names}
@@ -129,10 +130,11 @@ def _try(model: Model, guides: pd.DataFrame) -> str:
         for name in _LADDER[highest + 1 :]
         if name not in tried and name in _EXPRESS
     ][:2]
-    light = guides[(guides["khat"] <= _KHAT) & (guides["verdict"] == Verdict.WRONG.value)]
-    if len(light):
-        name = str(light["khat"].idxmin())
-        steps.append(f"importance weights from {name}, whose k-hat of {light['khat'].min():.2f} lets them repair it")
+    mended = [(str(name), row) for name, row in corrections.iterrows() if row["verdict"] and not row["wrong"]]
+    if mended:
+        name, row = max(mended, key=lambda pair: pair[1]["right"])
+        found = "all" if row["right"] == row["quantities"] else f"{row['right']} (and wrong in none)"
+        steps.append(f"{row['title']}, which is right in {found} of {row['quantities']} quantities ({name} below)")
     if not steps:
         return "Next, write the model in other coordinates (non-centred, rotated, log scale): no richer family is left."
     return f"Next, in this order: {'; '.join(steps)}. NUTS stays the answer until one of them is right."

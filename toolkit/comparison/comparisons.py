@@ -14,6 +14,7 @@ import xarray as xr
 
 from toolkit.comparison import trees
 from toolkit.comparison.advice import advise
+from toolkit.comparison.corrections import Reweighted
 from toolkit.comparison.focus import parse_focus
 from toolkit.comparison.focus_tables import focus_table
 from toolkit.comparison.gaps import Gaps, gaps
@@ -21,7 +22,15 @@ from toolkit.comparison.metrics import NAN, Metrics, Standard, khat, metrics, pr
 from toolkit.comparison.overall import Overall, overall
 from toolkit.comparison.pairs import worst_pairs
 from toolkit.comparison.sentences import guide_sentence
-from toolkit.comparison.sources import Approximation, guide_draws, key_for, labelling, thinned, to_scalars
+from toolkit.comparison.sources import (
+    Approximation,
+    guide_draws,
+    key_for,
+    labelling,
+    sites_to_draw,
+    thinned,
+    to_scalars,
+)
 from toolkit.comparison.summaries import QUANTITY_COLUMNS, agreement, correlation_frames, summarise
 from toolkit.comparison.tables import (
     PAIR_COLUMNS,
@@ -38,6 +47,7 @@ from toolkit.modelling.scalars import Scalars, scalars
 from toolkit.progress import Progress, silent
 from toolkit.sampling.references import Reference
 from toolkit.status import Status
+from toolkit.variational.fits import Fit
 
 # A correlation matrix with more rows cannot be read in a figure.
 _MATRIX_SCALARS = 60
@@ -72,6 +82,8 @@ class Comparison:
         advice: What to do next, a sentence each, the most important first.
         gaps: How the log evidence splits into what each fit reached, what its optimiser left and what its family cannot
             reach: see `gaps.Gaps`.
+        corrections: One row for each correction of a guide, like those of `guides` (their wall-clock seconds are the
+            guide's), and `of`, the guide that it corrects; empty if none were asked for.
         floors: What wasserstein_1 would be on average if nothing differed: quantities in rows, guides in columns.
         model: What was compared.
         thresholds: What counted as right.
@@ -89,6 +101,7 @@ class Comparison:
     overall: Overall
     advice: tuple[str, ...]
     gaps: Gaps
+    corrections: pd.DataFrame
     floors: pd.DataFrame
     model: Model
     thresholds: Thresholds
@@ -118,6 +131,7 @@ def compare(
     draws: int = 10_000,
     focus: Sequence[str] = (),
     thresholds: Thresholds | None = None,
+    corrections: Sequence[Reweighted | Fit] = (),
     progress: Progress = silent,
 ) -> Comparison:
     """Every fit compared with the reference, quantity by quantity.
@@ -132,6 +146,7 @@ def compare(
         draws: Draws from each guide; cheap, so that the reference's error dominates.
         focus: The few quantities, contrasts and events that matter, as text: see `focus`.
         thresholds: What counts as right; the defaults of `Thresholds` if None.
+        corrections: What may repair a guide, from `corrections.corrections`; judged like guides, in a table of its own.
         progress: Called before each guide.
 
     Raises:
@@ -151,6 +166,7 @@ def compare(
         progress("compare", i, len(fits), fit.guide.name)
         side, anchor = _side(model, fit, sites, standard, anchor)
         sides.append(side)
+    mended = [_mended(model, fit, standard, anchor, jax.random.fold_in(key, 2), draws) for fit in corrections]
     progress("compare", len(fits), len(fits), "")
     rows = {s.fit.guide.name: _rows(s, truth, thresholds, judged=not problem) for s in sides}
     table = join(list(rows.values()), TABLE_COLUMNS)
@@ -163,6 +179,7 @@ def compare(
     alone = quantities[~quantities["source"].isin(astray)] if problem else quantities.iloc[:0]
     judged = {s.fit.guide.name: not _why_not(s, problem) for s in sides}
     seconds = reference.cost.seconds if reference is not None and than == "NUTS" else float("nan")
+    repairs = _corrections_table(mended, truth, thresholds, than, problem)
     asked = focus_table(items, meant, than, thresholds, judged=judged)
     whole = overall(guides, asked, problem)
     return Comparison(
@@ -176,8 +193,9 @@ def compare(
         agreement=agreement(alone, thresholds),
         reference_ok=not problem,
         sample={name: thinned(source) for name, source in sources.items()},
-        advice=advise(model, guides, table, whole, problem, seconds) if len(guides) else (),
+        advice=advise(model, guides, table, whole, repairs, problem, seconds) if len(guides) else (),
         gaps=gaps(model, reference, fits, _largest(table), key=jax.random.fold_in(key, 1)),
+        corrections=repairs,
         floors=_floors(sides, truth),
         model=model,
         thresholds=thresholds,
@@ -235,6 +253,7 @@ def _side(
     sites: dict[str, np.ndarray] | str,
     truth: Sequence[Standard | None] | None,
     anchor: np.ndarray | None,
+    multiplicity: np.ndarray | None = None,
 ) -> tuple[_Side, np.ndarray | None]:
     """One fit's metrics, and the labelling for the fits after it."""
     if isinstance(sites, str):
@@ -242,9 +261,42 @@ def _side(
     if anchor is None and model.labels is not None:
         anchor = labelling(model, model.labels.relabel(sites))
     source = to_scalars(model, sites, anchor)
-    compared = metrics(truth, source.values[0]) if truth else None
+    compared = metrics(truth, source.values[0], multiplicity) if truth else None
     weights = NAN if fit.fresh_log_weights is None else khat(fit.fresh_log_weights)
     return _Side(fit, source, "" if fit.status.ok else _problem(fit), weights, compared), anchor
+
+
+def _mended(
+    model: Model,
+    fit: Reweighted | Fit,
+    truth: Sequence[Standard | None] | None,
+    anchor: np.ndarray | None,
+    key: jax.Array,
+    draws: int,
+) -> _Side:
+    """A correction's metrics; its draws may be worth less than as many independent ones."""
+    own = key_for(key, fit.guide.name)
+    try:
+        if not fit.usable:
+            return _Side(fit, None, _problem(fit))
+        if isinstance(fit, Fit):
+            return _side(model, fit, guide_draws(model, fit, own, draws), truth, anchor)[0]
+        with jax.enable_x64(True):
+            sites = {name: values[None] for name, values in fit.draw(own, draws, sites_to_draw(model)).items()}
+        return _side(model, fit, sites, truth, anchor, fit.chosen(own)[1])[0]
+    except (ValueError, TypeError, KeyError, ArithmeticError, RuntimeError) as error:
+        first = (str(error).strip() or type(error).__name__).split("\n")[0]
+        return _Side(fit, None, f"{Status.FAILED.value}: {first}")
+
+
+def _corrections_table(
+    mended: Sequence[_Side], truth: Scalars | None, thresholds: Thresholds, than: str, problem: str
+) -> pd.DataFrame:
+    rows = []
+    for side in mended:
+        own = _rows(side, truth, thresholds, judged=not problem)
+        rows.append({**_guide_row(side, own, than, problem), "of": side.fit.guide.name.rpartition("+")[0]})
+    return pd.DataFrame(rows).set_index("guide") if rows else pd.DataFrame(columns=["of"])
 
 
 def _problem(fit: Approximation) -> str:

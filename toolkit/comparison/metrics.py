@@ -29,7 +29,6 @@ from toolkit.comparison.wasserstein import Distance, wasserstein
 from toolkit.estimate import Estimate
 from toolkit.influence import (
     chain_errors,
-    independent_error,
     least_probability_error,
     level_step,
     ordered_quantiles,
@@ -85,12 +84,16 @@ class _Part(NamedTuple):
     least: float = 0.0
 
 
-def metrics(reference: np.ndarray | Sequence[Standard | None], guide: np.ndarray) -> Metrics:
+def metrics(
+    reference: np.ndarray | Sequence[Standard | None], guide: np.ndarray, multiplicity: np.ndarray | None = None
+) -> Metrics:
     """Every metric of every scalar.
 
     Args:
         reference: Draws of p, (chain, draw, scalar), or what `prepare` made of them.
-        guide: Independent draws of q, (draws, scalar).
+        guide: Draws of q, (draws, scalar), independent unless told otherwise.
+        multiplicity: By how much each draw of q counts in errors, (draws,), where they repeat or carry weights: with
+            weights w that add up to 1, and a draw repeated about w n times, that many.
 
     Raises:
         ValueError: The arrays have other axes, different numbers of scalars, or too few draws.
@@ -110,7 +113,7 @@ def metrics(reference: np.ndarray | Sequence[Standard | None], guide: np.ndarray
         judged[i] = p is not None
         if p is None or not np.isfinite(guide_draws).all():
             continue
-        q = guide_side(guide_draws)
+        q = guide_side(guide_draws, multiplicity)
         effective[i] = p.effective
         heavy[i] = max(p.kurtosis, q.kurtosis) > HEAVY_KURTOSIS
         row, floor[i] = _compared(p, q, heavy=heavy[i])
@@ -120,13 +123,13 @@ def metrics(reference: np.ndarray | Sequence[Standard | None], guide: np.ndarray
 
 
 def _compared(p: Standard, q: Side, *, heavy: bool) -> tuple[dict[str, Estimate], float]:
-    distance = wasserstein(p.ordered, q.ordered, p.effective)
+    distance = wasserstein(p.ordered, q.ordered, p.effective, q.independent)
     whole = {"sd_ratio": _sd_ratio(p, q)}
     parts = {
         "shift": _shift(p, q),
         "coverage_50": _coverage(p, q, 0.5),
         "coverage_90": _coverage(p, q, 0.9),
-        "wasserstein_1": _wasserstein(p, distance),
+        "wasserstein_1": _wasserstein(p, q, distance),
         "cdf_difference": _cdf_difference(p, q, distance),
     }
     if heavy and p.quantiles.spread > 0:
@@ -141,7 +144,7 @@ def _compared(p: Standard, q: Side, *, heavy: bool) -> tuple[dict[str, Estimate]
 
 def _shift(p: Standard, q: Side) -> _Part:
     value = (q.mean - p.mean) / p.sd
-    return _Part(value, -p.standard - value * p.log_sd_influence, independent_error(q.draws) / p.sd)
+    return _Part(value, -p.standard - value * p.log_sd_influence, q.error(q.draws) / p.sd)
 
 
 def _sd_ratio(p: Side, q: Side) -> Estimate:
@@ -159,7 +162,10 @@ def _coverage(p: Standard, q: Side, mass: float) -> _Part:
     of_low, of_high = (_density_ratio(p, q, level) for level in levels)
     u, v = levels
     variance = of_low**2 * u * (1 - u) + of_high**2 * v * (1 - v) - 2 * of_low * of_high * u * (1 - v)
-    guide_error = float(np.sqrt(variance / q.ordered.size))
+    guide_error = float(np.sqrt(variance / q.independent))
+    if q.multiplicity is not None:
+        moved = of_high * (v - (q.draws <= high)) - of_low * (u - (q.draws <= low))
+        guide_error = q.error(moved)
     return _Part(float(inside.mean()), inside, guide_error, least=least_probability_error(p.effective))
 
 
@@ -171,34 +177,33 @@ def _density_ratio(p: Side, q: Side, level: float) -> float:
     return float((below[1] - below[0]) / (2.0 * step))
 
 
-def _wasserstein(p: Standard, distance: Distance) -> _Part:
+def _wasserstein(p: Standard, q: Side, distance: Distance) -> _Part:
     value = distance.value / p.sd
     influence = np.empty(p.draws.size)
     influence[p.order] = distance.reference_influence / p.sd
     influence = influence.reshape(p.draws.shape) - value * p.log_sd_influence
-    guide_error = float(np.hypot(independent_error(distance.guide_influence), distance.bias) / p.sd)
+    guide_error = float(np.hypot(q.error(distance.guide_influence, ascending=True), distance.bias) / p.sd)
     return _Part(value, influence, guide_error)
 
 
 def _cdf_difference(p: Standard, q: Side, distance: Distance) -> _Part:
     """The largest difference; its error is that of the two probabilities there, as if the place were known."""
     below = (p.draws <= distance.largest_at).astype(float)
-    of_guide = float(np.searchsorted(q.ordered, distance.largest_at, side="right")) / q.ordered.size
-    guide_error = float(np.sqrt(of_guide * (1.0 - of_guide) / q.ordered.size))
-    return _Part(abs(distance.largest), below, guide_error, least=least_probability_error(p.effective))
+    of_guide = (q.draws <= distance.largest_at).astype(float)
+    return _Part(abs(distance.largest), below, q.error(of_guide), least=least_probability_error(p.effective))
 
 
 def _median_shift(p: Standard, q: Side) -> _Part:
     median = ordered_quantiles(q.ordered, [0.5])[0]
     value = (median - p.quantiles.median) / p.quantiles.spread
     influence = -p.quantiles.median_influence / p.quantiles.spread - value * p.quantiles.log_spread_influence
-    guide_error = independent_error(quantile_influence(q.draws, q.ordered, 0.5)) / p.quantiles.spread
+    guide_error = q.error(quantile_influence(q.draws, q.ordered, 0.5)) / p.quantiles.spread
     return _Part(value, influence, guide_error)
 
 
 def _spread_ratio(p: Standard, q: Side) -> Estimate:
     value = spread_of(q.ordered) / p.quantiles.spread
-    guide_error = independent_error(spread_influence(q)) / p.quantiles.spread
+    guide_error = q.error(spread_influence(q)) / p.quantiles.spread
     return Estimate(value, float(np.hypot(value * p.quantiles.log_spread_error, guide_error)))
 
 

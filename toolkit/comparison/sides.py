@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -34,6 +34,8 @@ class Side:
         sd: Their sd.
         kurtosis: Their excess kurtosis.
         log_sd_error: The error of log sd.
+        multiplicity: By how much each draw's own variance counts in an error, (draws,), where draws repeat or carry
+            weights; None if they are independent.
     """
 
     draws: np.ndarray
@@ -42,6 +44,19 @@ class Side:
     sd: float
     kurtosis: float
     log_sd_error: float
+    multiplicity: np.ndarray | None = field(default=None, kw_only=True)
+
+    def error(self, series: np.ndarray, *, ascending: bool = False) -> float:
+        """The standard error of the mean of a series over these draws, in their order or in ascending order."""
+        if self.multiplicity is None:
+            return independent_error(series)
+        multiplicity = self.multiplicity[np.argsort(self.draws)] if ascending else self.multiplicity
+        return float(np.sqrt((multiplicity * np.square(series - series.mean())).sum()) / series.size)
+
+    @property
+    def independent(self) -> float:
+        """How many independent draws these are, by Kish's number."""
+        return self.ordered.size / (1.0 if self.multiplicity is None else float(self.multiplicity.mean()))
 
 
 class _Quantiles(NamedTuple):
@@ -137,7 +152,7 @@ def _standard(draws: np.ndarray) -> Standard | None:
     )
 
 
-def guide_side(draws: np.ndarray) -> Side:
+def guide_side(draws: np.ndarray, multiplicity: np.ndarray | None = None) -> Side:
     """What the metrics need of a guide's finite draws (draws,) of one scalar."""
     moments, ordered = _moments(draws), np.sort(draws)
     if moments is None:
@@ -145,7 +160,8 @@ def guide_side(draws: np.ndarray) -> Side:
         return Side(draws, ordered, float(draws.mean()), sd=0.0, kurtosis=-3.0, log_sd_error=0.0)
     mean, sd = moments
     square = np.square((draws - mean) / sd)
-    return Side(draws, ordered, mean, sd, _kurtosis(square), 0.5 * independent_error(square))
+    side = Side(draws, ordered, mean, sd, _kurtosis(square), 0.0, multiplicity=multiplicity)
+    return replace(side, log_sd_error=0.5 * side.error(square))
 
 
 def _kurtosis(square: np.ndarray) -> float:

@@ -84,6 +84,14 @@ class Weighed(Protocol):
         """Log p(x, z) - log q(z) at values of the model's latent sites, (draws,), in nats."""
 
 
+@runtime_checkable
+class Reweighable(Approximation, Protocol):
+    """What an approximation has whose draws can be weighted."""
+
+    def log_weights(self, key: jax.Array, draws: int) -> np.ndarray:
+        """Log p(x, z) - log q(z) at the draws that `draw` gives for the same key, (draws,), in nats."""
+
+
 def key_for(key: jax.Array, name: str) -> jax.Array:
     """A key that belongs to a name alone, so that adding a guide changes no other guide's numbers."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))

@@ -38,7 +38,9 @@ class Distance(NamedTuple):
     largest_at: float
 
 
-def wasserstein(reference: np.ndarray, guide: np.ndarray, effective: float) -> Distance:
+def wasserstein(
+    reference: np.ndarray, guide: np.ndarray, effective: float, effective_guide: float | None = None
+) -> Distance:
     """The distance between reference draws and independent guide draws, both (draws,) in ascending order.
 
     The influence of a reference draw x is the integral of sign(F_p - F_q)(t) (1{x <= t} - F_p(t)) dt, that of a guide
@@ -49,6 +51,7 @@ def wasserstein(reference: np.ndarray, guide: np.ndarray, effective: float) -> D
         reference: Draws of p, all chains together.
         guide: Draws of q.
         effective: Effective draws of the reference, for the bias and the floor.
+        effective_guide: Those of the guide; all if None.
     """
     both = np.concatenate([reference, guide])
     # The stable sort finds the two ascending runs and merges them, which is cheaper than to sort or to search.
@@ -60,7 +63,7 @@ def wasserstein(reference: np.ndarray, guide: np.ndarray, effective: float) -> D
     signed_widths = np.sign(difference) * widths
     climbed = np.zeros(draws.size)
     np.cumsum(signed_widths, out=climbed[1:])
-    variance = cdf_p * (1.0 - cdf_p) / effective + cdf_q * (1.0 - cdf_q) / guide.size
+    variance = cdf_p * (1.0 - cdf_p) / effective + cdf_q * (1.0 - cdf_q) / (effective_guide or guide.size)
     noise = np.sqrt(variance) * widths
     furthest = int(np.argmax(np.abs(np.where(widths > 0.0, difference, 0.0))))  # between equal draws nothing ends
     # Integer indices, because numpy reads an array several times faster by them than by a mask.

@@ -34,6 +34,7 @@ _TABLES = {
     "pairs": "the pairs whose correlation is most wrong",
     "focus": "your quantities",
     "agreement": "smallest and largest mean and sd over the guides",
+    "corrections": "one row for each correction of a guide, judged like a guide",
     "gaps": "how the log evidence splits for each guide, KL in both directions, what the ELBO is made of",
     "diagnostics": "R-hat and ESS of every quantity of the reference",
     "fits": "status, ELBO, gap to the family's best, optima, solver and cost of each fit",
@@ -142,6 +143,7 @@ def _sections(
         sections.which_quantities(study, frame, looks, limits, against),
         sections.how_wrong(frame, compared, limits, against),
         sections.which_relations(study.comparison, looks, against),
+        *(section for section in (sections.what_repairs(study.comparison),) if section),
         sections.did_it_arrive(study.fits, study.comparison.table, looks, limits),
         sections.reference_trusted(study),
         what_is_the_model(study.model),
@@ -170,6 +172,7 @@ def _tables(study: Any) -> dict[str, pd.DataFrame]:
         "focus": comparison.focus,
         "agreement": comparison.agreement,
         "gaps": comparison.gaps.table,
+        "corrections": comparison.corrections.rename_axis("correction"),
         "diagnostics": study.reference.diagnostics.rename_axis("quantity"),
         "fits": _fits_frame(study.fits),
     }
@@ -243,6 +246,7 @@ def _summary(study: Any) -> dict[str, Any]:
         "thresholds": asdict(comparison.thresholds),
         "log_evidence": _evidence(comparison.gaps.evidence),
         "guides": _records(guides.merge(nearness, on="guide").merge(gaps, on="guide")),
+        "corrections": _records(comparison.corrections.rename_axis("correction").reset_index()),
         "focus": _records(comparison.focus),
         "advice": list(comparison.advice),
     }

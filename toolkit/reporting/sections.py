@@ -22,6 +22,7 @@ from toolkit.reporting.figures.traces import elbo_traces
 from toolkit.reporting.palette import Look
 from toolkit.reporting.tables import (
     agreement_table,
+    corrections_table,
     fits_table,
     focus_sentences,
     pairs_table,
@@ -89,6 +90,19 @@ def which_relations(comparison: Any, looks: Mapping[str, Look], against: str) ->
         if any(name in comparison.correlations for name in looks):
             blocks.append(correlation_matrices(comparison.correlations, looks, against))
     return Section("relations", "Which relations are lost?", tuple(blocks))
+
+
+def what_repairs(comparison: Any) -> Section | None:
+    """The corrections, each judged like a guide; None where there are none."""
+    table = corrections_table(comparison.corrections)
+    if table is None:
+        return None
+    text = (
+        "Weights by importance (Pareto-smoothed) bring a guide's draws nearer to the posterior where k-hat is at most "
+        "0.7; resampling gives a thousand draws without weights. Linear response gives a mean field the correlations "
+        "by which its means answer a tilt of the posterior. Each is judged like a guide."
+    )
+    return Section("repairs", "What would repair it?", (text, table))
 
 
 def did_it_arrive(fits: Any, table: pd.DataFrame, looks: Mapping[str, Look], limits: Thresholds) -> Section:

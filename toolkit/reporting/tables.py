@@ -89,6 +89,9 @@ _GUIDE_COLUMNS = (
 )
 
 
+_WORST_TITLES = ("worst shift (sd)", "worst sd ratio", "worst coverage")
+
+
 def guides_table(
     guides: pd.DataFrame, fits: Sequence[Any], looks: Mapping[str, Look], against: str, trusted: bool
 ) -> Table:
@@ -147,6 +150,25 @@ def _worst_note(row: pd.Series, metric: str) -> str:
         sign = -1.0 if row[metric] < 0.0 else 1.0
         low, high = sorted((sign * least, sign * most))
     return f"{minus(f'{low + 0.0:.2f}')} to {minus(f'{high + 0.0:.2f}')}, {name}"
+
+
+def corrections_table(corrections: pd.DataFrame) -> Table | None:
+    """The corrections: verdict in words, and their worst errors; None without any."""
+    if corrections.empty:
+        return None
+    columns = (
+        Column("correction", "The guide, and what was done to it.", numeric=False),
+        Column("in words", "Its verdict, by the same rules as a guide's.", numeric=False),
+        *(column for column in _GUIDE_COLUMNS if column.title in _WORST_TITLES),
+    )
+    rows = []
+    for name, row in corrections.iterrows():
+        worst = [
+            number(row[metric], row[f"{metric}_se"], note=_worst_note(row, metric))
+            for metric in ("worst_shift", "worst_sd_ratio", "worst_coverage_90")
+        ]
+        rows.append((Cell(str(name), note=str(row["title"]).partition(", ")[2]), Cell(str(row["sentence"])), *worst))
+    return Table("Corrections, each judged like a guide", columns, tuple(rows))
 
 
 def focus_table(focus: pd.DataFrame, looks: Mapping[str, Look], against: str, trusted: bool) -> Table | None:

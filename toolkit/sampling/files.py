@@ -1,7 +1,13 @@
-"""Draws read from a file in ArviZ's form."""
+"""Draws from elsewhere, matched to a model by site name: from files of several forms, or from memory."""
 
 from __future__ import annotations
 
+import gzip
+import json
+import math
+import re
+import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +15,7 @@ from typing import Any
 import numpy as np
 import xarray
 
+from toolkit.modelling.dataset import read_npz
 from toolkit.modelling.model import Model
 from toolkit.sampling.posterior import completed, kept_sites
 
@@ -33,13 +40,108 @@ class FileDraws:
 
 
 def read_draws(path: Path, model: Model) -> FileDraws:
-    """The kept sites' draws from a netCDF file; deterministic sites that it lacks are computed from the latents.
+    """The kept sites' draws from a file or folder; deterministic sites that they lack are computed from the latents.
+
+    Args:
+        path: A netCDF file in ArviZ's form; an NPZ file; a JSON file of posteriordb (`.json`, `.json.zip` or
+            `.json.gz`: a list of chains, each with lists of draws by name); or a folder with one of these.
+        model: Whose sites the draws are of.
 
     Raises:
-        ValueError: There is no such file, it is not in ArviZ's form, or its draws do not fit the model.
+        ValueError: There is no such file, it is in none of these forms, or its draws do not fit the model.
     """
-    if not path.is_file():
+    found = _file_in(path) if path.is_dir() else path
+    if not found.is_file():
         raise ValueError(f"Expected a file of draws at '{path}'; found none: check the path.")
+    if found.suffix == ".npz":
+        return fitted_to_model(_from_npz(found), found.name, model)
+    if ".json" in found.suffixes[-2:]:
+        return fitted_to_model(_from_json(found), found.name, model)
+    return _from_netcdf(found, model)
+
+
+def fitted_to_model(draws: Mapping[str, np.ndarray], source: str, model: Model) -> FileDraws:
+    """Draws by name, `(chain, draw, ...)` or element by element (`theta[1]`, `theta[2]`, ..., from 1), for a model.
+
+    Raises:
+        ValueError: They lack a latent site, have another shape than the model's, or are not finite numbers.
+    """
+    whole = _stacked(draws, source)
+    variables = {name: _with_dims(name, np.asarray(values), source) for name, values in whole.items()}
+    return FileDraws(_sites(xarray.Dataset(variables), Path(source), model), None, None, None)
+
+
+def _with_dims(name: str, values: np.ndarray, source: str) -> xarray.Variable:
+    if values.ndim < 2:
+        raise ValueError(f"Expected draws of '{name}' in '{source}' as (chain, draw, ...); got shape {values.shape}.")
+    return xarray.Variable(("chain", "draw", *[f"{name}_dim_{i}" for i in range(values.ndim - 2)]), values)
+
+
+def _file_in(folder: Path) -> Path:
+    """The one file of draws in a folder."""
+    kinds = ("*.nc", "draws*.npz", "*.json.zip", "draws*.json", "draws*.json.gz")
+    found = sorted({file for kind in kinds for file in folder.glob(kind)})
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found) or "none"
+        raise ValueError(f"Expected one file of draws in folder '{folder}'; found {names}: give the file itself.")
+    return found[0]
+
+
+def _from_npz(path: Path) -> dict[str, np.ndarray]:
+    """Arrays by name; or `draws` (chain, draw, parameter) with `parameters`, their names."""
+    try:
+        arrays = read_npz(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"Expected a readable NPZ file of draws; '{path.name}' is not: {error}") from error
+    if set(arrays) == {"draws", "parameters"} and arrays["draws"].ndim == 3:
+        return {str(name): arrays["draws"][:, :, i] for i, name in enumerate(arrays["parameters"])}
+    return arrays
+
+
+def _from_json(path: Path) -> dict[str, np.ndarray]:
+    """Chains as a list, each an object of lists of draws by name, as posteriordb keeps them."""
+    try:
+        if path.suffix == ".zip":
+            with zipfile.ZipFile(path) as archive:
+                text = archive.read(archive.namelist()[0])
+        else:
+            text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        chains = json.loads(text)
+        return {name: np.array([chain[name] for chain in chains], dtype=float) for name in chains[0]}
+    except (OSError, ValueError, TypeError, KeyError, IndexError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"Expected chains of draws by name in '{path.name}', as posteriordb writes them ([{{name: [...]}}, ...]); "
+            f"it cannot be read as such: {type(error).__name__} {error}"
+        ) from error
+
+
+def _stacked(draws: Mapping[str, np.ndarray], source: str) -> dict[str, np.ndarray]:
+    """Draws whose names have indices from 1, as in Stan, put together site by site."""
+    whole: dict[str, np.ndarray] = {}
+    parts: dict[str, dict[tuple[int, ...], np.ndarray]] = {}
+    for name, values in draws.items():
+        indexed = re.fullmatch(r"(.+)\[(\d+(?:,\d+)*)\]", name.replace(" ", ""))
+        if indexed:
+            place = tuple(int(i) - 1 for i in indexed[2].split(","))
+            parts.setdefault(indexed[1], {})[place] = np.asarray(values)
+        else:
+            whole[name] = np.asarray(values)
+    for site, elements in parts.items():
+        shape = tuple(1 + max(place) for place in zip(*elements, strict=True))
+        if len(elements) != math.prod(shape) or min(min(place) for place in elements) < 0:
+            raise ValueError(
+                f"Expected every element of '{site}' in '{source}', counted from 1; got {len(elements)} of "
+                f"{math.prod(shape)}."
+            )
+        first = next(iter(elements.values()))
+        whole[site] = np.empty((*first.shape, *shape))
+        for place, values in elements.items():
+            at: tuple[Any, ...] = (..., *place)
+            whole[site][at] = values
+    return whole
+
+
+def _from_netcdf(path: Path, model: Model) -> FileDraws:
     try:
         with xarray.open_datatree(path, engine=_ENGINE) as tree:
             groups = {name: node.to_dataset().load() for name, node in tree.children.items()}

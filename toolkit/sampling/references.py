@@ -24,7 +24,8 @@ from toolkit.modelling.scalars import scalars
 from toolkit.progress import Progress, silent
 from toolkit.sampling.chains import Archive, Results, run_chains
 from toolkit.sampling.diagnostics import Evidence, diagnose, energy_fraction, judge
-from toolkit.sampling.files import read_draws
+from toolkit.sampling.files import FileDraws, fitted_to_model, read_draws
+from toolkit.sampling.modes import tell_disagreement
 from toolkit.sampling.nuts import (
     MAX_TREE_DEPTH,
     START_RADIUS,
@@ -204,15 +205,39 @@ def _charted(model: Model, chart: str | None) -> Model:
 
 
 def load_reference(path: str | Path, model: Model) -> Reference:
-    """Draws from a netCDF file in ArviZ's form, matched to the model by site name and judged like NUTS's own.
+    """Draws from a file or folder, matched to the model by site name and judged like NUTS's own.
 
-    The file needs a `posterior` group with the dims chain and draw. Deterministic sites that it lacks are computed
-    if it holds every latent. Divergences and energy are judged where a `sample_stats` group has them.
+    Deterministic sites that they lack are computed if they hold every latent. Divergences and energy are judged where
+    a netCDF file's `sample_stats` group has them.
+
+    Args:
+        path: A netCDF file in ArviZ's form, with a `posterior` group and the dims chain and draw; an NPZ file with an
+            array `(chain, draw, ...)` for each site, or with `draws` (chain, draw, parameter) and `parameters`; a JSON
+            file of posteriordb's reference draws (`.json`, `.json.zip`, `.json.gz`), whose elements are named
+            `theta[1]` as in Stan; or a folder with one of these.
+        model: Whose posterior the draws are of.
 
     Raises:
-        ValueError: There is no such file, it is not in that form, or its draws do not fit the model.
+        ValueError: There is no such file, it is in none of these forms, or its draws do not fit the model.
     """
-    loaded = read_draws(Path(path), model)
+    return _from_elsewhere(read_draws(Path(path), model), model, Path(path).name)
+
+
+def as_reference(draws: Mapping[str, Any], model: Model, *, origin: str = "draws from elsewhere") -> Reference:
+    """Draws at hand as a reference, judged like NUTS's own.
+
+    Args:
+        draws: Site name to `(chain, draw, ...)`; every latent at least.
+        model: Whose posterior they are of.
+        origin: Where they are from, in a few words.
+
+    Raises:
+        ValueError: They lack a latent site, have another shape than the model's, or are not finite numbers.
+    """
+    return _from_elsewhere(fitted_to_model(draws, origin, model), model, origin, read=False)
+
+
+def _from_elsewhere(loaded: FileDraws, model: Model, name: str, *, read: bool = True) -> Reference:
     sample = next(iter(loaded.sites.values())).shape[:2]
     blank = Reference(
         model,
@@ -222,11 +247,11 @@ def load_reference(path: str | Path, model: Model) -> Reference:
         tree_depth_hits=None,
         log_density=loaded.log_density,
         energy=loaded.energy,
-        origin=f"draws from {Path(path).name}",
+        origin=f"draws from {name}" if read else name,
         chart=model.chart,
         methods=(
-            f"{sample[0]} chains x {sample[1]:,} draws were read from {Path(path).name} and matched to the model by "
-            f"site name{', then relabelled' if model.labels else ''}. {_JUDGED}"
+            f"{sample[0]} chains x {sample[1]:,} draws {f'were read from {name}' if read else f'({name}) were given'} "
+            f"and matched to the model by site name{', then relabelled' if model.labels else ''}. {_JUDGED}"
         ),
     )
     judged = _judged(blank, loaded.sites)
@@ -311,6 +336,8 @@ def _judged(held: Reference, sites: Mapping[str, np.ndarray]) -> Reference:
         log_density=held.log_density,
     )
     status, reasons = judge(evidence)
+    if status is Status.RHAT:
+        reasons = (*reasons, *tell_disagreement(model, draws, parts[0]))
     if reasons and model.flat_priors:
         reasons = (*reasons, _may_be_improper(model.flat_priors))
     return replace(held, draws=draws, status=status, reasons=reasons, diagnostics=evidence.table, ebfmi=ebfmi)
