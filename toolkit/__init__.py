@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from toolkit.comparison.comparisons import Comparison as Comparison
     from toolkit.comparison.comparisons import compare as compare
+    from toolkit.comparison.diagnosis import Diagnosis as Diagnosis
+    from toolkit.comparison.diagnosis import diagnose as diagnose
     from toolkit.comparison.verdicts import Thresholds as Thresholds
     from toolkit.comparison.verdicts import Verdict as Verdict
     from toolkit.cost import Cost as Cost
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "comparison.comparisons": ("Comparison", "compare"),
+    "comparison.diagnosis": ("Diagnosis", "diagnose"),
     "comparison.verdicts": ("Thresholds", "Verdict"),
     "cost": ("Cost",),
     "estimate": ("Estimate",),

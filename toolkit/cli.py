@@ -180,6 +180,61 @@ def check(target: Target, data: Data = None, option: Options = None) -> None:
             raise typer.Exit(_FAILED)
 
 
+@app.command("check-fit")
+def check_fit(
+    target: Target,
+    data: Data = None,
+    option: Options = None,
+    guides: Annotated[str, typer.Option(help="Guides, separated by commas.")] = "mean_field,low_rank,full_rank",
+    seed: Annotated[int, typer.Option(help="Makes every random number.")] = 0,
+    threshold: Annotated[
+        list[str] | None, typer.Option(help="What counts as right, such as shift=0.05; may be repeated.")
+    ] = None,
+    simulations: Annotated[
+        int, typer.Option(help="Data sets that are simulated and refitted for VSBC; 0 leaves it out.")
+    ] = 0,
+    out: Annotated[Path | None, typer.Option(help="A CSV file for every number; none if not given.")] = None,
+) -> None:
+    """Fit guides and say what one may of each without NUTS: a predicted verdict with the evidence behind it.
+
+    Exit codes: 0, whatever is said of the guides; 1, no guide could be fitted; 2, a mistake in the call.
+    """
+    with _sentences():
+        import jax
+        import pandas as pd
+
+        from toolkit.comparison.diagnosis import diagnose
+        from toolkit.comparison.verdicts import Thresholds
+        from toolkit.targets import parse_options, resolve
+        from toolkit.variational.fitting import fit
+
+        model, thresholds = resolve(target, data, parse_options(option or [])), Thresholds.parse(threshold or [])
+        names = [name.strip() for name in guides.split(",") if name.strip()]
+        folder = _writable(out.parent) if out else None
+        key, tables, usable = jax.random.PRNGKey(seed), [], False
+        with _progress() as shown:
+            for name in names:
+                fitted = fit(model, name, key=jax.random.fold_in(key, 0), progress=shown)
+                usable = usable or fitted.usable
+                found = diagnose(
+                    fitted,
+                    key=jax.random.fold_in(key, 1),
+                    thresholds=thresholds,
+                    simulations=simulations,
+                    progress=shown,
+                )
+                tables.append(found.table)
+                typer.echo(f"{name:<14} {found.sentence}")
+                for evidence in found.evidence:
+                    typer.echo(f"{'':<14} {evidence}")
+        if out and folder:
+            folder.mkdir(parents=True, exist_ok=True)
+            pd.concat(tables).to_csv(out, index=False, lineterminator="\n")
+            typer.echo(out)
+        if not usable:
+            raise typer.Exit(_FAILED)
+
+
 @app.command("open")
 def open_report(
     folder: Annotated[Path | None, typer.Argument(help="A report's folder; the last one written if not given.")] = None,

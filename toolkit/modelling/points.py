@@ -71,8 +71,7 @@ def points(
         moved, miss = _moved(model, latents, arrays, params, chart)
         return (*_looked_at(model, moved, arrays, params, chart), miss)
 
-    own = {name: np.asarray(value, float) for name, value in (params or {}).items() if name in model.parameters(chart)}
-    found = _mapped(model, ("points", chart), one, given, own)
+    found = _mapped(model, ("points", chart), one, given, _own_params(model, chart, params))
     latents, vectors, log_density, log_likelihood, log_jacobian, miss = found
     for name, missed in miss.items():
         if not (missed <= _ROUNDING).all():
@@ -91,15 +90,37 @@ def log_density_at(model: Model, vectors: np.ndarray, chart: str | None = None) 
     return np.asarray(_mapped(model, ("log density", chart), one, np.asarray(vectors, float), {}))
 
 
-def site_at(model: Model, vectors: np.ndarray, site: str, chart: str | None = None) -> np.ndarray:
-    """A site's value in constrained space at vectors of a chart's unconstrained space, `(draws, ...)`."""
+def sites_at(
+    model: Model,
+    vectors: np.ndarray,
+    sites: tuple[str, ...],
+    chart: str | None = None,
+    params: Mapping[str, Any] | None = None,
+) -> dict[str, np.ndarray]:
+    """Sites in constrained space at vectors of a chart's unconstrained space, `(draws, ...)` each.
+
+    Args:
+        model: The model.
+        vectors: Points, `(draws, coordinate)`.
+        sites: Latent or deterministic ones.
+        chart: Which chart; the model's own if None.
+        params: Values of the parameters that the callable itself has in that chart.
+    """
     space = latent_space(model, chart)
     chart = model.chart if chart is None else chart
+    own = _own_params(model, chart, params)
 
-    def one(vector: Any, arrays: Any, _params: Any) -> Any:
-        return model.constrain(space.unravel(vector), arrays, chart=chart)[site]
+    def one(vector: Any, arrays: Any, params: Any) -> Any:
+        values = model.constrain(space.unravel(vector), arrays, params, chart=chart)
+        return {site: values[site] for site in sites}
 
-    return np.asarray(_mapped(model, ("site", site, chart), one, np.asarray(vectors, float), {}))
+    found = _mapped(model, ("sites", sites, chart), one, np.asarray(vectors, float), own)
+    return {site: np.asarray(values) for site, values in found.items()}
+
+
+def _own_params(model: Model, chart: str, params: Mapping[str, Any] | None) -> dict[str, np.ndarray]:
+    """Of all parameters of a fit, those that the callable itself has in a chart."""
+    return {name: np.asarray(value, float) for name, value in (params or {}).items() if name in model.parameters(chart)}
 
 
 def _plain(model: Model, draws: Mapping[str, Any]) -> dict[str, np.ndarray]:

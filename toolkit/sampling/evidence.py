@@ -13,7 +13,7 @@ import scipy.linalg
 from toolkit.estimate import Estimate
 from toolkit.influence import chain_error
 from toolkit.modelling.model import Model
-from toolkit.modelling.points import log_density_at, points, site_at
+from toolkit.modelling.points import log_density_at, points, sites_at
 from toolkit.sampling.bridge import Bridge, bridge
 from toolkit.sampling.references import Reference
 
@@ -226,7 +226,7 @@ def _in_labelling(model: Model, reference: Reference, vectors: np.ndarray) -> np
         return np.ones(len(vectors), bool)
     by = model.labels.by
     anchor = np.asarray(reference.draws[by]).mean(axis=(0, 1))
-    orders = model.labels.orders(site_at(model, vectors, by, reference.chart), anchor)
+    orders = model.labels.orders(sites_at(model, vectors, (by,), reference.chart)[by], anchor)
     return (orders == np.arange(model.labels.count)).all(axis=1)
 
 
