@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 import pandas as pd
 import pytest
 import scipy.stats
@@ -133,6 +135,44 @@ def test_the_bridge_and_the_exact_evidence_give_the_same_split() -> None:
         first, second = bridged.table.iloc[0], exact.table.iloc[0]
         assert within(first[name], math.hypot(first[f"{name}_se"], second[f"{name}_se"]), second[name])
     assert bridged.table.iloc[0]["kl_pq_se"] < 0.2
+
+
+def test_the_family_s_interval_holds_its_gap_also_where_the_evidence_is_bridged() -> None:
+    model = TARGETS.model(dimensions=10, correlation=0.5)
+    fitted = fit(model, "mean_field", key=KEY)
+    precision = np.linalg.inv(model.arrays["scale_tril"] @ model.arrays["scale_tril"].T)
+    exact = 0.5 * (np.log(np.diag(precision)).sum() - np.linalg.slogdet(precision)[1])
+    blind, held = replace(model, exact=None, log_evidence=None), 0
+    for seed in range(20):
+        drawn = reference(model, key=jax.random.PRNGKey(seed), draws=500)
+        own = split(blind, replace(drawn, model=blind, status=Status.PASSED), replace(fitted, model=blind)).table.iloc[
+            0
+        ]
+        held += own["family_low"] <= exact <= own["family_high"]
+    assert held >= 16  # 19 of 20 on average, and 16 in all but one of 400 runs
+
+
+def test_a_model_with_parameters_of_its_own_is_told_and_does_not_stop_anything() -> None:
+    from toolkit import compare
+
+    def own(y: Any = None) -> None:
+        scale = numpyro.param("scale", 1.0, constraint=dist.constraints.positive)
+        m = numpyro.sample("m", dist.Normal(0.0, scale))
+        numpyro.sample("y", dist.Normal(m, 1.0), obs=y)
+
+    model = Model(own, Dataset("two", {"y": np.array([1.5, 2.5])}))
+    fitted = fit(model, "mean_field", key=KEY, solver="svi")
+    drawn = reference(model, key=KEY, chains=2, warmup=200, draws=500)
+    found = compare(model, drawn, [fitted], key=KEY)
+    assert not found.reference_ok
+    assert "the model has parameters of its own (scale)" in found.guides.loc["mean_field", "sentence"]
+
+
+def test_labels_are_counted_without_a_reference_too() -> None:
+    model = two_means(two_clusters(8.0))
+    own = split(model, None, fit(model, "full_rank", key=KEY)).table.iloc[0]
+    assert own["labels"] == pytest.approx(math.log(2))
+    assert own["family_low"] < 0.01
 
 
 # -- bounds and decompositions ----------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ LAYERS: tuple[set[str], ...] = (
     {"comparison"},
     {"reporting"},
     {"studies", "targets"},
+    {"leaderboards"},
     {"cli"},
 )
 PLOTTING = {"matplotlib", "arviz_plots", "seaborn", "plotly", "bokeh"}

@@ -9,7 +9,8 @@ import pytest
 from targets import line, pair
 
 import models
-from toolkit import Dataset, Guide, Model, Status, Storage, study
+from toolkit import Dataset, Guide, Model, Status, Storage, Verdict, study
+from toolkit.comparison.decided import draws_wanted
 from toolkit.studies import package_versions
 
 QUICK = {"chains": 2, "warmup": 400, "draws": 3_000}
@@ -165,8 +166,44 @@ def test_the_limit_is_kept_and_what_stays_undecided_is_told():
     settings = {"guides": ["full_rank"], "draws": 50}
     stopped = study(known, **settings, until_decided=120)
     assert stopped.reference.draws["z"].shape[1] <= 120
-    assert stopped.notes[-1].startswith("Drawn until decided: ")
-    assert "full_rank" in stopped.notes[-1]
+    (why,) = (note for note in stopped.notes if note.startswith("Drawn until decided: "))
+    assert "full_rank" in why
+    assert stopped.notes[-1].startswith("Each of the 2 looks")
+
+
+_UNKNOWN = {"g": Verdict.CANNOT_TELL}
+
+
+def _undecided(columns, *rows):
+    return pd.DataFrame(rows, columns=columns)
+
+
+@pytest.mark.parametrize(
+    ("focus", "table", "wanted", "text"),
+    [
+        ([], [3.0], 3_901, ""),  # 1.3 times three, rounded up
+        ([2.5], [1e6, float("inf")], 3_250, ""),  # what was not asked for does not count
+        ([float("inf")], [2.0], None, "so near a threshold"),
+        ([], [float("nan")], None, "or is no finite number"),
+        ([], [1.1], 2_000, ""),
+    ],
+)
+def test_only_what_was_asked_for_is_drawn_for(focus, table, wanted, text):
+    asked = _undecided(["source", "verdict", "more_draws"], *[("g", "cannot tell", times) for times in focus])
+    rows = _undecided(["guide", "verdict", "more_draws"], *[("g", "cannot tell", times) for times in table])
+    found = draws_wanted(_UNKNOWN, rows, asked, 1_000, 50_000)
+    assert found[0] == wanted
+    assert text in found[1]
+
+
+def test_chains_in_different_modes_are_not_drawn_longer():
+    blind = dataclasses.replace(
+        models.load("gaussian_target").model(target="two_modes", dimensions=2, separation=20.0), exact=None
+    )
+    done = study(blind, guides=["mean_field"], chains=6, warmup=200, draws=300, until_decided=20_000)
+    assert done.reference.modes
+    assert done.reference.draws["z"].shape[1] == 300
+    assert "longer chains do not mend chains that are stuck or sit in different modes" in done.notes[-1]
 
 
 @pytest.mark.parametrize(("options", "got"), [({"draws": 100, "until_decided": 50}, "50 with 100 draws")])

@@ -226,11 +226,15 @@ def test_between_what_the_worst_lies_is_reckoned_over_all_at_once() -> None:
         ("shift", 0.12, 0.02, (1.959964 * 0.02 / 0.02) ** 2),
         ("shift", 0.1, 0.02, math.inf),
         ("sd_ratio", 0.0, 0.1, math.inf),
-        ("coverage_90", NAN, 0.1, math.inf),
+        ("probability", 0.02, 0.01, (1.959964 * 0.01 / 0.01) ** 2),
     ],
 )
 def test_how_many_more_draws_would_decide(metric: str, value: float, se: float, times: float) -> None:
     assert more_draws(Estimate(value, se), metric, Thresholds()) == pytest.approx(times)
+
+
+def test_no_number_of_draws_decides_what_is_no_number() -> None:
+    assert math.isnan(more_draws(Estimate(NAN, 0.1), "coverage_90", Thresholds()))
 
 
 def test_with_so_many_more_draws_a_number_is_decided() -> None:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from toolkit.comparison.verdicts import Verdict as Verdict
     from toolkit.cost import Cost as Cost
     from toolkit.estimate import Estimate as Estimate
+    from toolkit.leaderboards import Entry as Entry
+    from toolkit.leaderboards import leaderboard as leaderboard
     from toolkit.modelling.check import check as check
     from toolkit.modelling.dataset import Dataset as Dataset
     from toolkit.modelling.dataset import read_dataset as read_dataset
@@ -48,6 +50,7 @@ _HOMES = {
     "comparison.verdicts": ("Thresholds", "Verdict"),
     "cost": ("Cost",),
     "estimate": ("Estimate",),
+    "leaderboards": ("Entry", "leaderboard"),
     "modelling.check": ("check",),
     "modelling.dataset": ("Dataset", "read_dataset"),
     "modelling.labels": ("Labels",),

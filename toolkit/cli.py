@@ -235,6 +235,66 @@ def check_fit(
             raise typer.Exit(_FAILED)
 
 
+@app.command()
+def leaderboard(
+    targets: Annotated[
+        list[str], typer.Argument(help="Models, as in study; a curated one may have options: lda:topics=4.")
+    ],
+    guides: Annotated[str, typer.Option(help="Guides, separated by commas.")] = "mean_field,low_rank,full_rank",
+    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "0",
+    out: Annotated[Path, typer.Option(help="The folder for the table, the page and the cells.")] = Path("leaderboard"),
+    chains: Annotated[int, typer.Option(help="NUTS chains.")] = 4,
+    warmup: Annotated[int, typer.Option(help="Warm-up transitions of each chain.")] = 1_000,
+    draws: Annotated[int, typer.Option(help="Draws kept of each chain.")] = 1_000,
+) -> None:
+    """Study many models with many guides and seeds; one table (Parquet) and one page.
+
+    What is done is kept in the folder: the same command after Ctrl-C goes on with what is missing, and tries again what
+    failed. A cell that failed is rows with its reason.
+
+    Exit codes: 0, the table was written, whatever is in it; 2, a mistake in the call; 130, stopped by Ctrl-C.
+    """
+    with _sentences(keeps=True):
+        import models
+        from toolkit.leaderboards import PAGE, TABLE, Entry
+        from toolkit.leaderboards import leaderboard as run
+        from toolkit.storage import default_storage
+        from toolkit.targets import parse_options, resolve
+
+        def entry(target: str) -> Entry:
+            name, colon, given = target.partition(":") if ".py" not in target else (target, "", "")
+            options = parse_options(given.split(",")) if colon else {}
+            if ".py" not in target:
+                models.load(name)  # a misspelt name is a mistake in the call, and not a cell that failed
+            return Entry(target, lambda: resolve(name, None, options))
+
+        try:
+            numbers = [int(seed) for seed in seeds.split(",")]
+        except ValueError as error:
+            raise ValueError(f"Expected seeds as whole numbers, such as 0,1,2; got '{seeds}'.") from error
+        with _heard() as heard, _progress() as shown:
+
+            def progress(stage: str, done: int, total: int, text: str) -> None:
+                if heard:
+                    raise KeyboardInterrupt
+                shown(stage, done, total, text)
+
+            table = run(
+                [entry(target) for target in targets],
+                _writable(out),
+                guides=[name.strip() for name in guides.split(",") if name.strip()],
+                seeds=numbers,
+                settings={"chains": chains, "warmup": warmup, "draws": draws},
+                storage=default_storage(),
+                progress=progress,
+            )
+        for (model, seed), own in table.groupby(["model", "seed"], sort=False):
+            found = ", ".join(f"{row['guide']} {row['verdict'] or 'not judged'}" for _, row in own.iterrows())
+            typer.echo(f"{model}, seed {seed}: {found}")
+        typer.echo(out / TABLE)
+        typer.echo(out / PAGE)
+
+
 @app.command("open")
 def open_report(
     folder: Annotated[Path | None, typer.Argument(help="A report's folder; the last one written if not given.")] = None,

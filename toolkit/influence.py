@@ -54,6 +54,20 @@ def independent_error(series: np.ndarray) -> float:
     return float(series.std(ddof=1) / np.sqrt(series.size)) if series.size > 1 else float("nan")
 
 
+def tail_index(series: np.ndarray) -> float:
+    """The Pareto index of the upper tail of a series (chain, draw), by ArviZ; minus infinity where it has none.
+
+    The mean is infinite where it is above 1, and above 0.7 no number of draws at hand tells it (Vehtari, Simpson,
+    Gelman, Yao & Gabry 2024, Pareto smoothed importance sampling, section 3.2).
+    """
+    if not np.ptp(series) > 0:
+        return -np.inf
+    try:
+        return float(array_stats.pareto_khat(series, chain_axis=0, draw_axis=1, tail="right"))
+    except ValueError:  # too few draws to have a tail, or all of it the same
+        return -np.inf
+
+
 def probability_error(events: np.ndarray, effective: float) -> float:
     """The standard error of an event's probability from autocorrelated draws (chain, draw).
 

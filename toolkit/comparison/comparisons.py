@@ -82,8 +82,8 @@ class Comparison:
         advice: What to do next, a sentence each, the most important first.
         gaps: How the log evidence splits into what each fit reached, what its optimiser left and what its family cannot
             reach: see `gaps.Gaps`.
-        corrections: One row for each correction of a guide, like those of `guides` (their wall-clock seconds are the
-            guide's), and `of`, the guide that it corrects; empty if none were asked for.
+        corrections: One row for each correction of a guide, like those of `guides` (their wall-clock seconds count
+            the guide's), and `of`, the guide that it corrects; empty if none were asked for.
         floors: What wasserstein_1 would be on average if nothing differed: quantities in rows, guides in columns.
         model: What was compared.
         thresholds: What counted as right.
@@ -158,7 +158,7 @@ def compare(
     drawn = dict(reference.draws) if reference is not None and reference.usable else {}
     anchor = labelling(model, drawn) if drawn else None
     truth = scalars(model, drawn) if drawn else None
-    problem = _reference_problem(reference)
+    problem = _two_posteriors(model) or _reference_problem(reference)
     than = "the reference" if reference is None or reference.status in (Status.EXACT, Status.LOADED) else "NUTS"
     standard = prepare(truth.values) if truth else None
     sides: list[_Side] = []
@@ -220,6 +220,17 @@ def _reference_problem(reference: Reference | None) -> str:
     if not reference.status.ok:
         return f"the reference failed its checks: {reference.status.value}"
     return ""
+
+
+def _two_posteriors(model: Model) -> str:
+    """Why guides and reference have not the same posterior; empty if they have."""
+    names = model.parameters("plain")
+    if not names:
+        return ""
+    return (
+        f"the model has parameters of its own ({', '.join(names)}), which each guide learns and NUTS holds where they "
+        "begin, so that they have different posteriors: give them priors"
+    )
 
 
 def _drawn(

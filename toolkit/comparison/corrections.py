@@ -5,7 +5,7 @@ Each correction is an approximation of its own, judged like a guide, and named a
 | name | is | judged if |
 |---|---|---|
 | `<guide>+psis` | the guide's draws with Pareto-smoothed importance weights | k-hat is at most 0.7 |
-| `<guide>+sir` | 1,000 of the guide's draws, resampled by these weights without putting back | k-hat is at most 0.7 |
+| `<guide>+sir` | 1,000 of the guide's draws, resampled by these weights | k-hat is at most 0.7 |
 | `<guide>+lr` | a Gaussian with the mean field's means and linear-response covariances | the Hessian is positive |
 """
 
@@ -26,13 +26,13 @@ from toolkit.cost import Cost
 from toolkit.estimate import Estimate
 from toolkit.status import Status
 from toolkit.variational.fits import Fit
-from toolkit.variational.linear_response import linear_response
+from toolkit.variational.linear_response import linear_response, responds
 
 KHAT_LIMIT = 0.7
 """Vehtari, Simpson, Gelman, Yao & Gabry 2024, Pareto smoothed importance sampling, section 3.2."""
 
 RESAMPLED = 1_000
-"""As many as Pathfinder gives (Zhang, Carpenter, Gelman & Vehtari 2022); of ten times as many, so that few repeat."""
+"""As many as Pathfinder gives (Zhang, Carpenter, Gelman & Vehtari 2022), of ten times as many, so that few repeat."""
 
 _DRAWS = 10_000
 
@@ -60,8 +60,13 @@ class _Weighed:
     @cached_property
     def smoothed(self) -> tuple[np.ndarray, float]:
         """The smoothed weights, adding up to 1, and k-hat."""
-        log_weights = np.asarray(self.fit.log_weights(self.key, _DRAWS), dtype=float)
+        try:
+            log_weights = np.asarray(self.fit.log_weights(self.key, _DRAWS), dtype=float)
+        except (ValueError, TypeError, ArithmeticError, RuntimeError):
+            log_weights = np.full(_DRAWS, -np.inf)  # a user's own approximation whose weights fail has none
         finite = np.isfinite(log_weights)
+        if not finite.any():
+            return np.full(_DRAWS, 1.0 / _DRAWS), math.inf
         if np.ptp(log_weights[finite]) < EQUAL_WEIGHTS:
             return finite / finite.sum(), -math.inf  # q is p: there is no tail to smooth
         # ArviZ takes log ratios with the sign of a log likelihood in leave-one-out: minus the log weights.
@@ -80,7 +85,7 @@ class Reweighted:
 
     Attributes:
         weighed: The guide's draws and weights.
-        resampled: Whether a thousand are resampled without putting back; else all are reweighted.
+        resampled: Whether a thousand are resampled; else all are reweighted.
     """
 
     weighed: _Weighed
@@ -114,7 +119,7 @@ class Reweighted:
         """Why the weights cannot be trusted; empty if they can."""
         if self.khat <= KHAT_LIMIT:
             return ""
-        return f"k-hat {self.khat:.2f}, limit {KHAT_LIMIT}"
+        return f"k-hat {self.khat:.2f}, limit {KHAT_LIMIT}" if math.isfinite(self.khat) else "none of them is finite"
 
     @property
     def cost(self) -> Cost:
@@ -130,16 +135,13 @@ class Reweighted:
         """Which of the guide's draws are taken, and the multiplicity of each for errors: see `metrics.metrics`."""
         weights, _ = self.weighed.smoothed
         rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
-        if self.resampled:
-            # Gumbel's trick: the largest of log weight plus noise are a sample without putting back.
-            noisy = np.log(np.maximum(weights, np.finfo(float).tiny)) + rng.gumbel(size=weights.size)
-            taken = np.argsort(-noisy)[:RESAMPLED]
-            # The draw's own variance, and that of the weighted draws among which it was chosen.
-            return taken, 1.0 + weights[taken] * taken.size
         # Each weight becomes so many equal draws: systematic resampling adds next to no noise of its own.
-        places = (np.arange(weights.size) + rng.random()) / weights.size
+        count = RESAMPLED if self.resampled else weights.size
+        places = (np.arange(count) + rng.random()) / count
         taken = np.minimum(np.searchsorted(np.cumsum(weights), places), weights.size - 1)
-        return taken, np.bincount(taken, minlength=weights.size)[taken].astype(float)
+        repeated = np.bincount(taken, minlength=weights.size)[taken].astype(float)
+        # What was resampled has its own variance and that of the weighted draws among which it was chosen.
+        return taken, repeated + weights[taken] * count if self.resampled else repeated
 
     def draw(self, key: jax.Array, draws: int, sites: tuple[str, ...] | None = None) -> dict[str, np.ndarray]:
         """Draws of the sites asked for; how many of them there are, is this correction's own affair."""
@@ -162,9 +164,6 @@ def corrections(fits: Sequence[Approximation], *, key: jax.Array) -> tuple[Rewei
         if isinstance(fit, Reweighable):
             weighed = _Weighed(fit, own)
             made += [Reweighted(weighed, resampled=resampled) for resampled in (False, True)]
-        if isinstance(fit, Fit):
-            try:
-                made.append(linear_response(fit, key=own))
-            except ValueError:
-                continue  # only a factorised Gaussian of not too many dimensions has one
+        if isinstance(fit, Fit) and responds(fit):
+            made.append(linear_response(fit, key=own))
     return tuple(made)

@@ -27,7 +27,14 @@ from toolkit.modelling.points import sites_at
 from toolkit.progress import Progress, silent
 from toolkit.variational.certificates import Scope
 from toolkit.variational.fits import Fit
-from toolkit.variational.short_chains import CHAINS, TRANSITIONS, short_chains
+from toolkit.variational.short_chains import (
+    CHAINS,
+    LEAST_TRANSITIONS,
+    MOST_UNEVEN,
+    TRANSITIONS,
+    ShortChains,
+    short_chains,
+)
 
 _FORGOTTEN = 0.1  # correlation of where a chain began and where it ended, up to which it has forgotten the beginning
 _DRAWS = 10_000
@@ -36,10 +43,10 @@ _LEVEL = 0.05
 
 
 class Record(NamedTuple):
-    """How often a predicted verdict was what a reference of somebody else's said, over quantities.
+    """How often a predicted verdict on a fit was what a reference of somebody else's said.
 
     Attributes:
-        predicted: How many quantities got this verdict, and the reference decided.
+        predicted: How many fits got this verdict, and the reference decided.
         agreed: How many of them the reference gave the same.
     """
 
@@ -47,7 +54,8 @@ class Record(NamedTuple):
     agreed: int
 
 
-RECORD: Mapping[str, Record] = {}
+RECORD: Mapping[str, Record] = {"right": Record(12, 12), "wrong": Record(32, 32)}
+"""Of 69 fits (23 posteriors, three guides): what `python benchmarks/predictions.py --summary` tells of its table."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,9 +68,12 @@ class Diagnosis:
             beyond a threshold, else cannot tell; None where nothing can be said.
         sentence: The same in words.
         table: One row for each quantity and metric, as in `Comparison.table`, of the fit against where its chains
-            ended: value, se, verdict and `least`, the size of the error that is certain at 95 % over all rows at once.
-        forgotten: For each quantity, the correlation of where the chains began and where they ended; above 0.1 only
-            `least` may be believed.
+            ended: value, se, verdict and `least`, the near end of an interval for the size of that difference that
+            holds for all rows at once with 95 %; NaN where the chains are uneven.
+        forgotten: For each quantity, the correlation of where the chains began and where they ended; above 0.1 nothing
+            is predicted to be right.
+        uneven: The share of chains that hardly accept a step which fits the others; above 0.02 (the neck of a funnel,
+            an edge) single numbers may have moved the wrong way, and nothing is predicted.
         khat: Of the importance weights.
         optima: How many distinct optima the starts led to.
         evidence: A sentence for each kind of evidence.
@@ -74,6 +85,7 @@ class Diagnosis:
     sentence: str
     table: pd.DataFrame
     forgotten: pd.Series
+    uneven: float
     khat: Estimate
     optima: int
     evidence: tuple[str, ...]
@@ -106,17 +118,20 @@ def diagnose(
 
     Reference: Yao, Vehtari, Simpson & Gelman (2018), Yes, but did it work?: evaluating variational inference, ICML.
     """
-    if chains < 8 * _STRANDS or transitions < 1:
-        raise ValueError(
-            f"Expected at least {8 * _STRANDS} chains of at least 1 transition; got {chains}, {transitions}."
-        )
+    if chains < 8 * _STRANDS or transitions < LEAST_TRANSITIONS:
+        least = f"{8 * _STRANDS} chains of at least {LEAST_TRANSITIONS} transitions"
+        raise ValueError(f"Expected at least {least}; got {chains} and {transitions}.")
     thresholds = thresholds or Thresholds()
     model = fit.model
     calibration = vsbc(fit, simulations, key=jax.random.fold_in(key, 2)) if simulations else _no_calibration()
     nothing = Diagnosis(
-        fit, None, "", pd.DataFrame(columns=[*TABLE_COLUMNS, "least"]), pd.Series(dtype=float), NAN,
+        fit, None, "", pd.DataFrame(columns=[*TABLE_COLUMNS, "least"]), pd.Series(dtype=float), math.nan, NAN,
         len(fit.optima), (), calibration,
     )  # fmt: skip
+    if fit.usable and not fit.has_density:
+        return _replaced(
+            nothing, sentence="nothing can be said: it is a point, which has no spread to be right or wrong"
+        )
     if not (fit.usable and fit.status.has_optimum):
         message = f" ({fit.message})" if fit.message else ""
         return _replaced(nothing, sentence=f"nothing can be said: {fit.status.value}{message}")
@@ -137,16 +152,27 @@ def diagnose(
     whole = to_scalars(model, drawn, anchor)
     found = metrics(prepare(end.values), whole.values[0])
     rows = metric_rows(fit.guide.name, end.names, found, thresholds, judged=True)
-    rows["least"] = _certain(rows)
+    rows["least"] = _certain(rows) if moved.uneven <= MOST_UNEVEN else math.nan
     forgotten = _correlations(start.values, end.values, end.names)
-    per_quantity = _predicted(rows, forgotten)
+    per_quantity = _predicted(rows, forgotten, moved.uneven)
     verdict = combine(list(per_quantity.values())) if per_quantity else None
     if verdict is Verdict.RIGHT and not fit.status.ok:
         verdict = Verdict.CANNOT_TELL
     sentence = guide_sentence(rows, per_quantity, "where short chains went")
-    evidence = _evidence(fit, tail, moved.acceptance, forgotten, chains, transitions, calibration)
+    if moved.uneven > MOST_UNEVEN:
+        sentence = "cannot tell: short chains do not mix here, as in the neck of a funnel; another chart may help"
+    evidence = _evidence(fit, tail, moved, forgotten, chains, transitions, calibration)
     return Diagnosis(
-        fit, verdict, f"{sentence}{_record(verdict)}", rows, forgotten, tail, len(fit.optima), evidence, calibration
+        fit,
+        verdict,
+        f"{sentence}{_record(verdict)}",
+        rows,
+        forgotten,
+        moved.uneven,
+        tail,
+        len(fit.optima),
+        evidence,
+        calibration,
     )
 
 
@@ -186,14 +212,17 @@ def _correlations(start: np.ndarray, end: np.ndarray, names: tuple[str, ...]) ->
 
 def predicted_verdicts(diagnosis: Diagnosis) -> dict[str, Verdict]:
     """Each quantity's predicted verdict; empty where nothing can be said."""
-    return _predicted(diagnosis.table, diagnosis.forgotten) if len(diagnosis.table) else {}
+    return _predicted(diagnosis.table, diagnosis.forgotten, diagnosis.uneven) if len(diagnosis.table) else {}
 
 
-def _predicted(rows: pd.DataFrame, forgotten: pd.Series) -> dict[str, Verdict]:
-    """Each quantity's verdict; what its chains have not forgotten is right only by default, and so cannot be told."""
+def _predicted(rows: pd.DataFrame, forgotten: pd.Series, uneven: float) -> dict[str, Verdict]:
+    """Each quantity's verdict; none is right whose chains have not forgotten, none is told where they do not mix."""
+    found = quantity_verdicts(rows)
+    if uneven > MOST_UNEVEN:
+        return dict.fromkeys(found, Verdict.CANNOT_TELL)
     return {
         name: Verdict.CANNOT_TELL if verdict is Verdict.RIGHT and not forgotten[name] <= _FORGOTTEN else verdict
-        for name, verdict in quantity_verdicts(rows).items()
+        for name, verdict in found.items()
     }
 
 
@@ -201,14 +230,16 @@ def _record(verdict: Verdict | None) -> str:
     known = RECORD.get(verdict.value) if verdict else None
     if known is None:
         return ""
-    share = 100 * known.agreed / known.predicted
-    return f" (of 100 quantities that were predicted {verdict.value if verdict else ''} so, {share:.0f} were)"
+    return (
+        f" (predicted without a reference: of {known.predicted} fits to known posteriors that were predicted "
+        f"{verdict.value if verdict else ''} and that their references decide, {known.agreed} were)"
+    )
 
 
 def _evidence(
     fit: Fit,
     tail: Estimate,
-    acceptance: float,
+    moved: ShortChains,
     forgotten: pd.Series,
     chains: int,
     transitions: int,
@@ -226,9 +257,9 @@ def _evidence(
     worst = float(forgotten.max())
     where = "have forgotten where they began" if worst <= _FORGOTTEN else "have not all forgotten where they began"
     told.append(
-        f"short chains: {chains:,} of {transitions} transitions (acceptance {acceptance:.2f}) {where}: the largest "
-        f"correlation is {worst:.2f} ({forgotten.idxmax()}, limit {_FORGOTTEN}); a mode to which none of them went is "
-        "not seen"
+        f"short chains: {chains:,} of {transitions} transitions {where}: the largest correlation is {worst:.2f} "
+        f"({forgotten.idxmax()}, limit {_FORGOTTEN}); {moved.uneven:.1%} of them accept less than half of their moves "
+        f"(limit {MOST_UNEVEN:.0%}); a mode to which none of them went is not seen"
     )
     if len(calibration):
         fallen = calibration[calibration["fallen"]]

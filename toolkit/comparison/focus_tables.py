@@ -11,7 +11,7 @@ from toolkit.comparison.focus import Focus
 from toolkit.comparison.metrics import metrics
 from toolkit.comparison.sentences import LOCATIONS, WIDTHS, directions, probability
 from toolkit.comparison.tables import metric_rows, quantity_verdicts
-from toolkit.comparison.verdicts import Thresholds, Verdict, judge
+from toolkit.comparison.verdicts import Thresholds, Verdict, judge, more_draws
 from toolkit.estimate import Estimate
 from toolkit.influence import (
     RULE_OF_THREE,
@@ -24,7 +24,7 @@ from toolkit.modelling.scalars import Scalars
 
 FOCUS_COLUMNS = (
     "item", "event", "source", "mean", "mean_se", "low", "high", "probability", "probability_se",
-    "difference", "difference_se", "verdict", "sentence",
+    "difference", "difference_se", "verdict", "more_draws", "sentence",
 )  # fmt: skip
 
 
@@ -40,7 +40,8 @@ def focus_table(
 
     Columns: item, event, source; mean, mean_se, low and high (the central 90 % interval) of a quantity;
     probability and probability_se of an event; difference and difference_se, the event's probability under the guide
-    minus that under the reference; verdict, on the guide; sentence, what one may say from the guide alone.
+    minus that under the reference; verdict, on the guide; more_draws, how many times as many draws an undecided item
+    needs; sentence, what one may say from the guide alone.
 
     Args:
         items: What was asked for.
@@ -65,10 +66,14 @@ def focus_table(
                 verdict, sentence = _event_sentence(drawn["reference"], values, than, thresholds)
             elif name != "reference" and judged[name]:
                 verdict, sentence = _interval_sentence(item, drawn["reference"], values, than, thresholds)
-            said = (verdict.value if verdict else "", sentence)
+            needed = np.nan
+            if verdict is Verdict.CANNOT_TELL:
+                rest = (drawn["reference"], values, thresholds)
+                needed = more_draws(difference, "probability", thresholds) if item.event else _needed(*rest)
+            said = (verdict.value if verdict else "", needed, sentence)
             rows.append((item.text, item.event, name, *summary, *difference, *said))
         absent = [name for name in judged if name not in drawn]
-        rows += [(item.text, item.event, name, *[np.nan] * 8, "", "") for name in absent]
+        rows += [(item.text, item.event, name, *[np.nan] * 8, "", np.nan, "") for name in absent]
     return pd.DataFrame(rows, columns=list(FOCUS_COLUMNS))
 
 
@@ -131,6 +136,12 @@ def _interval_sentence(
     if verdict is Verdict.WRONG:
         return verdict, f"{' and '.join(directions(rows))}: {beside}"
     return verdict, f"cannot tell, more draws are needed: {beside}"
+
+
+def _needed(reference: np.ndarray, guide: np.ndarray, thresholds: Thresholds) -> float:
+    """How many times as many draws would decide every number of one quantity."""
+    compared = metrics(reference[:, :, None], guide.reshape(-1, 1))
+    return float(metric_rows("", ["item"], compared, thresholds, judged=True)["more_draws"].max())
 
 
 def _number(metric: str, value: float, se: float, than: str) -> str:

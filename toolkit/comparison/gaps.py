@@ -16,13 +16,13 @@ from typing import Any
 import jax
 import numpy as np
 import pandas as pd
-from arviz_stats.base import array_stats
 
 from toolkit.comparison.metrics import NAN
 from toolkit.comparison.sources import Approximation, Weighed, key_for
 from toolkit.comparison.verdicts import Z
 from toolkit.estimate import Estimate
-from toolkit.influence import chain_error
+from toolkit.influence import chain_error, tail_index
+from toolkit.modelling.labels import Labels
 from toolkit.modelling.model import Model
 from toolkit.modelling.points import points
 from toolkit.sampling.evidence import LogEvidence, Proposal, latents, log_evidence
@@ -49,11 +49,11 @@ class Gaps:
 
     Attributes:
         evidence: Log p(x) of one labelling, or why there is none.
-        table: One row for each fit, in nats: elbo; kl_qp, KL(q || p), with kl_qp_low and kl_qp_high, which hold it in
-            expectation where the evidence is not known; optimisation (the certificate's mean), optimisation_limit (its
-            upper 95 % limit) and optimisation_scope; family_low and family_high, between which the family's gap lies,
-            errors of Monte Carlo aside; labels, what lies in equal labellings that the guide leaves out; kl_pq,
-            KL(p || q), with the tail index behind it and kl_pq_problem, why it is no number; tv_bound, what no
+        table: One row for each fit, in nats: elbo; kl_qp, KL(q || p), with kl_qp_low and kl_qp_high, its 95 % limits,
+            also where the evidence is known between limits alone; optimisation (the certificate's mean),
+            optimisation_limit (its upper 95 % limit) and optimisation_scope; family_low and family_high, between which
+            the family's gap lies by these limits; labels, what lies in equal labellings that the guide leaves out;
+            kl_pq, KL(p || q), with the tail index behind it and kl_pq_problem, why it is no number; tv_bound, what no
             probability may differ by more than, at 95 %; cdf_difference, the largest difference that was seen, and of
             which quantity; the decompositions expected_log_likelihood - kl_to_prior and energy + entropy (in the plain
             chart's unconstrained space); problem, why something is missing. NaN or empty where unknown.
@@ -141,16 +141,18 @@ def _side(
             drawn = fit.draw(key, _DRAWS, tuple(dict.fromkeys(sites)))
         if not isinstance(fit, Weighed) or fit.fresh_log_weights is None:
             return _Side(fit, drawn, None, None, 0.0, "its density is not known")
-        if not model.labels or not seen:
+        if not model.labels:
             at_reference = fit.log_weights_at(seen).reshape(shape) if seen else None
             return _Side(fit, drawn, np.asarray(fit.fresh_log_weights, float), at_reference, 0.0, "")
         by = model.labels.by
-        orders = model.labels.orders(np.asarray(drawn[by]), np.asarray(seen[by]).mean(axis=0))
+        orders = model.labels.orders(np.asarray(drawn[by]), _anchor(model.labels, seen or drawn, relabel=not seen))
         kinds, counts = np.unique(orders, axis=0, return_counts=True)
         own = kinds[counts.argmax()]
         shares = counts / counts.sum()
         # What the guide spreads over labellings is no longer left out.
         labels = model.labels.log_copies + float((shares * np.log(shares)).sum())
+        if not seen:
+            return _Side(fit, drawn, np.asarray(fit.fresh_log_weights, float), None, labels, "")
         at_own = np.where((orders == own).all(axis=1), fit.log_weights_at(drawn), -np.inf)
         moved = model.labels.permuted(dict(seen), np.argsort(own).tolist())
         return _Side(fit, drawn, at_own, fit.log_weights_at(moved).reshape(shape), labels, "")
@@ -158,6 +160,12 @@ def _side(
         # A guide that cannot be looked at is a row with its reason; the others' work is not lost.
         first = (str(error).strip() or type(error).__name__).split("\n")[0]
         return _Side(fit, {}, None, None, 0.0, first)
+
+
+def _anchor(labels: Labels, draws: Mapping[str, np.ndarray], *, relabel: bool) -> np.ndarray:
+    """A labelling to count by: the mean of the draws, after they were brought to one labelling where they have none."""
+    values = {labels.by: np.asarray(draws[labels.by])[None]}
+    return (labels.relabel(values) if relabel else values)[labels.by].mean(axis=(0, 1))
 
 
 def _row(model: Model, side: _Side, evidence: LogEvidence, largest: tuple[Estimate, str] | None) -> dict[str, Any]:
@@ -175,9 +183,11 @@ def _row(model: Model, side: _Side, evidence: LogEvidence, largest: tuple[Estima
     row |= {"elbo": elbo.value, "elbo_se": elbo.se, "labels": side.labels}
     below = _kl_qp(evidence, elbo)
     row |= {"kl_qp": below.value, "kl_qp_se": below.se}
-    for name, end in (("low", evidence.low), ("high", evidence.high)):
+    for name, end, sign in (("low", evidence.low, -1.0), ("high", evidence.high, 1.0)):
         known = evidence.estimate or end
-        row[f"kl_qp_{name}"] = known.value + evidence.log_copies - elbo.value if known else math.nan
+        if known:
+            reach = sign * Z * math.hypot(known.se, elbo.se)
+            row[f"kl_qp_{name}"] = known.value + evidence.log_copies - elbo.value + reach
     if isinstance(fit, Weighed) and fit.certificate is not None:
         gap = fit.certificate
         row |= {"optimisation": gap.gap.value, "optimisation_limit": gap.limit, "optimisation_scope": gap.scope.value}
@@ -193,7 +203,10 @@ def _row(model: Model, side: _Side, evidence: LogEvidence, largest: tuple[Estima
 
 
 def _kl_qp(evidence: LogEvidence, elbo: Estimate) -> Estimate:
-    """KL(q || p) to the posterior with all its labellings; NaN where the evidence is not known."""
+    """KL(q || p) to the posterior with all its labellings; NaN where the evidence is not known.
+
+    Both errors are added in squares, though the guide's draws may be in both: its error is then a little too large.
+    """
     if evidence.estimate is None:
         return NAN
     value = evidence.estimate.value + evidence.log_copies - elbo.value
@@ -204,7 +217,7 @@ def _kl_pq(at_reference: np.ndarray | None, evidence: LogEvidence) -> tuple[Esti
     """KL(p || q) to one labelling, the tail index of what it is the mean of, and why it is no number."""
     if at_reference is None:
         return NAN, math.nan, ""
-    khat = float(array_stats.pareto_khat(at_reference, chain_axis=0, draw_axis=1, tail="right"))
+    khat = tail_index(at_reference)
     if not np.isfinite(at_reference).all():
         return NAN, khat, "infinite: the guide gives no density where the posterior has some"
     if khat > DIVERGENT:
@@ -229,7 +242,7 @@ def total_variation_bound(*divergences: Estimate) -> float:
     Reference: Pinsker's sqrt(KL / 2), and sqrt(1 - exp(-KL)) after Bretagnolle & Huber (1979), Estimation des densites:
         risque minimax, as Canonne (2022), A short note on an inequality between KL and TV, has both.
     """
-    limits = [max(d.value + Z * d.se, 0.0) for d in divergences if math.isfinite(d.value) and math.isfinite(d.se)]
+    limits = [max(d.value, 0.0) + Z * d.se for d in divergences if math.isfinite(d.value) and math.isfinite(d.se)]
     if not limits:
         return math.nan
     least = min(limits)
@@ -239,8 +252,8 @@ def total_variation_bound(*divergences: Estimate) -> float:
 def _decomposed(model: Model, side: _Side, elbo: Estimate) -> dict[str, float]:
     """Both decompositions of the ELBO; their second terms are had from draws, the first so that they add up to it."""
     try:
-        seen = points(model, side.drawn, "plain")
-    except ValueError:
+        seen = points(model, side.drawn, "plain", getattr(side.fit, "params", None))
+    except (ValueError, TypeError):
         return {}
     energy = Estimate.of_mean(seen.log_density)
     found = {"energy": energy.value, "energy_se": energy.se, "entropy": elbo.value - energy.value}

@@ -91,6 +91,7 @@ class Thresholds:
             "sd_ratio": width,
             "spread_ratio": width,
             "coverage_90": self.coverage_90,
+            "probability": (-self.probability, self.probability),
         }.get(metric)
 
 
@@ -161,6 +162,8 @@ def judge_rows(values: Sequence[Estimate], metrics: Sequence[str], thresholds: T
 def more_draws(value: Estimate, metric: str, thresholds: Thresholds, count: int = 1) -> float:
     """How many times as many draws would decide an undecided number, if it stayed where it is; infinite on an edge.
 
+    NaN for a number that is none, which no number of draws decides.
+
     Args:
         value: The number.
         metric: What it is.
@@ -169,12 +172,12 @@ def more_draws(value: Estimate, metric: str, thresholds: Thresholds, count: int 
     """
     low, high = thresholds.limits(metric) or (math.nan, math.nan)
     centre, se = value
+    if not (math.isfinite(centre) and math.isfinite(se)):
+        return math.nan
     if is_ratio(metric):
         if not centre > 0:
             return math.inf
         centre, se, low, high = math.log(centre), se / centre, math.log(low), math.log(high)
-    if not (math.isfinite(centre) and math.isfinite(se)):
-        return math.inf
     inside = min(centre - low, high - centre)
     z = Z if inside >= 0 else float(norm.isf(0.5 * (1.0 - CONFIDENCE) / max(count, 1)))
     return (z * se / abs(inside)) ** 2 if inside else math.inf

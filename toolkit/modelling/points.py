@@ -245,6 +245,8 @@ def _mapped(model: Model, name: Any, one: Any, given: Any, params: Mapping[str, 
     batch = max(1, min(_BATCH, _BATCH_SCALARS // max(scalars, 1)))
     rows = len(jax.tree.leaves(given)[0])
 
+    name = (*name, *sorted(params))  # a program is of the parameters that it was compiled with
+
     def many(given: Any, arrays: Any, params: Any) -> Any:
         return jax.lax.map(lambda row: one(row, arrays, params), given, batch_size=batch)
 

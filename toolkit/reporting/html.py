@@ -49,7 +49,7 @@ def to_html(contents: Contents, drawings: Mapping[str, str]) -> str:
         return Markup(page_svg(drawings[picture.name], picture.name, picture.alt))
 
     template = environment().get_template("report.html.j2")
-    return template.render(report=contents, style=Markup(_style()), padded=padded, shapes=SHAPES, svg=svg)
+    return template.render(report=contents, style=Markup(style()), padded=padded, shapes=SHAPES, svg=svg)
 
 
 def _breakable(text: str) -> Markup:
@@ -57,7 +57,7 @@ def _breakable(text: str) -> Markup:
     return Markup(re.sub(r"(?<=[a-z])(?=[A-Z\[])", "<wbr>", str(escape(text))))
 
 
-def _style() -> str:
+def style() -> str:
     """The style sheet, with the palette's colours for light and dark pages."""
     light = "".join(f"--{c.name}:{c.light};" for c in COLOURS)
     dark = "".join(f"--{c.name}:{c.dark};" for c in COLOURS)

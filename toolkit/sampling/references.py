@@ -43,7 +43,9 @@ from toolkit.storage import Storage
 _MOST_OTHER_LATENTS = 2_000
 """Latent scalars that are no quantity are diagnosed up to this number, which takes ArviZ 6 s."""
 
-_LAYOUT = "1"
+_ALONE = " A single chain is judged by its halves: a mode that it has not met is not seen."
+
+_LAYOUT = "2"
 """Part of every stored name: raised when what is stored, or how chains are run, changes."""
 
 _JUDGED = (
@@ -78,6 +80,8 @@ class Reference:
         chart: The chart that NUTS ran in; the model's own for other draws.
         seed_text: The key that the draws depend on; empty for draws from a file.
         methods: How they were made and judged, as a paragraph.
+        modes: Whether its chains disagree for a reason that longer ones do not mend: they sit in different modes, their
+            labels have switched, or one is stuck.
         stored: Whether it was taken from storage whole, not made now.
     """
 
@@ -96,6 +100,7 @@ class Reference:
     chart: str = "plain"
     seed_text: str = ""
     methods: str = ""
+    modes: bool = False
     stored: bool = False
 
     @property
@@ -252,6 +257,7 @@ def _from_elsewhere(loaded: FileDraws, model: Model, name: str, *, read: bool = 
         methods=(
             f"{sample[0]} chains x {sample[1]:,} draws {f'were read from {name}' if read else f'({name}) were given'} "
             f"and matched to the model by site name{', then relabelled' if model.labels else ''}. {_JUDGED}"
+            f"{_ALONE if sample[0] == 1 else ''}"
         ),
     )
     judged = _judged(blank, loaded.sites)
@@ -336,11 +342,12 @@ def _judged(held: Reference, sites: Mapping[str, np.ndarray]) -> Reference:
         log_density=held.log_density,
     )
     status, reasons = judge(evidence)
-    if status is Status.RHAT:
-        reasons = (*reasons, *tell_disagreement(model, draws, parts[0]))
+    told = tell_disagreement(model, draws, parts[0]) if status is Status.RHAT else ()
+    reasons = (*reasons, *told)
     if reasons and model.flat_priors:
         reasons = (*reasons, _may_be_improper(model.flat_priors))
-    return replace(held, draws=draws, status=status, reasons=reasons, diagnostics=evidence.table, ebfmi=ebfmi)
+    judged = replace(held, draws=draws, status=status, reasons=reasons, modes=bool(told))
+    return replace(judged, diagnostics=evidence.table, ebfmi=ebfmi)
 
 
 def _may_be_improper(sites: tuple[str, ...]) -> str:
@@ -412,7 +419,7 @@ def _pack(made: Reference) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         name: values for name in ("log_density", "energy", "ebfmi") if (values := getattr(made, name)) is not None
     }
     arrays |= {"names": made.diagnostics.index.to_numpy(dtype=str), "diagnostics": made.diagnostics.to_numpy()}
-    meta = {name: getattr(made, name) for name in ("reasons", "divergences", "tree_depth_hits")}
+    meta = {name: getattr(made, name) for name in ("reasons", "divergences", "tree_depth_hits", "modes")}
     return arrays, meta | {"status": made.status.name, "cost": asdict(made.cost)}
 
 
@@ -426,6 +433,7 @@ def _unpack(blank: Reference, arrays: dict[str, np.ndarray], meta: dict[str, Any
         diagnostics=pd.DataFrame(arrays["diagnostics"], index=index, columns=_no_diagnostics().columns),
         divergences=meta["divergences"],
         tree_depth_hits=meta["tree_depth_hits"],
+        modes=meta["modes"],
         cost=Cost(**meta["cost"]),
         log_density=arrays.get("log_density"),
         energy=arrays.get("energy"),

@@ -36,6 +36,24 @@ _LEAST_DRAWS, _DRAWS_A_DIMENSION = 128, 4
 _STEP = 1e-2  # of a scale, or of a log scale
 
 
+def responds(fit: Fit) -> bool:
+    """Whether a fit is a factorised Gaussian's, with an optimum, in not too many dimensions."""
+    return not _why_not(fit)
+
+
+def _why_not(fit: Fit) -> str:
+    if not (fit.usable and fit.status.has_optimum):
+        return f"Expected a fit that has an optimum; '{fit.guide.name}' has none: {fit.status.value}."
+    space = latent_space(fit.model, fit.chart)
+    form = gaussian_form(fit.autoguide, space)
+    member = form.member(fit.params) if form else None
+    if member is None or member.scale is None or member.columns is not None:
+        return f"Expected a factorised Gaussian; '{fit.guide.name}' is none."
+    return (
+        "" if space.size <= MOST_DIMENSIONS else f"Expected at most {MOST_DIMENSIONS} dimensions; got {space.size:,}."
+    )
+
+
 def linear_response(fit: Fit, *, key: Key) -> Fit:
     """A factorised Gaussian's fit with linear-response covariances, as a fit of the full-rank family around its means.
 
@@ -49,26 +67,30 @@ def linear_response(fit: Fit, *, key: Key) -> Fit:
     Raises:
         ValueError: The fit has no optimum, is not a factorised Gaussian's, or there are too many dimensions.
     """
-    if not (fit.usable and fit.status.has_optimum):
-        raise ValueError(f"Expected a fit that has an optimum; '{fit.guide.name}' has none: {fit.status.value}.")
+    problem = _why_not(fit)
+    if problem:
+        raise ValueError(problem)
     space = latent_space(fit.model, fit.chart)
     form = gaussian_form(fit.autoguide, space)
-    member = form.member(fit.params) if form else None
-    if member is None or member.scale is None or member.columns is not None:
-        raise ValueError(f"Expected a factorised Gaussian; '{fit.guide.name}' is none.")
-    if space.size > MOST_DIMENSIONS:
-        raise ValueError(f"Expected at most {MOST_DIMENSIONS} dimensions; got {space.size:,}.")
+    assert form is not None
+    member = form.member(fit.params)
     begun = time.perf_counter()
     density = LogDensity(fit.model, fit.chart)
-    covariance = _responding(density, member, key=key)
     full = find_guide("full_rank")
     guide = Guide(f"{fit.guide.name}+lr", full.build, chart=fit.chart, label="linear-response covariances")
-    cost = Cost(density.compile_seconds, time.perf_counter() - begun, density.evaluations, density.peak_bytes)
-    made = Fit(guide, fit.model, Status.FAILED, cost=cost, solver="linear_response", why="asked for")
+    made = Fit(guide, fit.model, Status.FAILED, solver="linear_response", why="asked for")
     try:
-        factor = np.linalg.cholesky(covariance)
-    except np.linalg.LinAlgError:
+        factor = np.linalg.cholesky(_responding(density, member, key=key))
+    except (np.linalg.LinAlgError, ValueError):  # SciPy's, of a Hessian that is not finite
         return replace(made, message="the ELBO's Hessian is no covariance's inverse: the fit is not near an optimum")
+    # What it takes is on top of the fit without which there is nothing to respond.
+    cost = Cost(
+        fit.cost.compile_seconds + density.compile_seconds,
+        fit.cost.run_seconds + time.perf_counter() - begun - density.compile_seconds,
+        fit.cost.gradient_evaluations + density.evaluations,
+        max(fit.cost.peak_bytes, density.peak_bytes),
+    )
+    made = replace(made, cost=cost)
     start = space.unravel(member.loc)
     built = build_guide(fit.model, guide, start)
     full_form = gaussian_form(built, space)
@@ -98,6 +120,7 @@ def _responding(density: LogDensity, member: Member, *, key: Key) -> np.ndarray:
         hessian[i] = (gradient(step, nothing) - gradient(-step, nothing)) / (2 * _STEP)
         hessian[size + i] = (gradient(nothing, step) - gradient(nothing, -step)) / (2 * _STEP)
     hessian = (hessian + hessian.T) / 2
+    np.linalg.cholesky(hessian[size:, size:])  # the scales' own block must bend the right way too
     mixed = hessian[:size, size:]
     reduced = hessian[:size, :size] - mixed @ scipy.linalg.solve(hessian[size:, size:], mixed.T)
     return np.linalg.inv((reduced + reduced.T) / 2) * np.outer(scale, scale)

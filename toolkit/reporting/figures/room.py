@@ -57,7 +57,8 @@ def _reach(row: pd.Series) -> float:
 
 def _bar(axes: Axes, place: int, row: pd.Series, look: Look, longest: float) -> None:
     """The family's part, then what may be the optimiser's, then equal labellings; what is uncertain is pale."""
-    total, colour = max(row["kl_qp_low"], 0.0), look.mark.light
+    known = math.isfinite(row["kl_qp"])
+    total, colour = max(row["kl_qp"] if known else row["kl_qp_low"], 0.0), look.mark.light
     labels = min(max(row["labels"], 0.0), total)
     limit = row["optimisation_limit"]
     left = min(limit, total - labels) if math.isfinite(limit) else 0.0
@@ -78,7 +79,7 @@ def _bar(axes: Axes, place: int, row: pd.Series, look: Look, longest: float) -> 
             height, labels, _HEIGHT, family + left, facecolor="none", edgecolor=SOFT.light, linewidth=0.8, linestyle=":"
         )
     beyond = _reach(row) - total
-    if beyond > 0 and row["kl_qp_high"] > row["kl_qp_low"]:
+    if beyond > 0 and not known:
         axes.plot([total, total + beyond], [height, height], color=colour, linewidth=1.2, linestyle=(0, (2, 2)))
 
 
