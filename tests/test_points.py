@@ -205,8 +205,8 @@ def test_a_series_can_be_looked_at_by_its_frequencies() -> None:
         ("hierarchical_regression", "mean_field"),
         ("hierarchical_regression", "full_rank@noncentred"),
         ("conjugate_regression", "low_rank@rotated"),
-        ("conjugate_regression", "laplace"),
-        ("conjugate_regression", "iaf"),
+        pytest.param("conjugate_regression", "laplace", marks=pytest.mark.slow),
+        pytest.param("conjugate_regression", "iaf", marks=pytest.mark.slow),
     ],
 )
 def test_weights_at_a_fits_own_draws_are_its_weights(name: str, guide: str) -> None:
