@@ -9,13 +9,12 @@ compared with the reference draws that somebody else made. A row is one quantity
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 
 import jax
 import pandas as pd
 import posteriors
+from by_posterior import run
 
 from toolkit import as_reference, compare, diagnose, fit
 from toolkit.comparison.diagnosis import predicted_verdicts
@@ -67,23 +66,5 @@ def _combined(verdicts: pd.Series) -> str:
     return "wrong" if "wrong" in found else "right" if found == {"right"} else "cannot tell"
 
 
-def main() -> None:
-    """Measure and write the table, or tell what it says."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("posteriors", nargs="*", default=list(posteriors.names()))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
-    parser.add_argument("--summary", action="store_true", help="only tell what the table says")
-    options = parser.parse_args()
-    known = pd.read_csv(options.out) if options.out.is_file() else pd.DataFrame(columns=COLUMNS)
-    for name in () if options.summary else options.posteriors:
-        old = (known["posterior"] == name) & (known["seed"] == options.seed)
-        known = pd.concat([known[~old], cells(name, options.seed)], ignore_index=True)
-        known.to_csv(options.out, index=False, lineterminator="\n")
-        sys.stdout.write(f"{name}\n")
-        sys.stdout.flush()
-    sys.stdout.write(summary(known) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__, Path(__file__).with_suffix(".csv"), cells, summary)

@@ -1,4 +1,4 @@
-"""Collinear predictors: how they are simulated, and the chart in which they are orthogonal."""
+"""Predictors of a regression: checked, simulated with any correlation, and the chart in which they are orthogonal."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import numpyro
 import numpyro.distributions as dist
 from numpyro.distributions.transforms import LowerCholeskyAffine
 from numpyro.infer.reparam import Reparam
+
+from toolkit import Dataset
 
 
 def equicorrelated(shared: jax.Array, own: jax.Array, rows: int, features: int, correlation: float) -> np.ndarray:
@@ -33,6 +35,21 @@ def equicorrelated(shared: jax.Array, own: jax.Array, rows: int, features: int, 
     together = np.asarray(jax.random.normal(shared, (rows, 1)))
     alone = np.asarray(jax.random.normal(own, (rows, features)))
     return np.sqrt(correlation) * together + np.sqrt(1 - correlation) * alone
+
+
+def checked_regression(data: Dataset) -> Dataset:
+    """The dataset, if it holds predictors x `(row, feature)` and outcomes y `(row,)`.
+
+    Raises:
+        ValueError: One of them is missing, or their shapes do not fit.
+    """
+    missing = [name for name in ("x", "y") if name not in data.arrays]
+    if missing:
+        raise ValueError(f"Expected arrays 'x' and 'y' in dataset '{data.name}'; it lacks {' and '.join(missing)}.")
+    x, y = data.arrays["x"], data.arrays["y"]
+    if x.ndim != 2 or y.shape != x.shape[:1]:
+        raise ValueError(f"Expected x as (row, feature) and y as (row,); got shapes {x.shape} and {y.shape}.")
+    return data
 
 
 class RotatedReparam(Reparam):

@@ -59,7 +59,7 @@ import numpyro.distributions as dist
 import pandas as pd
 from numpyro.infer.reparam import LocScaleReparam, Reparam
 
-from models._predictors import RotatedReparam, equicorrelated, rotation
+from models._predictors import RotatedReparam, checked_regression, equicorrelated, rotation
 from toolkit import Dataset, Model, Quantity
 
 PRIORS = ("normal", "horseshoe")
@@ -197,12 +197,7 @@ def _charts(x: np.ndarray, prior: str, coefficients: str) -> dict[str, Mapping[s
 
 
 def _checked(data: Dataset) -> Dataset:
-    missing = [name for name in ("x", "y") if name not in data.arrays]
-    if missing:
-        raise ValueError(f"Expected arrays 'x' and 'y' in dataset '{data.name}'; it lacks {' and '.join(missing)}.")
-    x, y = data.arrays["x"], data.arrays["y"]
-    if x.ndim != 2 or y.shape != x.shape[:1]:
-        raise ValueError(f"Expected x as (row, feature) and y as (row,); got shapes {x.shape} and {y.shape}.")
+    y = checked_regression(data).arrays["y"]
     other = sorted(set(np.unique(y)) - {0, 1})
     if other:
         raise ValueError(f"Expected outcomes y of 0 or 1; got {', '.join(f'{v:g}' for v in other[:5])} among them.")

@@ -51,7 +51,7 @@ import numpyro
 import numpyro.distributions as dist
 import pandas as pd
 
-from models._predictors import RotatedReparam, equicorrelated, rotation
+from models._predictors import RotatedReparam, checked_regression, equicorrelated, rotation
 from toolkit import Dataset, Model, Quantity
 
 NOISES = ("unknown", "known")
@@ -231,7 +231,7 @@ def model(dataset: Dataset | None = None, *, noise: str = "unknown", noise_sd: f
         ValueError: An option is not what it should be, or x or y do not fit.
     """
     _check_noise(noise, noise_sd)
-    data = _checked(_longley() if dataset is None else dataset)
+    data = checked_regression(_longley() if dataset is None else dataset)
     x, y = (data.arrays[name].astype(float) for name in ("x", "y"))
     posterior = Posterior(x, y, noise, noise_sd)
     # The prior as further rows: what is rotated to orthogonal is the posterior and not the predictors alone.
@@ -258,13 +258,3 @@ def _check_noise(noise: str, noise_sd: float) -> None:
         raise ValueError(f"Expected noise to be one of {', '.join(NOISES)}; got '{noise}'.")
     if not 0 < noise_sd < math.inf:
         raise ValueError(f"Expected noise_sd above 0; got {noise_sd}.")
-
-
-def _checked(data: Dataset) -> Dataset:
-    missing = [name for name in ("x", "y") if name not in data.arrays]
-    if missing:
-        raise ValueError(f"Expected arrays 'x' and 'y' in dataset '{data.name}'; it lacks {' and '.join(missing)}.")
-    x, y = data.arrays["x"], data.arrays["y"]
-    if x.ndim != 2 or y.shape != x.shape[:1]:
-        raise ValueError(f"Expected x as (row, feature) and y as (row,); got shapes {x.shape} and {y.shape}.")
-    return data

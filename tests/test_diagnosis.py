@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import models
 from toolkit import Fit, Model, Status, Thresholds, Verdict, compare, diagnose, fit, reference
 from toolkit.cli import app
-from toolkit.comparison.diagnosis import RECORD, Diagnosis, predicted_verdicts, vsbc
+from toolkit.comparison.diagnosis import RECORD, Diagnosis, _sentence, predicted_verdicts, vsbc
 from toolkit.modelling.points import points
 from toolkit.variational.short_chains import short_chains
 
@@ -94,6 +94,8 @@ def test_what_has_not_been_forgotten_is_not_predicted_right() -> None:
     found = diagnosed(TARGETS.model(dimensions=3, correlation=0.9), "full_rank")
     still = replace(found, forgotten=found.forgotten + 0.5)
     assert Verdict.RIGHT not in predicted_verdicts(still).values()
+    said = _sentence(still.fit, still.table, predicted_verdicts(still), still.forgotten, 0.0)
+    assert "in 3 of 3 quantities they have not forgotten where they began" in said
 
 
 @pytest.mark.parametrize("guide", ["mean_field", "full_rank"])
@@ -144,6 +146,7 @@ def test_a_fit_that_has_not_arrived_is_never_predicted_right() -> None:
     fitted = fit(TARGETS.model(dimensions=2), "full_rank", key=KEY)
     found = diagnose(replace(fitted, status=Status.BUDGET), key=KEY)
     assert found.verdict is Verdict.CANNOT_TELL
+    assert found.sentence.startswith("cannot tell: nothing is wrong where short chains went, but the optimiser used up")
     nothing = diagnose(Fit(fitted.guide, fitted.model, Status.FAILED, "an error"), key=KEY)
     assert nothing.verdict is None
     assert nothing.sentence == "nothing can be said: an error stopped it (an error)"

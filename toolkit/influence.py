@@ -83,6 +83,10 @@ def least_probability_error(effective: float) -> float:
     return RULE_OF_THREE / effective
 
 
+TAIL_LIMIT = 0.7
+"""Of a Pareto tail index, for weights and for means (Vehtari, Simpson, Gelman, Yao & Gabry 2024, section 3.2)."""
+
+
 def level_step(level: float, draws: int) -> float:
     """How far a quantile's level is moved to see a slope: two of its own errors, and never over the end."""
     return float(min(2.0 * np.sqrt(level * (1.0 - level) / draws), 0.5 * level, 0.5 * (1.0 - level)))

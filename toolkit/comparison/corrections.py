@@ -24,12 +24,10 @@ from toolkit.comparison.metrics import EQUAL_WEIGHTS
 from toolkit.comparison.sources import Approximation, Reweighable, key_for
 from toolkit.cost import Cost
 from toolkit.estimate import Estimate
+from toolkit.influence import TAIL_LIMIT
 from toolkit.status import Status
 from toolkit.variational.fits import Fit
 from toolkit.variational.linear_response import linear_response, responds
-
-KHAT_LIMIT = 0.7
-"""Vehtari, Simpson, Gelman, Yao & Gabry 2024, Pareto smoothed importance sampling, section 3.2."""
 
 RESAMPLED = 1_000
 """As many as Pathfinder gives (Zhang, Carpenter, Gelman & Vehtari 2022), of ten times as many, so that few repeat."""
@@ -117,9 +115,9 @@ class Reweighted:
     @property
     def message(self) -> str:
         """Why the weights cannot be trusted; empty if they can."""
-        if self.khat <= KHAT_LIMIT:
+        if self.khat <= TAIL_LIMIT:
             return ""
-        return f"k-hat {self.khat:.2f}, limit {KHAT_LIMIT}" if math.isfinite(self.khat) else "none of them is finite"
+        return f"k-hat {self.khat:.2f}, limit {TAIL_LIMIT}" if math.isfinite(self.khat) else "none of them is finite"
 
     @property
     def cost(self) -> Cost:
@@ -129,7 +127,7 @@ class Reweighted:
     @property
     def usable(self) -> bool:
         """Whether its weights can be trusted."""
-        return self.weighed.fit.usable and self.khat <= KHAT_LIMIT
+        return self.weighed.fit.usable and self.khat <= TAIL_LIMIT
 
     def chosen(self, key: jax.Array) -> tuple[np.ndarray, np.ndarray]:
         """Which of the guide's draws are taken, and the multiplicity of each for errors: see `metrics.metrics`."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -19,10 +19,11 @@ import pandas as pd
 
 from toolkit.comparison.metrics import NAN, khat, metrics, prepare
 from toolkit.comparison.sentences import at_most, guide_sentence
-from toolkit.comparison.sources import guide_draws, key_for, labelling, to_scalars
+from toolkit.comparison.sources import guide_draws, key_for, labelling, sites_to_draw, to_scalars
 from toolkit.comparison.tables import TABLE_COLUMNS, metric_rows, quantity_verdicts
 from toolkit.comparison.verdicts import Thresholds, Verdict, combine, holm, simultaneous_z
 from toolkit.estimate import Estimate
+from toolkit.influence import TAIL_LIMIT
 from toolkit.modelling.points import sites_at
 from toolkit.progress import Progress, silent
 from toolkit.variational.certificates import Scope
@@ -129,19 +130,17 @@ def diagnose(
         len(fit.optima), (), calibration,
     )  # fmt: skip
     if fit.usable and not fit.has_density:
-        return _replaced(
-            nothing, sentence="nothing can be said: it is a point, which has no spread to be right or wrong"
-        )
+        return replace(nothing, sentence="nothing can be said: it is a point, without a spread to be right or wrong")
     if not (fit.usable and fit.status.has_optimum):
         message = f" ({fit.message})" if fit.message else ""
-        return _replaced(nothing, sentence=f"nothing can be said: {fit.status.value}{message}")
+        return replace(nothing, sentence=f"nothing can be said: {fit.status.value}{message}")
     tail = NAN if fit.fresh_log_weights is None else khat(fit.fresh_log_weights)
 
     def report(done: int, total: int) -> None:
         progress("short chains", done, total, f"transition {done} of {total}")
 
     moved = short_chains(fit, key=jax.random.fold_in(key, 0), chains=chains, transitions=transitions, report=report)
-    sites = tuple(dict.fromkeys([q.site for q in model.quantities] + ([model.labels.by] if model.labels else [])))
+    sites = sites_to_draw(model)
     ends = sites_at(model, moved.end, sites, fit.chart, fit.params)
     begins = sites_at(model, moved.start, sites, fit.chart, fit.params)
     shaped = {name: _in_strands(values) for name, values in ends.items()}
@@ -158,9 +157,7 @@ def diagnose(
     verdict = combine(list(per_quantity.values())) if per_quantity else None
     if verdict is Verdict.RIGHT and not fit.status.ok:
         verdict = Verdict.CANNOT_TELL
-    sentence = guide_sentence(rows, per_quantity, "where short chains went")
-    if moved.uneven > MOST_UNEVEN:
-        sentence = "cannot tell: short chains do not mix here, as in the neck of a funnel; another chart may help"
+    sentence = _sentence(fit, rows, per_quantity, forgotten, moved.uneven)
     evidence = _evidence(fit, tail, moved, forgotten, chains, transitions, calibration)
     return Diagnosis(
         fit,
@@ -176,8 +173,20 @@ def diagnose(
     )
 
 
-def _replaced(diagnosis: Diagnosis, **changes: Any) -> Diagnosis:
-    return Diagnosis(**{**vars(diagnosis), **changes})
+def _sentence(fit: Fit, rows: pd.DataFrame, predicted: dict[str, Verdict], forgotten: pd.Series, uneven: float) -> str:
+    """The verdict in words; where it cannot be told, what stands in the way."""
+    if uneven > MOST_UNEVEN:
+        return "cannot tell: short chains do not mix here, as in the neck of a funnel; another chart may help"
+    wrong = Verdict.WRONG in predicted.values()
+    remembered = int((forgotten[list(predicted)] > _FORGOTTEN).sum())
+    if remembered and not wrong:
+        return (
+            f"cannot tell: nothing is wrong where short chains went, but in {remembered} of {len(predicted)} quantities "
+            "they have not forgotten where they began"
+        )
+    if not fit.status.ok and not wrong:
+        return f"cannot tell: nothing is wrong where short chains went, but {fit.status.value}"
+    return guide_sentence(rows, predicted, "where short chains went")
 
 
 def _in_strands(values: np.ndarray) -> np.ndarray:
@@ -252,8 +261,8 @@ def _evidence(
     else:
         told.append("starts: led to one end")
     if math.isfinite(tail.value):
-        weak = "weights cannot repair it" if tail.value > 0.7 else "weights may repair it"
-        told.append(f"k-hat: {tail} (limit 0.7): {weak}; it tells very bad fits from others, not good ones")
+        weak = "weights cannot repair it" if tail.value > TAIL_LIMIT else "weights may repair it"
+        told.append(f"k-hat: {tail} (limit {TAIL_LIMIT}): {weak}; it tells very bad fits from others, not good ones")
     worst = float(forgotten.max())
     where = "have forgotten where they began" if worst <= _FORGOTTEN else "have not all forgotten where they began"
     told.append(

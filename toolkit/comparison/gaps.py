@@ -21,7 +21,7 @@ from toolkit.comparison.metrics import NAN
 from toolkit.comparison.sources import Approximation, Weighed, key_for
 from toolkit.comparison.verdicts import Z
 from toolkit.estimate import Estimate
-from toolkit.influence import chain_error, tail_index
+from toolkit.influence import TAIL_LIMIT, chain_error, tail_index
 from toolkit.modelling.labels import Labels
 from toolkit.modelling.model import Model
 from toolkit.modelling.points import points
@@ -38,9 +38,8 @@ GAP_COLUMNS = (
 _DRAWS = 2_000
 """Of each guide, for densities and decompositions: the error of a mean of nats is a fortieth of their sd."""
 
-DIVERGENT, UNSURE = 1.0, 0.7
-"""Tail indices of log p - log q: from 1 on its mean is infinite, above 0.7 no number of draws at hand tells it
-(Vehtari, Simpson, Gelman, Yao & Gabry 2024, Pareto smoothed importance sampling, section 3.2)."""
+DIVERGENT = 1.0
+"""Tail index of log p - log q from which on its mean is infinite; above `TAIL_LIMIT` no draws at hand tell it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,7 +223,7 @@ def _kl_pq(at_reference: np.ndarray | None, evidence: LogEvidence) -> tuple[Esti
         return NAN, khat, "divergent: it grows with the draws, since the guide's tails are too light"
     if evidence.estimate is None:
         return NAN, khat, ""
-    if khat > UNSURE:
+    if khat > TAIL_LIMIT:
         return NAN, khat, "not to be had from so many draws: it rests on the rarest of them"
     influence = 0.0 if evidence.influence is None else evidence.influence
     value = float(at_reference.mean()) - evidence.estimate.value

@@ -11,7 +11,7 @@ import numpy as np
 import scipy.linalg
 
 from toolkit.estimate import Estimate
-from toolkit.influence import chain_error, tail_index
+from toolkit.influence import TAIL_LIMIT, chain_error, tail_index
 from toolkit.modelling.model import Model
 from toolkit.modelling.points import log_density_at, points, sites_at
 from toolkit.sampling.bridge import Bridge, bridge
@@ -27,7 +27,6 @@ _OWN_DRAWS = 8_000
 _MOST_APART = 4.0
 """Errors by which two bridges may differ: beyond them, one is wrong and it is not known which."""
 
-_TAIL = 0.7  # Vehtari, Simpson, Gelman, Yao & Gabry 2024
 _ROUNDING = 0.01  # nats; bridges whose errors are smaller still may differ by as much
 
 
@@ -133,7 +132,7 @@ def _above(low: Estimate | None, evidence: Estimate) -> bool:
 
 def _settled(at_reference: np.ndarray) -> bool:
     """Whether a mean of log ratios is a number: above a tail index of 0.7 the draws at hand do not tell it."""
-    return tail_index(at_reference) <= _TAIL
+    return tail_index(at_reference) <= TAIL_LIMIT
 
 
 def _agree(first: Estimate, second: Estimate) -> bool:
