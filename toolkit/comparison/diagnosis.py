@@ -181,8 +181,8 @@ def _sentence(fit: Fit, rows: pd.DataFrame, predicted: dict[str, Verdict], forgo
     remembered = int((forgotten[list(predicted)] > _FORGOTTEN).sum())
     if remembered and not wrong:
         return (
-            f"cannot tell: nothing is wrong where short chains went, but in {remembered} of {len(predicted)} quantities "
-            "they have not forgotten where they began"
+            f"cannot tell: nothing is wrong where short chains went, but in {remembered} of {len(predicted)} "
+            "quantities they have not forgotten where they began"
         )
     if not fit.status.ok and not wrong:
         return f"cannot tell: nothing is wrong where short chains went, but {fit.status.value}"
