@@ -16,6 +16,7 @@ import xarray as xr
 from toolkit import Dataset, Estimate, Model, Quantity, Status, Thresholds, Verdict
 from toolkit.comparison.gaps import GAP_COLUMNS, Gaps
 from toolkit.comparison.overall import Overall
+from toolkit.comparison.predictions import IN_SAMPLE, LEFT_OUT, SCORE_COLUMNS, Predictions
 from toolkit.cost import Cost
 from toolkit.modelling.scalars import Scalars, scalars
 from toolkit.sampling.evidence import LogEvidence
@@ -288,6 +289,7 @@ def _comparison(
         thresholds=Thresholds(),
         advice=("Report full_rank's intervals; use mean_field for point predictions only.",),
         corrections=pd.DataFrame(columns=["of"]),
+        predictions=_predictions(),
         to_datatree=lambda: _datatree(named, draws),
     )
     comparison.guides = _guides(table, fits, len(named.names))
@@ -297,6 +299,49 @@ def _comparison(
     )
     comparison.gaps = _gaps(fits, LogEvidence(Estimate(-57.31, 0.014), "bridge sampling between the reference and q"))
     return comparison
+
+
+def _predictions() -> Predictions:
+    """What 60 zeros and ones look like, of which three guides know as much as the reference or less."""
+    rng = np.random.default_rng(5)
+    chance = rng.uniform(size=60)
+    seen = (rng.uniform(size=60) < chance).astype(float)
+    lost = {"mean_field": 5.3, "low_rank": 3.8, "full_rank": 0.02}
+    scores, checks, calibration, observations = [], [], [], []
+    for i, source in enumerate(("reference", *GUIDES, "reference")):
+        kind = LEFT_OUT if i == len(GUIDES) + 1 else IN_SAMPLE
+        value = np.clip(chance + 0.02 * i * rng.normal(size=60), 0.001, 0.999)
+        frame = {"site": "y", "position": np.arange(60), "observed": seen, "source": source, "kind": kind}
+        observations.append(pd.DataFrame({**frame, "value": value}))
+        score = float(np.square(value - seen).mean())
+        row = {"site": "y", "measure": "Brier score", "source": source, "kind": kind, "value": score, "se": 0.02}
+        calibration.append({**row, "difference": 0.001 * i, "difference_se": 0.0004})
+        if kind == LEFT_OUT:
+            continue
+        row = {"site": "y", "statistic": "mean", "observed": seen.mean(), "source": source, "mean": 0.5, "low": 0.4}
+        checks.append({**row, "high": 0.6, "p_value": 0.004 if i == 0 else 0.3, "p_value_se": 0.003})
+        score_row = dict.fromkeys(SCORE_COLUMNS, np.nan) | {"source": source, "observations": 60, "problem": ""}
+        score_row |= {"verdict": "", "sentence": "", "unreliable": 0, "matched": 0}
+        if source == "reference":
+            score_row |= {
+                "loo": -31.2,
+                "loo_se": 0.09,
+                "loo_data_se": 4.1,
+                "p_loo": 2.9,
+                "p_loo_se": 0.1,
+                "matched": 2,
+                "unreliable": 1,
+            }
+        else:
+            score_row |= {"loss": lost[source], "loss_se": 0.2, "sentence": f"{source} in words"}
+            score_row |= {"problem": "its draws are too far from the posterior to be weighted"}
+        scores.append(score_row)
+    return Predictions(
+        pd.DataFrame(scores, columns=list(SCORE_COLUMNS)),
+        pd.DataFrame(checks),
+        pd.DataFrame(calibration),
+        pd.concat(observations, ignore_index=True),
+    )
 
 
 def _gaps(fits: tuple[Any, ...], evidence: LogEvidence) -> Gaps:

@@ -343,7 +343,7 @@ def test_a_callable_of_one_s_own_and_a_csv_give_a_report(by_command):
 
 def test_off_a_terminal_there_is_a_line_a_stage_and_no_control_character(by_command):
     _, out, err = by_command
-    stages = ["tracing", "starts", "fit mean_field", "reference", "compare", "report"]
+    stages = ["tracing", "starts", "fit mean_field", "reference", "compare", "predict", "report"]
     assert err.splitlines() == [f"{stage}: done" for stage in stages]
     assert not re.search(r"[^\n -~±×≤≥−–\w]", out + err)
 

@@ -9,6 +9,7 @@ import pandas as pd
 from toolkit.comparison.overall import Overall
 from toolkit.comparison.sentences import LOCATIONS, how_many_more
 from toolkit.comparison.verdicts import Verdict, simultaneous_z
+from toolkit.estimate import Estimate
 from toolkit.modelling.check import index_past_its_array
 from toolkit.modelling.model import Model
 
@@ -29,7 +30,9 @@ def advise(
     table: pd.DataFrame,
     whole: Overall,
     corrections: pd.DataFrame,
+    scores: pd.DataFrame,
     reference_problem: str,
+    reference_chart: str,
     reference_seconds: float,
 ) -> tuple[str, ...]:
     """The next steps, the most important first.
@@ -40,13 +43,15 @@ def advise(
         table: The comparison's long table.
         whole: The study's verdict.
         corrections: The comparison's table of corrections.
+        scores: What predicting with each guide costs.
         reference_problem: Why the reference gives no verdict; empty if it does.
+        reference_chart: The chart that NUTS ran in.
         reference_seconds: What NUTS cost; NaN if the reference is not NUTS's, or unknown.
     """
     sentences = []
     if reference_problem:
         # JAX takes an array's last entry for what lies beyond it: no longer run and no chart mends that.
-        mend = index_past_its_array(model) or _repair_reference(model)
+        mend = index_past_its_array(model) or _repair_reference(model, reference_chart)
         sentences.append(f"No guide can be judged yet: {reference_problem}. {mend}")
     wrong = guides[guides["verdict"] == Verdict.WRONG.value]
     rows = {str(name): row for name, row in guides.iterrows()}
@@ -58,7 +63,8 @@ def advise(
     elif whole.verdict is Verdict.WRONG:
         sentences.append("Report the reference's intervals: no guide that was judged is right in what was asked for.")
         sentences.append(_try(model, guides, corrections))
-    sentences += [_means_only(str(name), table) for name in wrong.index if _means_right(str(name), table)]
+    good = scores[scores["verdict"] == Verdict.RIGHT.value].set_index("source")
+    sentences += [text for name in wrong.index if (text := _good_for(str(name), table, good))]
     return (*sentences, *_fit_better(guides))
 
 
@@ -145,8 +151,8 @@ def _with_guide(guide: str) -> str:
     return f"`--guides {guide}`"
 
 
-def _repair_reference(model: Model) -> str:
-    others = [chart for chart in model.charts if chart != model.chart]
+def _repair_reference(model: Model, tried: str) -> str:
+    others = [chart for chart in model.charts if model.charts[chart] != model.charts[tried]]
     chart = f", in another chart ({', '.join(others)})" if others else ", or write the model in other coordinates"
     flat = model.flat_priors
     proper = f"Give {', '.join(flat)} a proper prior, since with a flat one the posterior may be improper; or r"
@@ -158,11 +164,21 @@ def _means_right(guide: str, table: pd.DataFrame) -> bool:
     return bool(len(own)) and bool((own["verdict"] == Verdict.RIGHT.value).all())
 
 
-def _means_only(guide: str, table: pd.DataFrame) -> str:
-    own = _judged_locations(guide, table)
-    largest = float((own["value"].abs() + simultaneous_z(len(own)) * own["se"]).max())
-    what = "means" if (own["metric"] == "shift").all() else "medians" if (own["metric"] != "shift").all() else "centres"
-    return f"{guide} may be used for {what} (all within {largest:.2g} sd), not for intervals or probabilities."
+def _good_for(guide: str, table: pd.DataFrame, predicts: pd.DataFrame) -> str:
+    """What a guide that is wrong may still be used for; empty if for nothing."""
+    uses = []
+    if _means_right(guide, table):
+        own = _judged_locations(guide, table)
+        largest = float((own["value"].abs() + simultaneous_z(len(own)) * own["se"]).max())
+        moments = own["metric"] == "shift"
+        what = "means" if moments.all() else "centres" if moments.any() else "medians"
+        uses.append(f"for {what} (all within {largest:.2g} sd)")
+    for _, row in predicts[predicts.index == guide].iterrows():
+        lost = Estimate(float(row["loss"]), float(row["loss_se"]))
+        uses.append(f"to predict at the same predictors ({lost} nats lost over {row['observations']:,} observations)")
+    return (
+        f"{guide} may be used {' and '.join(uses)}, not for its quantities' intervals or probabilities." if uses else ""
+    )
 
 
 def _judged_locations(guide: str, table: pd.DataFrame) -> pd.DataFrame:

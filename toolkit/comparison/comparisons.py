@@ -21,6 +21,7 @@ from toolkit.comparison.gaps import Gaps, gaps
 from toolkit.comparison.metrics import NAN, Metrics, Standard, khat, metrics, prepare
 from toolkit.comparison.overall import Overall, overall
 from toolkit.comparison.pairs import worst_pairs
+from toolkit.comparison.predictions import Predictions, predictions
 from toolkit.comparison.sentences import guide_sentence
 from toolkit.comparison.sources import (
     Approximation,
@@ -84,6 +85,7 @@ class Comparison:
             reach: see `gaps.Gaps`.
         corrections: One row for each correction of a guide, like those of `guides` (their wall-clock seconds count
             the guide's), and `of`, the guide that it corrects; empty if none were asked for.
+        predictions: What the reference and each guide predict: see `predictions.Predictions`.
         floors: What wasserstein_1 would be on average if nothing differed: quantities in rows, guides in columns.
         model: What was compared.
         thresholds: What counted as right.
@@ -102,6 +104,7 @@ class Comparison:
     advice: tuple[str, ...]
     gaps: Gaps
     corrections: pd.DataFrame
+    predictions: Predictions
     floors: pd.DataFrame
     model: Model
     thresholds: Thresholds
@@ -179,9 +182,23 @@ def compare(
     alone = quantities[~quantities["source"].isin(astray)] if problem else quantities.iloc[:0]
     judged = {s.fit.guide.name: not _why_not(s, problem) for s in sides}
     seconds = reference.cost.seconds if reference is not None and than == "NUTS" else float("nan")
+    chart = reference.chart if reference is not None else model.chart
     repairs = _corrections_table(mended, truth, thresholds, than, problem)
     asked = focus_table(items, meant, than, thresholds, judged=judged)
     whole = overall(guides, asked, problem)
+    split = gaps(model, reference, fits, _largest(table), key=jax.random.fold_in(key, 1))
+    progress("predict", 0, 1, "new observations")
+    predicted = predictions(
+        model,
+        reference,
+        fits,
+        split.drawn,
+        key=jax.random.fold_in(key, 3),
+        thresholds=thresholds,
+        than=than,
+        judged=not problem,
+    )
+    progress("predict", 1, 1, "done")
     return Comparison(
         table=table,
         guides=guides,
@@ -193,9 +210,12 @@ def compare(
         agreement=agreement(alone, thresholds),
         reference_ok=not problem,
         sample={name: thinned(source) for name, source in sources.items()},
-        advice=advise(model, guides, table, whole, repairs, problem, seconds) if len(guides) else (),
-        gaps=gaps(model, reference, fits, _largest(table), key=jax.random.fold_in(key, 1)),
+        advice=advise(model, guides, table, whole, repairs, predicted.scores, problem, chart, seconds)
+        if len(guides)
+        else (),
+        gaps=split,
         corrections=repairs,
+        predictions=predicted,
         floors=_floors(sides, truth),
         model=model,
         thresholds=thresholds,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -56,10 +56,12 @@ class Gaps:
             probability may differ by more than, at 95 %; cdf_difference, the largest difference that was seen, and of
             which quantity; the decompositions expected_log_likelihood - kl_to_prior and energy + entropy (in the plain
             chart's unconstrained space); problem, why something is missing. NaN or empty where unknown.
+        drawn: Guide name to the draws of its latent sites that this rests on, `(draws, ...)` each.
     """
 
     evidence: LogEvidence
     table: pd.DataFrame
+    drawn: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +116,11 @@ def gaps(
     else:
         evidence = _unknown(model, sides)
     rows = [_row(model, side, evidence, largest.get(side.fit.guide.name)) for side in sides]
-    return Gaps(evidence, pd.DataFrame(rows, columns=list(GAP_COLUMNS)))
+    return Gaps(
+        evidence,
+        pd.DataFrame(rows, columns=list(GAP_COLUMNS)),
+        {side.fit.guide.name: side.drawn for side in sides if side.drawn},
+    )
 
 
 def _unknown(model: Model, sides: Sequence[_Side]) -> LogEvidence:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +15,12 @@ from numpyro.distributions import biject_to
 from numpyro.infer.reparam import ExplicitReparam, Reparam, TransformReparam, UnitJacobianReparam
 from numpyro.infer.util import compute_log_probs
 
-from toolkit.compilation import QUICK
+from toolkit.modelling.mapping import over_draws
 from toolkit.modelling.model import Model
 from toolkit.modelling.sites import FACTOR, OBSERVED, improper_start
 from toolkit.modelling.space import latent_space
 
-_BATCH = 64  # draws that are computed side by side
-_BATCH_SCALARS = 2_000_000  # all sites counted, in one batch; 16 MB each
-_PIECE = 1_000  # draws in one call of a program, whatever the number of draws is
 _ROUNDING = 1e-6  # of a site's value: by less than that, a chart's inverse may miss it
-
-_programs: WeakKeyDictionary[Model, dict[Any, Any]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +65,7 @@ def points(
         moved, miss = _moved(model, latents, arrays, params, chart)
         return (*_looked_at(model, moved, arrays, params, chart), miss)
 
-    found = _mapped(model, ("points", chart), one, given, _own_params(model, chart, params))
+    found = over_draws(model, ("points", chart), one, given, _own_params(model, chart, params))
     latents, vectors, log_density, log_likelihood, log_jacobian, miss = found
     for name, missed in miss.items():
         if not (missed <= _ROUNDING).all():
@@ -87,7 +81,7 @@ def log_density_at(model: Model, vectors: np.ndarray, chart: str | None = None) 
         return model.log_density(space.unravel(vector), arrays, chart)
 
     chart = model.chart if chart is None else chart
-    return np.asarray(_mapped(model, ("log density", chart), one, np.asarray(vectors, float), {}))
+    return np.asarray(over_draws(model, ("log density", chart), one, np.asarray(vectors, float), {}))
 
 
 def sites_at(
@@ -114,7 +108,7 @@ def sites_at(
         values = model.constrain(space.unravel(vector), arrays, params, chart=chart)
         return {site: values[site] for site in sites}
 
-    found = _mapped(model, ("sites", sites, chart), one, np.asarray(vectors, float), own)
+    found = over_draws(model, ("sites", sites, chart), one, np.asarray(vectors, float), own)
     return {site: np.asarray(values) for site, values in found.items()}
 
 
@@ -237,31 +231,3 @@ def _looked_at(
     log_likelihood = sum((densities[name] for name in seen if name in densities), jnp.zeros(()))
     log_density = sum(densities.values(), jnp.zeros(())) + log_jacobian
     return dict(latents), jnp.concatenate(pieces), log_density, log_likelihood, log_jacobian
-
-
-def _mapped(model: Model, name: Any, one: Any, given: Any, params: Mapping[str, Any]) -> Any:
-    """The results of `one` for each row, by a program that serves every set of rows of the model."""
-    scalars = sum(int(np.prod(site.shape)) for site in model.sites.values())
-    batch = max(1, min(_BATCH, _BATCH_SCALARS // max(scalars, 1)))
-    rows = len(jax.tree.leaves(given)[0])
-
-    name = (*name, *sorted(params))  # a program is of the parameters that it was compiled with
-
-    def many(given: Any, arrays: Any, params: Any) -> Any:
-        return jax.lax.map(lambda row: one(row, arrays, params), given, batch_size=batch)
-
-    # NumPyro's stick-breaking of several simplexes at once adds a vector to a matrix.
-    with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
-        pieces = []
-        for begin in range(0, rows, _PIECE):
-            piece = jax.tree.map(lambda values, first=begin: _padded(values[first : first + _PIECE]), given)
-            programs = _programs.setdefault(model, {})
-            if name not in programs:
-                programs[name] = jax.jit(many).lower(piece, model.arrays, dict(params)).compile(QUICK)
-            pieces.append(jax.device_get(programs[name](piece, model.arrays, dict(params))))
-    return jax.tree.map(lambda *parts: np.concatenate(parts)[:rows], *pieces)
-
-
-def _padded(values: np.ndarray) -> np.ndarray:
-    missing = _PIECE - len(values)
-    return np.concatenate([values, np.broadcast_to(values[:1], (missing, *values.shape[1:]))]) if missing else values

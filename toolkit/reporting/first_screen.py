@@ -14,7 +14,7 @@ from toolkit.comparison.sentences import whose
 from toolkit.reporting.contents import Answer
 from toolkit.reporting.palette import Look
 from toolkit.reporting.tables import seconds
-from toolkit.sampling.diagnostics import ESS_LIMIT, rounded_rhat
+from toolkit.sampling.diagnostics import EBFMI_LIMIT, ESS_LIMIT, rounded_rhat
 from toolkit.status import Status
 
 _ROOM = 1.5  # times the effective draws that are asked for, since a longer run may mix worse than it seemed to
@@ -137,7 +137,9 @@ def next_commands(study: Any) -> tuple[str, ...]:
 
 def _mended(reference: Any, command: str) -> dict[str, str]:
     """The options of a study that may let NUTS pass, with their values; by what it failed."""
-    if reference.status in (Status.DIVERGENCES, Status.LOW_ENERGY):
+    narrow = bool(reference.divergences) or (reference.ebfmi is not None and min(reference.ebfmi) < EBFMI_LIMIT)
+    if narrow or reference.status in (Status.DIVERGENCES, Status.LOW_ENERGY):
+        # What a chain cannot enter is not entered by a longer one.
         others = _other_charts(reference)
         if others:
             return {"chart": others[0]}

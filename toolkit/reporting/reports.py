@@ -24,6 +24,7 @@ from toolkit.reporting.html import to_html
 from toolkit.reporting.markdown import to_markdown
 from toolkit.reporting.nats import room_section
 from toolkit.reporting.palette import looks as looks_of
+from toolkit.reporting.predictive import predictions_section
 from toolkit.reporting.program import what_is_the_model
 from toolkit.reporting.tables import focus_table, guides_table
 
@@ -36,6 +37,10 @@ _TABLES = {
     "agreement": "smallest and largest mean and sd over the guides",
     "corrections": "one row for each correction of a guide, judged like a guide",
     "gaps": "how the log evidence splits for each guide, KL in both directions, what the ELBO is made of",
+    "predictions": "what predicting with each guide costs, and leave-one-out by each source's draws",
+    "predictive_checks": "statistics of replicated data beside those of the observed",
+    "calibration": "Brier scores, or shares of observations in their predictive intervals",
+    "observations": "predictive probability or rank of single observations",
     "diagnostics": "R-hat and ESS of every quantity of the reference",
     "fits": "status, ELBO, gap to the family's best, optima, solver and cost of each fit",
 }
@@ -143,6 +148,7 @@ def _sections(
         sections.which_quantities(study, frame, looks, limits, against),
         sections.how_wrong(frame, compared, limits, against),
         sections.which_relations(study.comparison, looks, against),
+        predictions_section(study.comparison.predictions, looks, against),
         *(section for section in (sections.what_repairs(study.comparison),) if section),
         sections.did_it_arrive(study.fits, study.comparison.table, looks, limits),
         sections.reference_trusted(study),
@@ -173,6 +179,10 @@ def _tables(study: Any) -> dict[str, pd.DataFrame]:
         "agreement": comparison.agreement,
         "gaps": comparison.gaps.table,
         "corrections": comparison.corrections.rename_axis("correction"),
+        "predictions": comparison.predictions.scores,
+        "predictive_checks": comparison.predictions.checks,
+        "calibration": comparison.predictions.calibration,
+        "observations": comparison.predictions.observations,
         "diagnostics": study.reference.diagnostics.rename_axis("quantity"),
         "fits": _fits_frame(study.fits),
     }
@@ -247,6 +257,11 @@ def _summary(study: Any) -> dict[str, Any]:
         "log_evidence": _evidence(comparison.gaps.evidence),
         "guides": _records(guides.merge(nearness, on="guide").merge(gaps, on="guide")),
         "corrections": _records(comparison.corrections.rename_axis("correction").reset_index()),
+        "predictions": {
+            "problem": comparison.predictions.problem,
+            "scores": _records(comparison.predictions.scores),
+            "calibration": _records(comparison.predictions.calibration),
+        },
         "focus": _records(comparison.focus),
         "advice": list(comparison.advice),
     }

@@ -1,0 +1,383 @@
+"""Predictions against closed forms: of a linear regression with known noise everything predictive is Gaussian."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pandas as pd
+import pytest
+from arviz_base import from_dict
+from arviz_stats import loo, loo_approximate_posterior
+from scipy.special import expit
+from scipy.stats import multivariate_normal, norm
+
+from toolkit import Dataset, Model, Status, reference
+from toolkit.comparison.leave_one_out import LeaveOneOut, leave_one_out
+from toolkit.comparison.moment_matching import moment_matched
+from toolkit.comparison.predictions import IN_SAMPLE, LEFT_OUT, Predictions, predictions
+from toolkit.comparison.verdicts import Thresholds
+from toolkit.modelling.observations import log_likelihoods, observed, replicates
+from toolkit.variational.guides import Guide
+
+KEY = jax.random.PRNGKey(0)
+ROWS = 40
+rng = np.random.default_rng(3)
+X = np.column_stack([np.ones(ROWS), rng.normal(size=ROWS)])
+Y = X @ [0.5, -1.0] + rng.normal(size=ROWS)
+
+
+def _linear(x: np.ndarray, y: np.ndarray | None = None) -> None:
+    beta = numpyro.sample("beta", dist.Normal(0.0, 2.0).expand([2]).to_event(1))
+    with numpyro.plate("row", x.shape[0]):
+        numpyro.sample("y", dist.Normal(x @ beta, 1.0), obs=y)
+
+
+def posterior(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    covariance = np.linalg.inv(x.T @ x + np.eye(x.shape[1]) / 4.0)
+    return covariance @ x.T @ y, covariance
+
+
+def linear(y: np.ndarray = Y) -> Model:
+    mean, covariance = posterior(X, y)
+
+    def exact(key: jax.Array, draws: int) -> dict[str, np.ndarray]:
+        return {"beta": np.asarray(jax.random.multivariate_normal(key, mean, covariance, (draws,)))}
+
+    return Model(_linear, Dataset("line", {"x": X, "y": y}), exact=exact)
+
+
+def known_elpd(y: np.ndarray = Y) -> np.ndarray:
+    """Log density of each row left out."""
+    found = []
+    for i in range(ROWS):
+        others = np.arange(ROWS) != i
+        mean, covariance = posterior(X[others], y[others])
+        found.append(norm.logpdf(y[i], X[i] @ mean, np.sqrt(1.0 + X[i] @ covariance @ X[i])))
+    return np.array(found)
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """A guide with a density, known in closed form."""
+
+    name: str
+    mean: np.ndarray
+    covariance: np.ndarray
+    status: Status = Status.ARRIVED
+    certificate: None = None
+    usable: bool = True
+
+    @property
+    def guide(self) -> Guide:
+        return Guide(self.name, lambda model: None)
+
+    @property
+    def fresh_log_weights(self) -> np.ndarray:
+        return self.log_weights_at(self.draws(9))
+
+    def draws(self, seed: int = 1, count: int = 2_000) -> dict[str, np.ndarray]:
+        own = np.random.default_rng(seed)
+        return {"beta": own.multivariate_normal(self.mean, self.covariance, count)}
+
+    def log_weights_at(self, draws: Any) -> np.ndarray:
+        log_p = multivariate_normal(*posterior(X, Y)).logpdf(draws["beta"])
+        return np.asarray(log_p - multivariate_normal(self.mean, self.covariance).logpdf(draws["beta"]))
+
+
+@dataclass(frozen=True)
+class DrawsAlone:
+    """A guide without a density."""
+
+    name: str
+    status: Status = Status.ARRIVED
+    fresh_log_weights: None = None
+    usable: bool = True
+
+    @property
+    def guide(self) -> Guide:
+        return Guide(self.name, lambda model: None)
+
+
+def guides() -> list[Gaussian]:
+    mean, covariance = posterior(X, Y)
+    return [
+        Gaussian("same", mean, covariance),
+        Gaussian("narrow", mean, 0.25 * covariance),
+        Gaussian("shifted", mean + np.array([1.0, 0.0]), covariance),
+    ]
+
+
+def known_loss(guide: Gaussian) -> float:
+    """KL of each row's predictive normal to the guide's, added up."""
+    mean, covariance = posterior(X, Y)
+    p, q = (1.0 + np.einsum("ij,jk,ik->i", X, c, X) for c in (covariance, guide.covariance))
+    apart = X @ (mean - guide.mean)
+    return float(0.5 * (p / q + apart**2 / q - 1.0 + np.log(q / p)).sum())
+
+
+def predicted(model: Model, fits: list[Any], *, key: jax.Array = KEY, **options: Any) -> Predictions:
+    own = options.pop("own", None) or {fit.name: fit.draws() for fit in fits}
+    settings: dict[str, Any] = {"thresholds": Thresholds(), "than": "the reference", "judged": True} | options
+    return predictions(model, reference(model, key=key), fits, own, key=jax.random.fold_in(key, 1), **settings)
+
+
+@pytest.fixture(scope="module")
+def found() -> Predictions:
+    return predicted(linear(), guides())
+
+
+def scores(found: Predictions) -> pd.DataFrame:
+    return found.scores.set_index("source")
+
+
+# -- what predicting with a guide costs -------------------------------------------------------------------------------
+
+
+def test_the_loss_is_the_divergence_of_the_predictive_distributions(found: Predictions) -> None:
+    for guide in guides():
+        row = scores(found).loc[guide.name]
+        assert abs(row["loss"] - known_loss(guide)) < 3 * row["loss_se"], guide.name
+    assert scores(found).loc["shifted", "loss"] > 10.0 > scores(found).loc["narrow", "loss"]
+
+
+def test_the_error_of_the_loss_is_as_large_as_its_spread() -> None:
+    model, guide = linear(), guides()[2]
+    rows = [
+        scores(predicted(model, [guide], key=jax.random.PRNGKey(seed), own={"shifted": guide.draws(seed)})).loc[
+            "shifted"
+        ]
+        for seed in range(12)
+    ]
+    z = np.array([(row["loss"] - known_loss(guide)) / row["loss_se"] for row in rows])
+    assert abs(z.mean()) < 4 / np.sqrt(z.size)
+    assert 0.6 < np.sqrt(np.square(z).mean()) < 1.5
+
+
+def test_verdicts_follow_the_threshold(found: Predictions) -> None:
+    assert list(scores(found).loc[["same", "narrow", "shifted"], "verdict"]) == ["right", "right", "wrong"]
+    assert "predicts worse than the reference" in scores(found).loc["shifted", "sentence"]
+    assert scores(found).loc["reference", "verdict"] == ""
+    strict = scores(predicted(linear(), guides()[2:], thresholds=Thresholds(elpd=40.0)))
+    assert strict.loc["shifted", "verdict"] == "right"
+    silent = scores(predicted(linear(), guides()[2:], judged=False))
+    assert silent.loc["shifted", "verdict"] == silent.loc["shifted", "sentence"] == ""
+
+
+def test_zeros_and_ones_are_summed_over_exactly() -> None:
+    def coins(y: np.ndarray | None = None) -> None:
+        logit = numpyro.sample("logit", dist.Normal(0.0, 1.0))
+        numpyro.sample("y", dist.BernoulliLogits(logit).expand([30]), obs=y)
+
+    def exact(key: jax.Array, draws: int) -> dict[str, np.ndarray]:
+        return {"logit": np.asarray(0.2 + 0.3 * jax.random.normal(key, (draws,)))}
+
+    model = Model(coins, Dataset("coins", {"y": np.array([0, 1, 1] * 10)}), exact=exact)
+    own = {"q": {"logit": 0.6 + 0.3 * np.random.default_rng(0).standard_normal(2_000)}}
+    found = predicted(model, [DrawsAlone("q")], own=own)
+    assert scores(found).loc["q", "problem"] == "its density is not known, which leave-one-out by its draws needs"
+    grid = np.random.default_rng(5).standard_normal(400_000)
+    p, q = expit(0.2 + 0.3 * grid).mean(), expit(0.6 + 0.3 * grid).mean()
+    known = 30 * (p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q)))
+    row = scores(found).loc["q"]
+    assert abs(row["loss"] - known) < 3 * row["loss_se"]
+    assert set(found.calibration["measure"]) == {"Brier score"}
+    assert set(found.checks["statistic"]) == {"mean"}
+
+
+# -- leave-one-out ----------------------------------------------------------------------------------------------------
+
+
+def test_left_out_densities_are_the_known_ones(found: Predictions) -> None:
+    row = scores(found).loc["reference"]
+    assert abs(row["loo"] - known_elpd().sum()) < 3 * row["loo_se"]
+    assert row["loo_se"] < 0.1
+    assert row["unreliable"] == 0
+    assert row["loo_data_se"] == pytest.approx(np.sqrt(ROWS) * known_elpd().std(), rel=0.05)
+
+
+def test_a_guides_draws_are_weighted_to_the_posterior(found: Predictions) -> None:
+    """A narrow guide's weights have a heavy tail, which cannot be trusted; a wide one's are bounded."""
+    mean, covariance = posterior(X, Y)
+    wide = Gaussian("wide", mean, 2.0 * covariance)
+    row = scores(predicted(linear(), [wide])).loc["wide"]
+    assert abs(row["loo"] - known_elpd().sum()) < 3 * row["loo_se"]
+    narrow = scores(found).loc["narrow"]
+    assert np.isnan(narrow["loo"])
+    assert narrow["problem"] == "its draws are too far from the posterior to be weighted"
+
+
+def gaussian_likelihoods(seed: int, scale: float = 1.0, draws: int = 4_000) -> tuple[np.ndarray, np.ndarray]:
+    """Log likelihoods at draws of the posterior, widened, and the log ratios of the posterior to what was drawn."""
+    mean, covariance = posterior(X, Y)
+    beta = np.random.default_rng(seed).multivariate_normal(mean, scale**2 * covariance, draws)
+    ratios = multivariate_normal(mean, covariance).logpdf(beta) - multivariate_normal(
+        mean, scale**2 * covariance
+    ).logpdf(beta)
+    return norm.logpdf(Y, beta @ X.T, 1.0), ratios
+
+
+def test_leave_one_out_is_arvizs() -> None:
+    likelihoods, ratios = gaussian_likelihoods(1, 1.3)
+    tree = from_dict(
+        {"posterior": {"z": ratios.reshape(4, -1)}, "log_likelihood": {"y": likelihoods.reshape(4, -1, ROWS)}}
+    )
+    by_arviz = loo(tree, pointwise=True, reff=1.0)
+    own = leave_one_out(likelihoods, (4, 1_000))
+    assert np.allclose(own.elpd, by_arviz.elpd_i, atol=2e-3)
+    log_p = by_arviz.elpd_i.copy(data=np.zeros(ROWS)).sum() + tree["posterior"]["z"]
+    weighted = loo_approximate_posterior(tree, log_p=log_p, log_q=0.0 * log_p, pointwise=True)
+    mine = leave_one_out(likelihoods, (4_000,), log_ratios=ratios)
+    assert np.allclose(mine.elpd, weighted.elpd_i, atol=2e-2)
+    assert abs(mine.elpd.sum() - weighted.elpd) < mine.error
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.3])
+def test_the_error_of_leave_one_out_is_as_large_as_its_spread(scale: float) -> None:
+    known, z = known_elpd().sum(), []
+    for seed in range(100):
+        likelihoods, ratios = gaussian_likelihoods(seed, scale, 1_000)
+        own = leave_one_out(likelihoods, (1_000,), log_ratios=None if scale == 1.0 else ratios)
+        z.append((own.elpd.sum() - known) / own.error)
+        assert own.p_loo.value > 0 < own.p_loo.se
+    assert abs(np.mean(z)) < 0.5
+    assert 0.8 < np.std(z) < 1.25
+
+
+def test_an_impossible_observation_has_no_density() -> None:
+    likelihoods, _ = gaussian_likelihoods(0, draws=500)
+    likelihoods[3, 7] = -np.inf
+    own = leave_one_out(likelihoods, (500,))
+    assert own.unreliable.tolist() == [i == 7 for i in range(ROWS)]
+    assert own.elpd[7] == -np.inf
+
+
+def test_moment_matching_mends_what_weights_alone_cannot() -> None:
+    """One row far from all others: left out, the posterior is elsewhere."""
+    y = Y.copy()
+    y[np.argmax(np.abs(X[:, 1]))] += 14.0
+    model = linear(y)
+    drawn = reference(model, key=KEY)
+    beta = {"beta": np.asarray(drawn.draws["beta"]).reshape(-1, 2)}
+    chosen = {"y": np.arange(ROWS)}
+    likelihoods = log_likelihoods(model, beta, chosen)
+    plain = leave_one_out(likelihoods, np.asarray(drawn.draws["beta"]).shape[:2])
+    (bad,) = np.flatnonzero(plain.unreliable)
+    known = known_elpd(y)[bad]
+    assert abs(plain.elpd[bad] - known) > 0.5
+    mended = moment_matched(model, beta, chosen, plain, likelihoods)
+    assert not mended.unreliable.any()
+    assert abs(mended.elpd[bad] - known) < 4 * max(mended.own_error, 0.01)
+    assert mended.error < plain.error
+
+
+def test_moment_matching_leaves_alone_what_is_right() -> None:
+    likelihoods, _ = gaussian_likelihoods(0)
+    plain = leave_one_out(likelihoods, (4, 1_000))
+    assert moment_matched(linear(), {}, {}, plain, likelihoods) is plain
+
+
+# -- data made anew, and calibration ----------------------------------------------------------------------------------
+
+
+def test_ranks_of_left_out_observations_are_uniform_and_shares_nominal() -> None:
+    """Over many sets of data, since in one they share its noise."""
+    shares, ranks = [], []
+    for seed in range(8):
+        own = np.random.default_rng(seed)
+        y = X @ own.normal(0.0, 2.0, 2) + own.normal(size=ROWS)
+        made = predicted(linear(y), [])
+        table = made.calibration
+        left = table[table["kind"] == LEFT_OUT].set_index("measure")
+        shares.append(left.loc[["in the central 50%", "in the central 90%"], "value"].to_numpy())
+        ranks.append(made.observations.loc[made.observations["kind"] == LEFT_OUT, "value"].to_numpy())
+    count = 8 * ROWS
+    for nominal, share in zip((0.5, 0.9), np.mean(shares, axis=0), strict=True):
+        assert abs(share - nominal) < 4 * np.sqrt(nominal * (1 - nominal) / count)
+    pooled = np.sort(np.concatenate(ranks))
+    assert np.abs(pooled - (np.arange(count) + 0.5) / count).max() < np.sqrt(np.log(2 / 0.001) / (2 * count))
+
+
+def test_a_guide_that_predicts_elsewhere_is_seen_in_its_intervals() -> None:
+    mean, covariance = posterior(X, Y)
+    far = Gaussian("far", mean + np.array([3.0, 0.0]), covariance)
+    table = predicted(linear(), [guides()[0], far]).calibration
+    assert set(table["kind"]) == {IN_SAMPLE, LEFT_OUT}
+    table = table[(table["measure"] == "in the central 50%") & (table["kind"] == IN_SAMPLE)].set_index("source")
+    assert table.loc["far", "difference"] < -3 * table.loc["far", "difference_se"]
+    assert abs(table.loc["same", "difference"]) <= 3 * max(table.loc["same", "difference_se"], 0.03)
+
+
+def test_replicates_are_what_the_model_makes() -> None:
+    new = replicates(linear(), {"beta": np.tile([0.5, -1.0], (3_000, 1))}, KEY)["y"]
+    assert new.shape == (3_000, ROWS)
+    z = (new.mean(axis=0) - X @ [0.5, -1.0]) * np.sqrt(3_000)
+    assert np.abs(z).max() < 4.5
+    assert abs(np.square(new - X @ [0.5, -1.0]).mean() - 1.0) < 5 * np.sqrt(2 / new.size)
+
+
+def test_data_that_the_model_would_hardly_make_are_told() -> None:
+    """Counts with twice the spread of a Poisson's."""
+    own = np.random.default_rng(0)
+    counts = own.poisson(own.gamma(2.0, 4.0, 60))
+
+    def poisson(y: np.ndarray | None = None) -> None:
+        rate = numpyro.sample("rate", dist.Gamma(1.0, 0.1))
+        numpyro.sample("y", dist.Poisson(rate).expand([60]), obs=y)
+
+    def exact(key: jax.Array, draws: int) -> dict[str, np.ndarray]:
+        return {"rate": np.asarray(jax.random.gamma(key, 1.0 + counts.sum(), (draws,)) / 60.1)}
+
+    found = predicted(Model(poisson, Dataset("counts", {"y": counts}), exact=exact), [])
+    table = found.checks.set_index("statistic")
+    assert set(table.index) == {"mean", "share of zeros", "sd", "largest"}
+    assert table.loc["sd", "p_value"] < 0.01
+    assert 0.2 < table.loc["mean", "p_value"] < 0.8
+    assert (table["p_value_se"] > 0).all()
+
+
+# -- what cannot be looked at -----------------------------------------------------------------------------------------
+
+
+def test_observations_are_told_by_their_kind() -> None:
+    def several(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> None:
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        numpyro.sample("a", dist.Bernoulli(logits=z).expand([3]), obs=a)
+        numpyro.sample("b", dist.Poisson(jnp.exp(z)).expand([4]), obs=b)
+        numpyro.sample("c", dist.Normal(z, 1.0).expand([5, 2]).to_event(1), obs=c)
+
+    data = {"a": np.array([0, 1, 1]), "b": np.array([0, 1, 0, 1]), "c": np.zeros((5, 2))}
+    found = observed(Model(several, Dataset("several", data)))
+    assert {name: (site.kind, site.units) for name, site in found.items()} == {
+        "a": ("binary", 3),
+        "b": ("count", 4),
+        "c": ("real", 5),
+    }
+    assert all(np.array_equal(found[name].values, data[name]) for name in data)
+
+
+def test_without_observed_sites_or_draws_there_is_a_sentence() -> None:
+    def factor(y: np.ndarray) -> None:
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        numpyro.factor("likelihood", -0.5 * (y - z) ** 2)
+
+    model = Model(factor, Dataset("factor", {"y": np.array(1.0)}))
+    nothing = predictions(model, None, [], {}, key=KEY, thresholds=Thresholds(), than="it", judged=False)
+    assert nothing.problem.startswith("the likelihood is a factor")
+    none = predictions(linear(), None, [], {}, key=KEY, thresholds=Thresholds(), than="it", judged=False)
+    assert none.problem == "there are no reference draws to compare with"
+    assert none.scores.empty
+
+
+def test_a_kept_column_has_the_weights_of_its_observation() -> None:
+    likelihoods, _ = gaussian_likelihoods(2, draws=1_000)
+    keep = np.array([3, 11])
+    own: LeaveOneOut = leave_one_out(likelihoods, (1_000,), keep=keep)
+    for column, i in enumerate(keep):
+        known = np.exp(own.log_weights[:, column]) @ np.exp(likelihoods[:, i])
+        assert np.log(known) == pytest.approx(own.elpd[i])
