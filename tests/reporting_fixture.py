@@ -16,7 +16,8 @@ import xarray as xr
 from toolkit import Dataset, Estimate, Model, Quantity, Status, Thresholds, Verdict
 from toolkit.comparison.gaps import GAP_COLUMNS, Gaps
 from toolkit.comparison.overall import Overall
-from toolkit.comparison.predictions import IN_SAMPLE, LEFT_OUT, SCORE_COLUMNS, Predictions
+from toolkit.comparison.predictions import SCORE_COLUMNS, Predictions
+from toolkit.comparison.replicated import IN_SAMPLE, LEFT_OUT
 from toolkit.cost import Cost
 from toolkit.modelling.scalars import Scalars, scalars
 from toolkit.sampling.evidence import LogEvidence
@@ -311,7 +312,14 @@ def _predictions() -> Predictions:
     for i, source in enumerate(("reference", *GUIDES, "reference")):
         kind = LEFT_OUT if i == len(GUIDES) + 1 else IN_SAMPLE
         value = np.clip(chance + 0.02 * i * rng.normal(size=60), 0.001, 0.999)
-        frame = {"site": "y", "position": np.arange(60), "observed": seen, "source": source, "kind": kind}
+        frame = {
+            "site": "y",
+            "unit": np.arange(60),
+            "position": np.arange(60),
+            "observed": seen,
+            "source": source,
+            "kind": kind,
+        }
         observations.append(pd.DataFrame({**frame, "value": value}))
         score = float(np.square(value - seen).mean())
         row = {"site": "y", "measure": "Brier score", "source": source, "kind": kind, "value": score, "se": 0.02}
@@ -320,8 +328,8 @@ def _predictions() -> Predictions:
             continue
         row = {"site": "y", "statistic": "mean", "observed": seen.mean(), "source": source, "mean": 0.5, "low": 0.4}
         checks.append({**row, "high": 0.6, "p_value": 0.004 if i == 0 else 0.3, "p_value_se": 0.003})
-        score_row = dict.fromkeys(SCORE_COLUMNS, np.nan) | {"source": source, "observations": 60, "problem": ""}
-        score_row |= {"verdict": "", "sentence": "", "unreliable": 0, "matched": 0}
+        score_row = dict.fromkeys(SCORE_COLUMNS, np.nan) | {"source": source, "observations": 60, "looked_at": 60}
+        score_row |= {"verdict": "", "sentence": "", "problem": "", "loo_problem": "", "unreliable": 0, "matched": 0}
         if source == "reference":
             score_row |= {
                 "loo": -31.2,
@@ -334,7 +342,7 @@ def _predictions() -> Predictions:
             }
         else:
             score_row |= {"loss": lost[source], "loss_se": 0.2, "sentence": f"{source} in words"}
-            score_row |= {"problem": "its draws are too far from the posterior to be weighted"}
+            score_row |= {"loo_problem": "its draws are too far from the posterior to be weighted"}
         scores.append(score_row)
     return Predictions(
         pd.DataFrame(scores, columns=list(SCORE_COLUMNS)),

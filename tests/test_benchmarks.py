@@ -612,6 +612,7 @@ def test_a_pymc_program_has_the_models_density(posterior: str, shared_data: Path
 
 
 @pytest.mark.parametrize("guide", hierarchy_optimum.GUIDES)
+@pytest.mark.slow
 def test_the_optimum_by_quadrature_is_what_a_fit_of_the_whole_factor_reaches(guide: str) -> None:
     """Two ways that share nothing: few numbers on Sobol points, and the whole family on draws."""
     with jax.numpy_rank_promotion("allow"):  # as users' models may be written

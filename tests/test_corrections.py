@@ -159,6 +159,7 @@ def test_weights_that_fail_are_a_row_and_no_crash() -> None:
 
 
 @pytest.mark.parametrize("resampled", [False, True])
+@pytest.mark.slow
 def test_errors_of_weighted_draws_are_as_large_as_their_spread(resampled: bool) -> None:
     """Over keys, numbers of a known target scatter as their errors say; the guide is too wide, so that weights vary."""
     model = TARGETS.model(dimensions=2, correlation=0.5)

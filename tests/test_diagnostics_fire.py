@@ -98,7 +98,11 @@ CASES: dict[str, tuple[Callable[[], Study], tuple[str, ...]]] = {
     ),
     "a chain that is stuck": (
         lambda: study(line(), guides=["mean_field"], against=stuck(line())),
-        ("No verdict: the chains disagree", "Chain 3 has hardly moved"),
+        (
+            "No verdict: the chains disagree",
+            "Chain 3 has hardly moved",
+            "by draws that failed their checks, nothing below is to be relied on",
+        ),
     ),
 }
 

@@ -417,6 +417,7 @@ def test_laplace_where_a_latent_is_indexed_by_data():
     assert (np.abs(effect.mean(0) - np.array([1, 5, 9]) / 3) < 5 / math.sqrt(3 * 4_000) + 0.01).all()
 
 
+@pytest.mark.slow
 def test_laplace_keeps_sites_apart_whatever_their_names():
     """NumPyro stacks them in the program's order, a dict of them flattens by the alphabet."""
 

@@ -250,6 +250,7 @@ def test_steps_on_minibatches_keep_to_the_budget_of_which_they_take_their_share(
     assert fitted.cost.gradient_evaluations == begun + 400
 
 
+@pytest.mark.slow
 def test_a_guide_that_starts_decide_takes_minibatches(model: Model) -> None:
     fitted = fit(model, "laplace", key=KEY, minibatch=100)
     best = fit(model, "full_rank", key=KEY)

@@ -223,6 +223,7 @@ def independent(shape: Any) -> None:
     numpyro.factor("density", (shape * z - jnp.exp(z)).sum())
 
 
+@pytest.mark.slow
 def test_the_gap_that_steps_tell_is_a_mean_of_those_along_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once what a later iterate shares of the earlier noise is put back, which is as large as the gap itself."""
     monkeypatch.setattr(natural, "_ENOUGH", -math.inf)

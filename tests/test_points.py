@@ -130,9 +130,9 @@ def test_the_likelihood_and_the_jacobian_are_parts_of_the_density(model: Model) 
         ("conjugate_regression", {}, "rotated"),
         ("hierarchical_regression", {}, "noncentred"),
         ("gaussian_target", {"target": "funnel"}, "noncentred"),
-        ("lda", {}, "plain"),
+        pytest.param("lda", {}, "plain", marks=pytest.mark.slow),
         ("lda", {}, "normal"),
-        ("poisson_glm", {}, "plain"),
+        pytest.param("poisson_glm", {}, "plain", marks=pytest.mark.slow),
     ],
 )
 def test_curated_charts_can_be_looked_at(name: str, options: dict[str, Any], chart: str) -> None:
@@ -203,7 +203,7 @@ def test_a_series_can_be_looked_at_by_its_frequencies() -> None:
     ("name", "guide"),
     [
         ("hierarchical_regression", "mean_field"),
-        ("hierarchical_regression", "full_rank@noncentred"),
+        pytest.param("hierarchical_regression", "full_rank@noncentred", marks=pytest.mark.slow),
         ("conjugate_regression", "low_rank@rotated"),
         pytest.param("conjugate_regression", "laplace", marks=pytest.mark.slow),
         pytest.param("conjugate_regression", "iaf", marks=pytest.mark.slow),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -20,9 +21,12 @@ from scipy.stats import multivariate_normal, norm
 from toolkit import Dataset, Model, Status, reference
 from toolkit.comparison.leave_one_out import LeaveOneOut, leave_one_out
 from toolkit.comparison.moment_matching import moment_matched
-from toolkit.comparison.predictions import IN_SAMPLE, LEFT_OUT, Predictions, predictions
+from toolkit.comparison.predictions import Predictions, predictions
+from toolkit.comparison.predictive import Data
+from toolkit.comparison.replicated import IN_SAMPLE, LEFT_OUT
 from toolkit.comparison.verdicts import Thresholds
 from toolkit.modelling.observations import log_likelihoods, observed, replicates
+from toolkit.reporting.figures import calibration
 from toolkit.variational.guides import Guide
 
 KEY = jax.random.PRNGKey(0)
@@ -142,7 +146,9 @@ def scores(found: Predictions) -> pd.DataFrame:
 def test_the_loss_is_the_divergence_of_the_predictive_distributions(found: Predictions) -> None:
     for guide in guides():
         row = scores(found).loc[guide.name]
-        assert abs(row["loss"] - known_loss(guide)) < 3 * row["loss_se"], guide.name
+        assert abs(row["loss"] - known_loss(guide)) < 3 * row["loss_se"] < 3 * (0.02 + 0.1 * known_loss(guide)), (
+            guide.name
+        )
     assert scores(found).loc["shifted", "loss"] > 10.0 > scores(found).loc["narrow", "loss"]
 
 
@@ -180,7 +186,7 @@ def test_zeros_and_ones_are_summed_over_exactly() -> None:
     model = Model(coins, Dataset("coins", {"y": np.array([0, 1, 1] * 10)}), exact=exact)
     own = {"q": {"logit": 0.6 + 0.3 * np.random.default_rng(0).standard_normal(2_000)}}
     found = predicted(model, [DrawsAlone("q")], own=own)
-    assert scores(found).loc["q", "problem"] == "its density is not known, which leave-one-out by its draws needs"
+    assert scores(found).loc["q", "loo_problem"] == "its density is not known, which leave-one-out by its draws needs"
     grid = np.random.default_rng(5).standard_normal(400_000)
     p, q = expit(0.2 + 0.3 * grid).mean(), expit(0.6 + 0.3 * grid).mean()
     known = 30 * (p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q)))
@@ -209,7 +215,7 @@ def test_a_guides_draws_are_weighted_to_the_posterior(found: Predictions) -> Non
     assert abs(row["loo"] - known_elpd().sum()) < 3 * row["loo_se"]
     narrow = scores(found).loc["narrow"]
     assert np.isnan(narrow["loo"])
-    assert narrow["problem"] == "its draws are too far from the posterior to be weighted"
+    assert narrow["loo_problem"] == "its draws are too far from the posterior to be weighted"
 
 
 def gaussian_likelihoods(seed: int, scale: float = 1.0, draws: int = 4_000) -> tuple[np.ndarray, np.ndarray]:
@@ -244,7 +250,7 @@ def test_the_error_of_leave_one_out_is_as_large_as_its_spread(scale: float) -> N
         likelihoods, ratios = gaussian_likelihoods(seed, scale, 1_000)
         own = leave_one_out(likelihoods, (1_000,), log_ratios=None if scale == 1.0 else ratios)
         z.append((own.elpd.sum() - known) / own.error)
-        assert own.p_loo.value > 0 < own.p_loo.se
+        assert 0 < own.optimism_error < 1
     assert abs(np.mean(z)) < 0.5
     assert 0.8 < np.std(z) < 1.25
 
@@ -257,23 +263,28 @@ def test_an_impossible_observation_has_no_density() -> None:
     assert own.elpd[7] == -np.inf
 
 
-def test_moment_matching_mends_what_weights_alone_cannot() -> None:
-    """One row far from all others: left out, the posterior is elsewhere."""
-    y = Y.copy()
-    y[np.argmax(np.abs(X[:, 1]))] += 14.0
-    model = linear(y)
-    drawn = reference(model, key=KEY)
-    beta = {"beta": np.asarray(drawn.draws["beta"]).reshape(-1, 2)}
-    chosen = {"y": np.arange(ROWS)}
-    likelihoods = log_likelihoods(model, beta, chosen)
-    plain = leave_one_out(likelihoods, np.asarray(drawn.draws["beta"]).shape[:2])
-    (bad,) = np.flatnonzero(plain.unreliable)
-    known = known_elpd(y)[bad]
-    assert abs(plain.elpd[bad] - known) > 0.5
-    mended = moment_matched(model, beta, chosen, plain, likelihoods)
-    assert not mended.unreliable.any()
-    assert abs(mended.elpd[bad] - known) < 4 * max(mended.own_error, 0.01)
-    assert mended.error < plain.error
+def test_moment_matching_mends_what_weights_alone_cannot_and_nothing_by_halves() -> None:
+    """One row ever further from all others: left out, the posterior is elsewhere."""
+    mended = []
+    for away in (5.0, 7.0, 10.0, 12.0):
+        y = Y.copy()
+        y[np.argmax(np.abs(X[:, 1]))] += away
+        model = linear(y)
+        drawn = reference(model, key=KEY)
+        beta = {"beta": np.asarray(drawn.draws["beta"]).reshape(-1, 2)}
+        chosen = {"y": np.arange(ROWS)}
+        likelihoods = log_likelihoods(model, beta, chosen)
+        plain = leave_one_out(likelihoods, np.asarray(drawn.draws["beta"]).shape[:2])
+        found = moment_matched(model, beta, chosen, plain, likelihoods)
+        (bad,) = np.flatnonzero(plain.unreliable)
+        if found.unreliable.any():
+            assert found is plain
+            continue
+        known = known_elpd(y)[bad]
+        assert abs(found.elpd[bad] - known) < 4 * found.own_error < abs(plain.elpd[bad] - known), away
+        assert found.error < plain.error
+        mended.append(away)
+    assert len(mended) >= 2
 
 
 def test_moment_matching_leaves_alone_what_is_right() -> None:
@@ -288,7 +299,7 @@ def test_moment_matching_leaves_alone_what_is_right() -> None:
 def test_ranks_of_left_out_observations_are_uniform_and_shares_nominal() -> None:
     """Over many sets of data, since in one they share its noise."""
     shares, ranks = [], []
-    for seed in range(8):
+    for seed in range(5):
         own = np.random.default_rng(seed)
         y = X @ own.normal(0.0, 2.0, 2) + own.normal(size=ROWS)
         made = predicted(linear(y), [])
@@ -296,7 +307,7 @@ def test_ranks_of_left_out_observations_are_uniform_and_shares_nominal() -> None
         left = table[table["kind"] == LEFT_OUT].set_index("measure")
         shares.append(left.loc[["in the central 50%", "in the central 90%"], "value"].to_numpy())
         ranks.append(made.observations.loc[made.observations["kind"] == LEFT_OUT, "value"].to_numpy())
-    count = 8 * ROWS
+    count = 5 * ROWS
     for nominal, share in zip((0.5, 0.9), np.mean(shares, axis=0), strict=True):
         assert abs(share - nominal) < 4 * np.sqrt(nominal * (1 - nominal) / count)
     pooled = np.sort(np.concatenate(ranks))
@@ -368,7 +379,7 @@ def test_without_observed_sites_or_draws_there_is_a_sentence() -> None:
 
     model = Model(factor, Dataset("factor", {"y": np.array(1.0)}))
     nothing = predictions(model, None, [], {}, key=KEY, thresholds=Thresholds(), than="it", judged=False)
-    assert nothing.problem.startswith("the likelihood is a factor")
+    assert nothing.problem.endswith("it is a factor")
     none = predictions(linear(), None, [], {}, key=KEY, thresholds=Thresholds(), than="it", judged=False)
     assert none.problem == "there are no reference draws to compare with"
     assert none.scores.empty
@@ -381,3 +392,132 @@ def test_a_kept_column_has_the_weights_of_its_observation() -> None:
     for column, i in enumerate(keep):
         known = np.exp(own.log_weights[:, column]) @ np.exp(likelihoods[:, i])
         assert np.log(known) == pytest.approx(own.elpd[i])
+
+
+# -- awkward data -----------------------------------------------------------------------------------------------------
+
+
+def known(fn: Any, data: dict[str, Any], site: str, draws: np.ndarray) -> Model:
+    """A model whose posterior is said to be these draws, all of them."""
+
+    def exact(key: jax.Array, count: int) -> dict[str, np.ndarray]:
+        return {site: draws[np.asarray(jax.random.randint(key, (count,), 0, len(draws)))]}
+
+    return Model(fn, Dataset("known", data), exact=exact)
+
+
+def test_an_observation_of_many_numbers_has_a_loss_or_a_reason() -> None:
+    """Exact draws of twenty slopes, known from one vector: few of them explain another one."""
+    own = np.random.default_rng(0)
+    x = own.normal(size=(100, 20))
+    y = x @ own.normal(size=20) + own.normal(size=100)
+
+    def vector(x: np.ndarray, y: np.ndarray | None = None) -> None:
+        slope = numpyro.sample("slope", dist.Normal(0.0, 1.0).expand([20]).to_event(1))
+        numpyro.sample("y", dist.Normal(x @ slope, 1.0).to_event(1), obs=y)
+
+    covariance = np.linalg.inv(x.T @ x + np.eye(20))
+    draws = own.multivariate_normal(covariance @ x.T @ y, covariance, 20_000)
+    found = predicted(
+        known(vector, {"x": x, "y": y}, "slope", draws), [DrawsAlone("q")], own={"q": {"slope": draws[:2_000]}}
+    )
+    row = scores(found).loc["q"]
+    assert row["verdict"] == ""
+    assert row["problem"].startswith("its draws are too few to average the density")
+    left_out = found.calibration[found.calibration["kind"] == LEFT_OUT]
+    assert left_out.empty  # the only observation's weights cannot be trusted
+    assert found.calibration["se"].isna().all()  # of one observation there is no spread
+
+
+def masked(y: np.ndarray, known: np.ndarray) -> None:
+    mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+    with numpyro.plate("row", y.shape[0]):
+        numpyro.sample("y", dist.Normal(mu, 1.0).mask(known), obs=y)
+
+
+def test_what_is_masked_is_no_data() -> None:
+    own = np.random.default_rng(0)
+    y, seen = own.normal(size=90), np.arange(90) % 3 > 0
+    y[~seen] = -999.0
+    draws = y[seen].mean() + own.normal(size=4_000) / np.sqrt(61)
+    found = predicted(known(masked, {"y": y, "known": seen}, "mu", draws), [])
+    assert scores(found).loc["reference", "observations"] == 60
+    assert set(found.observations["position"]) == set(np.flatnonzero(seen))
+    table = found.checks.set_index("statistic")
+    assert table.loc["smallest", "observed"] == y[seen].min()
+    assert (table["p_value"] > 0.01).all()
+
+
+def test_whole_numbers_under_a_normal_have_replicates_that_are_not() -> None:
+    own = np.random.default_rng(0)
+    y = np.round(own.normal(0.0, 1.2, 200)).astype(int)
+
+    def rounded(y: np.ndarray | None = None) -> None:
+        mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+        numpyro.sample("y", dist.Normal(mu, 1.2).expand([200]), obs=y)
+
+    found = predicted(known(rounded, {"y": y}, "mu", y.mean() + own.normal(size=4_000) * 1.2 / np.sqrt(200)), [])
+    assert 0.05 < found.checks.set_index("statistic").loc["sd", "p_value"] < 0.95
+
+
+def test_several_sites_are_added_up_and_told_apart() -> None:
+    own = np.random.default_rng(0)
+
+    def two(a: np.ndarray | None = None, b: np.ndarray | None = None) -> None:
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        numpyro.sample("a", dist.Bernoulli(logits=z).expand([30]), obs=a)
+        numpyro.sample("b", dist.Normal(z, 1.0).expand([50]), obs=b)
+
+    data = {"a": own.integers(0, 2, 30), "b": own.normal(size=50)}
+    draws = own.normal(size=4_000) * 0.13
+    wide = DrawsAlone("wide")
+    found = predicted(known(two, data, "z", draws), [wide], own={"wide": {"z": 0.6 + draws[:2_000]}})
+    assert scores(found).loc["wide", "observations"] == 80
+    p, q = 0.5, expit(0.6 + draws).mean()
+    coins = 30 * (p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q)))
+    normals = 50 * 0.5 * 0.6**2 / (1 + 0.13**2)
+    row = scores(found).loc["wide"]
+    assert abs(row["loss"] - coins - normals) < 3 * row["loss_se"] + 0.1  # draws of a mean that is not quite 0
+    assert row["loss_se"] < 2.0
+    assert dict(zip(found.calibration["site"], found.calibration["measure"], strict=True)).keys() == {"a", "b"}
+
+
+def test_a_guide_that_rules_out_what_may_come_loses_without_limit() -> None:
+    def upto(y: np.ndarray | None = None) -> None:
+        top = numpyro.sample("top", dist.LogNormal(0.0, 1.0))
+        numpyro.sample("y", dist.Uniform(0.0, top).expand([10]), obs=y)
+
+    own = np.random.default_rng(0)
+    model = known(upto, {"y": own.uniform(size=10)}, "top", 1.5 + own.uniform(size=4_000))
+    found = predicted(model, [DrawsAlone("low")], own={"low": {"top": 1.0 + 0.1 * own.uniform(size=2_000)}})
+    row = scores(found).loc["low"]
+    assert row["loss"] == np.inf
+    assert row["verdict"] == "wrong"
+
+
+def test_a_draw_that_is_no_number_gives_no_verdict() -> None:
+    beta = guides()[0].draws()["beta"]
+    beta[7] = np.nan
+    row = scores(predicted(linear(), [DrawsAlone("broken")], own={"broken": {"beta": beta}})).loc["broken"]
+    assert np.isnan(row["loss"])
+    assert row["problem"] == "under some draws a density is no number"
+    assert row["verdict"] == ""
+
+
+def test_a_sample_stands_for_all() -> None:
+    own = np.random.default_rng(0)
+    each = np.r_[own.normal(-50.0, 1.0, 10), own.normal(-1.0, 1.0, 400)]
+    sites: Any = {"few": SimpleNamespace(places=np.arange(10)), "many": SimpleNamespace(places=np.arange(4_000))}
+    data = Data(sites, {"few": np.arange(10), "many": np.arange(400)})
+    total = data.total(each)
+    assert abs(total.value - (each[:10].sum() + 4_000 * -1.0)) < 4 * total.se
+    assert 0.8 < total.se / np.sqrt(4_000**2 * 0.9 / 400) < 1.2
+
+
+def test_equal_probabilities_are_taken_together() -> None:
+    own = np.random.default_rng(0)
+    chance = np.repeat([0.25, 0.75], 100)
+    outcomes = own.uniform(size=200) < chance
+    values, frequency = calibration._fitted(chance, outcomes)
+    assert values.tolist() == [0.25, 0.75]
+    assert frequency.tolist() == [outcomes[:100].mean(), outcomes[100:].mean()]

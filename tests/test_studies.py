@@ -213,6 +213,7 @@ def test_a_limit_below_the_draws_is_misuse(options, got):
         study(known, **options)
 
 
+@pytest.mark.slow
 def test_a_reference_without_enough_draws_is_drawn_longer_too():
     blind = dataclasses.replace(models.load("conjugate_regression").model(), exact=None, log_evidence=None)
     done = study(blind, guides=["mean_field"], chains=2, warmup=200, draws=50, until_decided=4_000)

@@ -309,7 +309,7 @@ def counts(events=(3.0, 1.5, 0.0)):
     return Model(poisson, Dataset("counts", {"row": row, "y": np.random.default_rng(0).poisson(np.array(events)[row])}))
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 @pytest.mark.parametrize("guide", THREE)
 def test_a_class_without_events_is_improper_although_its_rate_underflows_on_the_way(guide, seed):
     """Below -745 the rate is zero and the gradient no number: the Gaussian spreads as far as these."""

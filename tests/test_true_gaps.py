@@ -46,6 +46,7 @@ def test_the_elbo_of_a_displaced_member_is_its_closed_form(case: str, fitted: Fi
 
 @pytest.mark.usefixtures("shared_data")
 @pytest.mark.parametrize("chart", ["centered", "noncentered"])
+@pytest.mark.slow
 def test_full_rank_gains_over_a_mean_field_what_theory_says_on_a_radon_hierarchy(chart: str) -> None:
     """On a Gaussian of precision P the gain is (sum of log P_ii - log det P) / 2; this posterior is nearly one."""
     name = f"radon_mn-radon_variable_intercept_slope_{chart}"

@@ -63,8 +63,8 @@ def advise(
     elif whole.verdict is Verdict.WRONG:
         sentences.append("Report the reference's intervals: no guide that was judged is right in what was asked for.")
         sentences.append(_try(model, guides, corrections))
-    good = scores[scores["verdict"] == Verdict.RIGHT.value].set_index("source")
-    sentences += [text for name in wrong.index if (text := _good_for(str(name), table, good))]
+    sentences += [_means_only(str(name), table) for name in wrong.index if _means_right(str(name), table)]
+    sentences += _to_predict(guides, scores, whole)
     return (*sentences, *_fit_better(guides))
 
 
@@ -164,21 +164,26 @@ def _means_right(guide: str, table: pd.DataFrame) -> bool:
     return bool(len(own)) and bool((own["verdict"] == Verdict.RIGHT.value).all())
 
 
-def _good_for(guide: str, table: pd.DataFrame, predicts: pd.DataFrame) -> str:
-    """What a guide that is wrong may still be used for; empty if for nothing."""
-    uses = []
-    if _means_right(guide, table):
-        own = _judged_locations(guide, table)
-        largest = float((own["value"].abs() + simultaneous_z(len(own)) * own["se"]).max())
-        moments = own["metric"] == "shift"
-        what = "means" if moments.all() else "centres" if moments.any() else "medians"
-        uses.append(f"for {what} (all within {largest:.2g} sd)")
-    for _, row in predicts[predicts.index == guide].iterrows():
-        lost = Estimate(float(row["loss"]), float(row["loss_se"]))
-        uses.append(f"to predict at the same predictors ({lost} nats lost over {row['observations']:,} observations)")
-    return (
-        f"{guide} may be used {' and '.join(uses)}, not for its quantities' intervals or probabilities." if uses else ""
-    )
+def _means_only(guide: str, table: pd.DataFrame) -> str:
+    own = _judged_locations(guide, table)
+    largest = float((own["value"].abs() + simultaneous_z(len(own)) * own["se"]).max())
+    what = "means" if (own["metric"] == "shift").all() else "medians" if (own["metric"] != "shift").all() else "centres"
+    return f"{guide} may be used for {what} (all within {largest:.2g} sd), not for intervals or probabilities."
+
+
+def _to_predict(guides: pd.DataFrame, scores: pd.DataFrame, whole: Overall) -> list[str]:
+    """The cheapest guide whose predictions are right, unless it is the one to report anyway."""
+    right = scores[scores["verdict"] == Verdict.RIGHT.value]
+    if right.empty:
+        return []
+    cheapest = min(right.to_dict("records"), key=lambda row: guides.loc[row["source"], "seconds"])
+    if cheapest["source"] == whole.guide:
+        return []
+    lost = Estimate(cheapest["loss"], cheapest["loss_se"])
+    return [
+        f"To predict at the same predictors {cheapest['source']} will do: {lost} nats lost over "
+        f"{cheapest['observations']:,} observations."
+    ]
 
 
 def _judged_locations(guide: str, table: pd.DataFrame) -> pd.DataFrame:

@@ -17,7 +17,6 @@ import numpy as np
 from arviz_stats.base import array_stats
 from scipy.special import logsumexp
 
-from toolkit.estimate import Estimate
 from toolkit.influence import TAIL_LIMIT, chain_error, independent_error
 
 # Kish's number of weighted draws over that of draws from which on weights are too even for a tail to matter; an index
@@ -59,9 +58,9 @@ class LeaveOneOut:
         return self._error(self.influence)
 
     @property
-    def p_loo(self) -> Estimate:
-        """The effective number of parameters: by how much all observations are predicted better when they are seen."""
-        return Estimate(float((self.lpd - self.elpd).sum()), self._error(self.seen_influence - self.influence))
+    def optimism_error(self) -> float:
+        """The Monte Carlo error of the sum of `lpd` minus that of `elpd`."""
+        return self._error(self.seen_influence - self.influence)
 
     def _error(self, influence: np.ndarray) -> float:
         drawn = chain_error(influence) if influence.ndim == 2 else independent_error(influence)
@@ -82,6 +81,7 @@ def leave_one_out(
     *,
     log_ratios: np.ndarray | None = None,
     keep: np.ndarray | None = None,
+    scales: np.ndarray | None = None,
 ) -> LeaveOneOut:
     """The leave-one-out densities of all observations.
 
@@ -90,6 +90,7 @@ def leave_one_out(
         shape: (chain, draw) of autocorrelated draws, or (draw,) of independent ones.
         log_ratios: Log p(x, z) - log q(z) of each draw, (draw,), where the draws are to stand for the posterior's.
         keep: Observations whose weights are wanted later.
+        scales: How many observations each stands for in the sums whose errors are told; 1 if None.
     """
     draws, count = log_likelihoods.shape
     elpd, lpd, khat = np.full(count, -np.inf), np.full(count, -np.inf), np.full(count, -np.inf)
@@ -109,10 +110,12 @@ def leave_one_out(
         lpd[part] = logsumexp(whole + given, axis=0)
         elpd[part] = logsumexp(log_weights + given, axis=0)
         # A ratio of two weighted means: each draw moves the upper by its share, and the lower by its weight.
-        influence += draws * (np.exp(log_weights) * np.expm1(given - elpd[part])).sum(axis=1)
-        seen_influence += draws * (np.exp(whole) * np.expm1(given - lpd[part])).sum(axis=1)
+        share = np.ones(given.shape[1]) if scales is None else scales[part]
+        influence += draws * (np.exp(log_weights) * np.expm1(given - elpd[part])) @ share
+        seen_influence += draws * (np.exp(whole) * np.expm1(given - lpd[part])) @ share
         # Under a draw that rules an observation out, its weight is infinite.
         elpd[part][~possible], khat[part][~possible] = -np.inf, np.inf
+        lpd[part][~possible] = logsumexp(whole + log_likelihoods[:, part][:, ~possible], axis=0)
         wanted = place[part]
         kept[:, wanted[wanted >= 0]] = log_weights[:, wanted >= 0]
     return LeaveOneOut(elpd, lpd, np.maximum(khat, base), kept, influence.reshape(shape), seen_influence.reshape(shape))

@@ -41,7 +41,11 @@ def over_draws(
     scalars = sum(int(np.prod(site.shape)) for site in model.sites.values())
     batch = max(1, min(_BATCH, _BATCH_SCALARS // max(scalars, 1)))
     rows = len(jax.tree.leaves(given)[0])
-    key = (*name, piece, *((part, np.shape(value)) for part, value in sorted(shared.items())))
+    key = (
+        *name,
+        piece,
+        *((part, np.shape(value), np.asarray(value).dtype.name) for part, value in sorted(shared.items())),
+    )
 
     def many(given: Any, arrays: Any, shared: Any) -> Any:
         return jax.lax.map(lambda row: one(row, arrays, shared), given, batch_size=batch)

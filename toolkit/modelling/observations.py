@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 from numpyro import handlers
 from numpyro.distributions import constraints
 
@@ -28,30 +29,71 @@ class Observed:
 
     Attributes:
         site: The site.
-        values: What was observed, in the site's shape.
-        units: How many observations it holds: elements of the batch shape, each with its own log likelihood.
+        values: What was observed, one number for each that the site's distribution makes.
+        seen: Which of these are data; the others are masked, and their values say nothing.
+        units: How many observations the site has: elements of its log density's shape, masked ones included.
     """
 
     site: Site
     values: np.ndarray
+    seen: np.ndarray
     units: int
 
     @property
+    def size(self) -> int:
+        """Numbers in an observation: more than one for a vector, such as a document's counts."""
+        return self.values.size // max(self.units, 1)
+
+    @property
+    def places(self) -> np.ndarray:
+        """The observations of which something was seen, as places in the flattened shape of the log density."""
+        return np.flatnonzero(self.seen.reshape(self.units, -1).any(axis=1))
+
+    @property
     def kind(self) -> str:
-        """`"binary"` where only 0 and 1 can be, `"count"` for other whole numbers, else `"real"`."""
+        """`"binary"` for 0 and 1 alone, `"label"` for categories, `"count"` for other whole numbers, else `"real"`."""
         if not self.site.discrete:
             return "real"
+        if self.site.distribution.startswith("Categorical"):
+            return "label"
         return "binary" if self.site.support == type(constraints.boolean).__name__ else "count"
 
 
 def observed(model: Model) -> dict[str, Observed]:
     """The data of every observed site, by its name; empty where the likelihood is a factor."""
+
+    def sites(arrays: Any) -> dict[str, Any]:
+        start = model.start(jax.random.PRNGKey(0), arrays, chart="plain")
+        latents = model.constrain(start, arrays, chart="plain")
+        return _observing(model, {name: latents[name] for name in model.latents}, arrays)
+
+    def data(arrays: Any) -> dict[str, Any]:
+        found = {}
+        for name, site in sites(arrays).items():
+            shape = _log_prob(site).shape + site["fn"].event_shape
+            found[name] = jnp.broadcast_to(site["value"], shape), jnp.broadcast_to(_seen(site["fn"]), shape)
+        return found
+
     with jax.enable_x64(True):
-        shapes, values = _trace(model)
+        shapes = jax.eval_shape(lambda arrays: {n: _log_prob(s) for n, s in sites(arrays).items()}, model.arrays)
+        # What of the program only leads to latents is left out by the compiler.
+        found = jax.device_get(jax.jit(data)(model.arrays))
     return {
-        name: Observed(model.sites[name], np.asarray(values[name]), int(np.prod(shapes[name], dtype=int)))
-        for name in model.observed
+        name: Observed(model.sites[name], values, seen, int(np.prod(shapes[name].shape, dtype=int)))
+        for name, (values, seen) in found.items()
     }
+
+
+def _seen(fn: Any) -> Any:
+    """Which numbers of a distribution's value count, in a shape that broadcasts to the value's."""
+    shells = dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution
+    seen = jnp.ones((), bool)
+    while isinstance(fn, shells):
+        if isinstance(fn, dist.MaskedDistribution):
+            mask = jnp.asarray(fn._mask)
+            seen = seen & mask.reshape(mask.shape + (1,) * fn.event_dim)
+        fn = fn.base_dist
+    return seen
 
 
 def log_likelihoods(
@@ -94,7 +136,7 @@ def replicates(model: Model, draws: Mapping[str, np.ndarray], key: jax.Array) ->
         key, latents = given
         sites = _observing(model, latents, arrays)
         return {
-            name: _broadcast(site).sample(jax.random.fold_in(key, i)).astype(jnp.result_type(site["value"]))
+            name: _wide(_broadcast(site).sample(jax.random.fold_in(key, i)), site["value"])
             for i, (name, site) in enumerate(sites.items())
         }
 
@@ -127,19 +169,10 @@ def _broadcast(site: Mapping[str, Any]) -> Any:
     return fn.expand(jnp.broadcast_shapes(fn.batch_shape, shape[: len(shape) - fn.event_dim]))
 
 
+def _wide(made: Any, value: Any) -> Any:
+    """New data in a type that holds them: whole numbers under a normal likelihood have replicates that are not."""
+    return made.astype(jnp.promote_types(made.dtype, jnp.result_type(value)))
+
+
 def _log_prob(site: Mapping[str, Any], outcome: Any = None) -> Any:
     return jnp.asarray(site["fn"].log_prob(site["value"] if outcome is None else outcome))
-
-
-def _trace(model: Model) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
-    """The shape of each observed site's log likelihoods, and its data."""
-
-    def sites(arrays: Any) -> dict[str, Any]:
-        start = model.start(jax.random.PRNGKey(0), arrays, chart="plain")
-        latents = model.constrain(start, arrays, chart="plain")
-        return _observing(model, {name: latents[name] for name in model.latents}, arrays)
-
-    shapes = jax.eval_shape(lambda arrays: {n: _log_prob(site) for n, site in sites(arrays).items()}, model.arrays)
-    # What of the program only leads to latents is left out by the compiler.
-    values = jax.jit(lambda arrays: {n: jnp.asarray(site["value"]) for n, site in sites(arrays).items()})(model.arrays)
-    return {name: found.shape for name, found in shapes.items()}, values

@@ -7,7 +7,9 @@ from typing import Any
 
 import pandas as pd
 
-from toolkit.comparison.predictions import LEFT_OUT
+from toolkit.comparison.replicated import LEFT_OUT
+from toolkit.comparison.sides import NORMAL_SPREAD
+from toolkit.estimate import decimals
 from toolkit.reporting.contents import Block, Cell, Column, Section, Table
 from toolkit.reporting.figures.calibration import calibration
 from toolkit.reporting.palette import Look
@@ -27,23 +29,31 @@ _MADE = (
 )
 
 
-def predictions_section(predictions: Any, looks: Mapping[str, Look], against: str) -> Section:
+def predictions_section(predictions: Any, looks: Mapping[str, Look], against: str, *, trusted: bool) -> Section:
     """What predicting with each guide costs, leave-one-out, replicated data, calibration.
 
     Args:
         predictions: The comparison's `Predictions`.
         looks: How the guides are shown.
         against: What the reference is called.
+        trusted: Whether the reference passed its checks.
     """
     if predictions.problem:
         blocks: tuple[Block, ...] = (f"Left out: {predictions.problem}.",)
         return Section("predictions", "Does it matter for predictions?", blocks)
-    found: list[Block] = [_scores(predictions.scores, looks, against)]
+    found: list[Block] = []
+    if not trusted:
+        found.append("No verdict is given here: by draws that failed their checks, nothing below is to be relied on.")
+    found.append(_scores(predictions.scores, looks, against))
+    total, some = predictions.scores[["observations", "looked_at"]].iloc[0]
+    if some < total:
+        found.append(f"{some:,} of {total:,} observations were looked at; they stand for all, which is in the errors.")
     picture = calibration(predictions, looks, against)
     if picture is not None:
         found += [picture, _held(predictions.calibration, looks, against)]
     if len(predictions.checks):
-        found += [_checks(predictions.checks, looks, against), *_unlikely(predictions.checks, against)]
+        found.append(_checks(predictions.checks, looks, against))
+        found += _unlikely(predictions.checks, against) if trusted else []
     return Section("predictions", "Does it matter for predictions?", tuple(found))
 
 
@@ -76,7 +86,7 @@ def _scores(scores: pd.DataFrame, looks: Mapping[str, Look], against: str) -> Ta
             (
                 Cell(against if own else name, place=place),
                 loss,
-                Cell(str(row["sentence"]) or NONE),
+                Cell(str(row["sentence"] or row["problem"]) or NONE),
                 number(row["loo"], row["loo_se"], note=_trust(row)),
                 number(row["p_loo"], row["p_loo_se"]),
             )
@@ -86,15 +96,15 @@ def _scores(scores: pd.DataFrame, looks: Mapping[str, Look], against: str) -> Ta
 
 def _trust(row: pd.Series) -> str:
     """What is to be known of a leave-one-out: why there is none, what of it cannot be trusted, how it would vary."""
-    if row["problem"]:
-        return str(row["problem"])
+    if row["loo_problem"]:
+        return str(row["loo_problem"])
     told = []
     if row["source"] == "reference":
         told.append(f"± {significant(row['loo_data_se'], 2)} for other data")
     if row["matched"] > 0:
         told.append(f"{int(row['matched'])} by moment matching")
     if row["unreliable"] > 0:
-        told.append(f"{int(row['unreliable']):,} of {int(row['observations']):,} cannot be trusted")
+        told.append(f"{int(row['unreliable']):,} of {int(row['looked_at']):,} cannot be trusted")
     return "; ".join(told)
 
 
@@ -147,16 +157,24 @@ def _checks(checks: pd.DataFrame, looks: Mapping[str, Look], against: str) -> Ta
     )
     rows = []
     for (site, statistic), group in checks.groupby(["site", "statistic"], sort=False):
-        cells = [Cell(str(statistic), note=str(site)), Cell(significant(group["observed"].iloc[0], 4))]
+        cells = [Cell(str(statistic), note=str(site)), Cell(_as_precise(group["observed"].iloc[0], group))]
         by_source = {row["source"]: row for _, row in group.iterrows()}
         for source in sources:
             row = by_source[source]
-            ends = f"{significant(row['mean'], 4)} [{significant(row['low'])}, {significant(row['high'])}]"
+            mean, low, high = (_as_precise(row[end], group) for end in ("mean", "low", "high"))
+            ends = f"{mean} [{low}, {high}]"
             chance = number(row["p_value"], row["p_value_se"])
             place = looks[source].place if source in looks else None
             cells.append(Cell(ends, note=f"p {chance.text}{_error(chance)}", place=place))
         rows.append(tuple(cells))
     return Table("Data made anew beside the observed", columns, tuple(rows))
+
+
+def _as_precise(value: float, group: pd.DataFrame) -> str:
+    """A number with as many decimals as a tenth of the spread of data made anew deserves."""
+    spread = float((group["high"] - group["low"]).min()) / NORMAL_SPREAD
+    places = decimals(spread / 10.0) if spread > 0 else 2
+    return minus(f"{round(value, places) + 0.0:,.{places}f}")
 
 
 def _unlikely(checks: pd.DataFrame, against: str) -> list[str]:
@@ -167,8 +185,8 @@ def _unlikely(checks: pd.DataFrame, against: str) -> list[str]:
     if found.empty:
         return []
     told = ", ".join(
-        f"{row['statistic']} of {row['site']} (observed {significant(row['observed'], 4)}, "
-        f"expected {minus(significant(row['mean'], 4))})"
-        for _, row in found.iterrows()
+        f"{row['statistic']} of {row['site']} (observed {_as_precise(row['observed'], found.loc[[i]])}, "
+        f"expected {_as_precise(row['mean'], found.loc[[i]])})"
+        for i, row in found.iterrows()
     )
     return [f"{against[:1].upper()}{against[1:]} would hardly make these data: {told}. No guide mends a model."]

@@ -148,7 +148,7 @@ def _sections(
         sections.which_quantities(study, frame, looks, limits, against),
         sections.how_wrong(frame, compared, limits, against),
         sections.which_relations(study.comparison, looks, against),
-        predictions_section(study.comparison.predictions, looks, against),
+        predictions_section(study.comparison.predictions, looks, against, trusted=study.comparison.reference_ok),
         *(section for section in (sections.what_repairs(study.comparison),) if section),
         sections.did_it_arrive(study.fits, study.comparison.table, looks, limits),
         sections.reference_trusted(study),

@@ -11,13 +11,14 @@ import pandas as pd
 from matplotlib.axes import Axes
 from scipy.optimize import isotonic_regression
 
-from toolkit.comparison.predictions import IN_SAMPLE, LEFT_OUT
+from toolkit.comparison.replicated import IN_SAMPLE, LEFT_OUT
 from toolkit.reporting.contents import Picture
 from toolkit.reporting.figures.canvas import blank, plain, styled
 from toolkit.reporting.palette import BAND, INK, SOFT, Look
 
 _MOST_PANELS = 4
 _MADE = 200  # sets of outcomes for a band
+_TIES = 9  # decimals to which probabilities are told apart
 
 
 def calibration(predictions: Any, looks: Mapping[str, Look], against: str) -> Picture | None:
@@ -86,25 +87,31 @@ def _best(own: pd.DataFrame) -> pd.DataFrame:
 
 def _reliability(axes: Axes, own: pd.DataFrame, looks: Mapping[str, Look], against: str) -> None:
     points = np.linspace(0, 1, 201)
-    chance = np.sort(_best(own)["value"].to_numpy())
+    chance = _best(own)["value"].to_numpy()
     rng = np.random.default_rng(0)
-    made = [isotonic_regression((rng.uniform(size=chance.size) < chance).astype(float)).x for _ in range(_MADE)]
-    low, high = np.quantile([np.interp(points, chance, curve) for curve in made], [0.025, 0.975], axis=0)
+    made = [_fitted(chance, rng.uniform(size=chance.size) < chance) for _ in range(_MADE)]
+    low, high = np.quantile([np.interp(points, *curve) for curve in made], [0.025, 0.975], axis=0)
     axes.fill_between(points, low, high, color=BAND.light, linewidth=0)
     axes.plot([0, 1], [0, 1], color=SOFT.light, linewidth=0.7)
     for rows, style in _lines(own, looks, against):
-        ordered = rows.sort_values("value")
-        fitted = isotonic_regression(ordered["observed"].to_numpy(dtype=float)).x
-        axes.plot(ordered["value"], fitted, **style)
+        axes.plot(*_fitted(rows["value"].to_numpy(), rows["observed"].to_numpy()), **style)
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
     axes.set_xlabel("predicted probability of 1")
     axes.set_ylabel("observed frequency of 1")
 
 
+def _fitted(chance: np.ndarray, outcomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The frequencies of outcomes that rise with their probabilities, equal probabilities taken together."""
+    values, which, counts = np.unique(chance.round(_TIES), return_inverse=True, return_counts=True)
+    means = np.bincount(which, outcomes.astype(float)) / counts
+    return values, isotonic_regression(means, weights=counts.astype(float)).x
+
+
 def _ranks(axes: Axes, own: pd.DataFrame, looks: Mapping[str, Look], against: str) -> None:
     """The distribution function of ranks less the diagonal, in Dvoretzky, Kiefer and Wolfowitz's band."""
     points = np.linspace(0, 1, 201)
-    band = math.sqrt(math.log(2 / 0.05) / (2 * len(_best(own))))
+    # The numbers of one observation rise and fall together: it counts once.
+    band = math.sqrt(math.log(2 / 0.05) / (2 * _best(own)["unit"].nunique()))
     axes.fill_between([0, 1], -band, band, color=BAND.light, linewidth=0)
     reach = band
     for rows, style in _lines(own, looks, against):
