@@ -322,12 +322,29 @@ def _predictions() -> Predictions:
         }
         observations.append(pd.DataFrame({**frame, "value": value}))
         score = float(np.square(value - seen).mean())
-        row = {"site": "y", "measure": "Brier score", "source": source, "kind": kind, "value": score, "se": 0.02}
+        row = {
+            "site": "y",
+            "measure": "Brier score",
+            "source": source,
+            "kind": kind,
+            "units": 60 - (kind == LEFT_OUT),
+            "value": score,
+            "se": 0.02,
+        }
         calibration.append({**row, "difference": 0.001 * i, "difference_se": 0.0004})
         if kind == LEFT_OUT:
             continue
         row = {"site": "y", "statistic": "mean", "observed": seen.mean(), "source": source, "mean": 0.5, "low": 0.4}
-        checks.append({**row, "high": 0.6, "p_value": 0.004 if i == 0 else 0.3, "p_value_se": 0.003})
+        checks.append(
+            {
+                **row,
+                "high": 0.6,
+                "p_value": 0.004 if i == 0 else 0.3,
+                "p_value_se": 0.003,
+                "sd_ratio": 1 + 0.2 * i,
+                "sd_ratio_se": 0.02,
+            }
+        )
         score_row = dict.fromkeys(SCORE_COLUMNS, np.nan) | {"source": source, "observations": 60, "looked_at": 60}
         score_row |= {"verdict": "", "sentence": "", "problem": "", "loo_problem": "", "unreliable": 0, "matched": 0}
         if source == "reference":
@@ -349,6 +366,8 @@ def _predictions() -> Predictions:
         pd.DataFrame(checks),
         pd.DataFrame(calibration),
         pd.concat(observations, ignore_index=True),
+        pd.DataFrame({"site": "y", "unit": np.arange(60), "elpd": -0.5 - seen * chance, "khat": 0.1}),
+        parameters=2,
     )
 
 

@@ -27,6 +27,8 @@ from toolkit.comparison.replicated import IN_SAMPLE, LEFT_OUT
 from toolkit.comparison.verdicts import Thresholds
 from toolkit.modelling.observations import log_likelihoods, observed, replicates
 from toolkit.reporting.figures import calibration
+from toolkit.reporting.palette import looks
+from toolkit.reporting.predictive import predictions_section
 from toolkit.variational.guides import Guide
 
 KEY = jax.random.PRNGKey(0)
@@ -167,7 +169,7 @@ def test_the_error_of_the_loss_is_as_large_as_its_spread() -> None:
 
 def test_verdicts_follow_the_threshold(found: Predictions) -> None:
     assert list(scores(found).loc[["same", "narrow", "shifted"], "verdict"]) == ["right", "right", "wrong"]
-    assert "predicts worse than the reference" in scores(found).loc["shifted", "sentence"]
+    assert "predicts single observations worse than the reference" in scores(found).loc["shifted", "sentence"]
     assert scores(found).loc["reference", "verdict"] == ""
     strict = scores(predicted(linear(), guides()[2:], thresholds=Thresholds(elpd=40.0)))
     assert strict.loc["shifted", "verdict"] == "right"
@@ -215,7 +217,7 @@ def test_a_guides_draws_are_weighted_to_the_posterior(found: Predictions) -> Non
     assert abs(row["loo"] - known_elpd().sum()) < 3 * row["loo_se"]
     narrow = scores(found).loc["narrow"]
     assert np.isnan(narrow["loo"])
-    assert narrow["loo_problem"] == "its draws are too far from the posterior to be weighted"
+    assert narrow["loo_problem"].endswith("its draws are too far from the posterior to be weighted")
 
 
 def gaussian_likelihoods(seed: int, scale: float = 1.0, draws: int = 4_000) -> tuple[np.ndarray, np.ndarray]:
@@ -521,3 +523,36 @@ def test_equal_probabilities_are_taken_together() -> None:
     values, frequency = calibration._fitted(chance, outcomes)
     assert values.tolist() == [0.25, 0.75]
     assert frequency.tolist() == [outcomes[:100].mean(), outcomes[100:].mean()]
+
+
+# -- what the report says ---------------------------------------------------------------------------------------------
+
+
+def told(found: Predictions, *, trusted: bool = True) -> str:
+    section = predictions_section(found, looks(["narrow"]), "NUTS", Thresholds(), trusted=trusted)
+    return " ".join(block for block in section.blocks if isinstance(block, str))
+
+
+def test_outliers_and_misfit_are_told_in_sentences() -> None:
+    """Noise three times as wide as the model says, and one row far off."""
+    y = X @ [0.5, -1.0] + 3.0 * np.random.default_rng(1).normal(size=ROWS)
+    y[5] += 20.0
+    made = predicted(linear(y), [])
+    text = told(made)
+    assert "p_loo, " in text
+    assert "is larger than the number of parameters, 2:" in text
+    assert "NUTS expects observation 5 of y least" in text
+    assert "lie in NUTS's central 90% intervals: the model's predictions are too narrow" in text
+    assert "The model would hardly make these data: " in text
+    untrusted = told(made, trusted=False)
+    assert untrusted.startswith("No verdict is given here")
+    assert "hardly make" not in untrusted
+
+
+def test_a_guide_whose_sums_spread_too_little_is_told(found: Predictions) -> None:
+    """Half as uncertain of every coefficient, it predicts single rows well, and their mean not."""
+    assert scores(found).loc["narrow", "verdict"] == "right"
+    rows = found.checks[(found.checks["source"] == "narrow") & (found.checks["statistic"] == "mean")]
+    assert rows["sd_ratio"].item() < 0.9
+    assert "narrow: the mean of y in new data spreads 0." in told(found)
+    assert "No guide" not in told(found)

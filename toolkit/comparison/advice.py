@@ -168,7 +168,7 @@ def _means_only(guide: str, table: pd.DataFrame) -> str:
     own = _judged_locations(guide, table)
     largest = float((own["value"].abs() + simultaneous_z(len(own)) * own["se"]).max())
     what = "means" if (own["metric"] == "shift").all() else "medians" if (own["metric"] != "shift").all() else "centres"
-    return f"{guide} may be used for {what} (all within {largest:.2g} sd), not for intervals or probabilities."
+    return f"{guide} may be used for {what} (all within {largest:.2g} sd), not for all intervals and probabilities."
 
 
 def _to_predict(guides: pd.DataFrame, scores: pd.DataFrame, whole: Overall) -> list[str]:
@@ -181,7 +181,7 @@ def _to_predict(guides: pd.DataFrame, scores: pd.DataFrame, whole: Overall) -> l
         return []
     lost = Estimate(cheapest["loss"], cheapest["loss_se"])
     return [
-        f"To predict at the same predictors {cheapest['source']} will do: {lost} nats lost over "
+        f"To predict single observations at the same predictors {cheapest['source']} will do: {lost} nats lost over "
         f"{cheapest['observations']:,} observations."
     ]
 

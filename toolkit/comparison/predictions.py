@@ -29,6 +29,7 @@ from toolkit.comparison.predictive import Data, Source, predictive_losses
 from toolkit.comparison.replicated import (
     CALIBRATION_COLUMNS,
     CHECK_COLUMNS,
+    MOST_UNRELIABLE,
     OBSERVATION_COLUMNS,
     calibration_rows,
     check_rows,
@@ -43,6 +44,7 @@ from toolkit.comparison.verdicts import Thresholds, Verdict, judge
 from toolkit.estimate import Estimate
 from toolkit.modelling.model import Model
 from toolkit.modelling.observations import PIECE, log_likelihoods, observed
+from toolkit.modelling.space import latent_space
 from toolkit.sampling.evidence import latents
 from toolkit.sampling.references import Reference
 
@@ -50,6 +52,8 @@ SCORE_COLUMNS = (
     "source", "observations", "looked_at", "loss", "loss_se", "verdict", "sentence", "problem", "loo", "loo_se",
     "loo_data_se", "p_loo", "p_loo_se", "khat", "unreliable", "matched", "loo_problem",
 )  # fmt: skip
+LEFT_OUT_COLUMNS = ("site", "unit", "elpd", "khat")
+
 _NUMBERS = 5_000_000  # log likelihoods at once, draws x observations: 40 MB
 _LEAST_DRAWS, _MOST_DRAWS, _GUIDE_DRAWS = 500, 4_000, 2_000
 _SMALL = 1_000  # observations of a site that are looked at in any case
@@ -77,6 +81,9 @@ class Predictions:
             observations, and the difference from the reference's on the same ones.
         observations: What the calibration is computed from: a probability or a rank for each of at most 1,000
             observations of a site and source, `in sample` or `left out`.
+        left_out: One row for each observation that was looked at: elpd, its log density by the reference without it,
+            in nats, and the tail index khat of its weights.
+        parameters: How many unconstrained parameters the model has, to hold p_loo against.
         problem: Why there is nothing; empty if there is something.
     """
 
@@ -84,6 +91,8 @@ class Predictions:
     checks: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(CHECK_COLUMNS)))
     calibration: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(CALIBRATION_COLUMNS)))
     observations: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(OBSERVATION_COLUMNS)))
+    left_out: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(LEFT_OUT_COLUMNS)))
+    parameters: int = 0
     problem: str = ""
 
 
@@ -189,6 +198,8 @@ def _predictions(
         checks=pd.DataFrame(check_rows(data, made), columns=list(CHECK_COLUMNS)),
         calibration=pd.DataFrame(calibration_rows(observations, data), columns=list(CALIBRATION_COLUMNS)),
         observations=observations,
+        left_out=_pointwise(data, left_out["reference"]),
+        parameters=latent_space(model, "plain").size,
     )
 
 
@@ -267,7 +278,10 @@ def _left_out_columns(source: Source, data: Data, found: LeaveOneOut | None, mat
     row = {"khat": float(found.khat.max()), "unreliable": int(found.unreliable.sum()), "matched": matched}
     if source.log_ratios is not None and not found.khat.min() <= khat_limit(len(source.likelihoods)):
         # Each observation's weights hold those from guide to posterior, and these alone cannot be trusted.
-        return row | {"loo_problem": "its draws are too far from the posterior to be weighted"}
+        told = f"k-hat {found.khat.min():.2f}: its draws are too far from the posterior to be weighted"
+        return row | {"loo_problem": told}
+    if row["unreliable"] > (MOST_UNRELIABLE * data.looked_at if source.is_reference else 0):
+        return row | {"loo_problem": f"{row['unreliable']:,} of {data.looked_at:,} observations' weights fail (k-hat)"}
     if not np.isfinite(found.elpd).all():
         return row | {"loo_problem": "under some of its draws an observation is impossible"}
     total = data.total(found.elpd, found.error)
@@ -284,6 +298,12 @@ def _left_out_columns(source: Source, data: Data, found: LeaveOneOut | None, mat
     }
 
 
+def _pointwise(data: Data, found: LeaveOneOut) -> pd.DataFrame:
+    names = np.repeat(list(data.chosen), [places.size for places in data.chosen.values()])
+    units = np.concatenate(list(data.chosen.values()))
+    return pd.DataFrame({"site": names, "unit": units, "elpd": found.elpd, "khat": found.khat})
+
+
 def _row(name: str, data: Data) -> dict[str, Any]:
     """A row of which nothing is known yet."""
     words = dict.fromkeys(("verdict", "sentence", "problem", "loo_problem"), "")
@@ -294,8 +314,7 @@ def _row(name: str, data: Data) -> dict[str, Any]:
 def _sentence(verdict: Verdict, loss: Estimate, data: Data, thresholds: Thresholds, than: str) -> str:
     what = f"{data.count:,} new observation{'' if data.count == 1 else 's'}"
     lost = "infinitely many" if loss.value == math.inf else f"{loss}"
-    if verdict is Verdict.RIGHT:
-        return f"predicts as {than}: {lost} nats lost over {what}"
-    if verdict is Verdict.WRONG:
-        return f"predicts worse than {than}: {lost} nats lost over {what}, more than {thresholds.elpd:g}"
-    return f"cannot tell whether it predicts as {than}: {lost} nats lost over {what}, limit {thresholds.elpd:g}"
+    lost = f"{lost} nats lost over {what}, limit {thresholds.elpd:g}"
+    if verdict is Verdict.CANNOT_TELL:
+        return f"cannot tell whether it predicts single observations as {than}: {lost}"
+    return f"predicts single observations {'as' if verdict is Verdict.RIGHT else 'worse than'} {than}: {lost}"

@@ -19,8 +19,20 @@ from toolkit.influence import independent_error, least_probability_error
 from toolkit.modelling.model import Model
 from toolkit.modelling.observations import Observed, replicates
 
-CHECK_COLUMNS = ("site", "statistic", "observed", "source", "mean", "low", "high", "p_value", "p_value_se")
-CALIBRATION_COLUMNS = ("site", "measure", "source", "kind", "value", "se", "difference", "difference_se")
+CHECK_COLUMNS = (
+    "site",
+    "statistic",
+    "observed",
+    "source",
+    "mean",
+    "low",
+    "high",
+    "p_value",
+    "p_value_se",
+    "sd_ratio",
+    "sd_ratio_se",
+)
+CALIBRATION_COLUMNS = ("site", "measure", "source", "kind", "units", "value", "se", "difference", "difference_se")
 OBSERVATION_COLUMNS = ("site", "unit", "position", "observed", "source", "kind", "value")
 IN_SAMPLE, LEFT_OUT = "in sample", "left out"
 
@@ -137,6 +149,7 @@ def check_rows(data: Data, made: Mapping[str, Made]) -> list[dict[str, Any]]:
             rows += [
                 {"site": name, "statistic": statistic, "observed": seen, "source": source}
                 | _beside(seen, new, made[source].effective)
+                | _spread(new, own["reference"], made[source].effective, made["reference"].effective)
                 for source, new in own.items()
             ]
     return rows
@@ -153,6 +166,17 @@ def _beside(seen: float, new: np.ndarray, effective: float) -> dict[str, float]:
         "p_value": float(above.mean()),
         "p_value_se": max(error, least_probability_error(effective)),
     }
+
+
+def _spread(
+    new: np.ndarray, of_reference: np.ndarray, effective: float, of_reference_effective: float
+) -> dict[str, float]:
+    """How much more or less a statistic spreads than the reference's; the error is that of nearly normal ones."""
+    sd = float(of_reference.std(ddof=1))
+    if not sd > 0 or new is of_reference:
+        return {"sd_ratio": math.nan, "sd_ratio_se": math.nan}
+    ratio = float(new.std(ddof=1)) / sd
+    return {"sd_ratio": ratio, "sd_ratio_se": ratio * math.sqrt(0.5 / effective + 0.5 / of_reference_effective)}
 
 
 def observation_rows(
@@ -262,6 +286,7 @@ def calibration_rows(observations: pd.DataFrame, data: Data) -> list[dict[str, A
                         "measure": measure,
                         "source": source,
                         "kind": kind,
+                        "units": len(each),
                         "value": float(each.mean()),
                         "se": independent_error(each.to_numpy()),
                         "difference": float(difference.mean()),

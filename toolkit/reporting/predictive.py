@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import pandas as pd
 
 from toolkit.comparison.replicated import LEFT_OUT
 from toolkit.comparison.sides import NORMAL_SPREAD
+from toolkit.comparison.verdicts import Thresholds, Verdict, judge
 from toolkit.estimate import decimals
 from toolkit.reporting.contents import Block, Cell, Column, Section, Table
 from toolkit.reporting.figures.calibration import calibration
@@ -20,8 +22,9 @@ _UNLIKELY = 0.025
 
 _HELD = (
     "Over at most 1,000 observations, with the error for as many others; the smaller line is the paired difference "
-    "from the reference's, in sample; so in the next columns. Brier score: mean square of probability minus outcome, "
-    "lower is better. Shares: how many observations lie in their central predictive intervals."
+    "from the reference's, in sample, and how many could be left out; so in the next columns. Brier score: mean square "
+    "of probability minus outcome, lower is better. Shares: how many observations lie in their central predictive "
+    "intervals."
 )
 _MADE = (
     "Mean and central 90 % of data made anew; p is the probability that such data lie above what was observed: near 0 "
@@ -29,13 +32,16 @@ _MADE = (
 )
 
 
-def predictions_section(predictions: Any, looks: Mapping[str, Look], against: str, *, trusted: bool) -> Section:
+def predictions_section(
+    predictions: Any, looks: Mapping[str, Look], against: str, limits: Thresholds, *, trusted: bool
+) -> Section:
     """What predicting with each guide costs, leave-one-out, replicated data, calibration.
 
     Args:
         predictions: The comparison's `Predictions`.
         looks: How the guides are shown.
         against: What the reference is called.
+        limits: What counts as right.
         trusted: Whether the reference passed its checks.
     """
     if predictions.problem:
@@ -44,20 +50,22 @@ def predictions_section(predictions: Any, looks: Mapping[str, Look], against: st
     found: list[Block] = []
     if not trusted:
         found.append("No verdict is given here: by draws that failed their checks, nothing below is to be relied on.")
-    found.append(_scores(predictions.scores, looks, against))
+    found.append(_scores(predictions.scores, looks, against, limits))
     total, some = predictions.scores[["observations", "looked_at"]].iloc[0]
     if some < total:
         found.append(f"{some:,} of {total:,} observations were looked at; they stand for all, which is in the errors.")
+    found += _driven(predictions, against) if trusted else []
     picture = calibration(predictions, looks, against)
     if picture is not None:
         found += [picture, _held(predictions.calibration, looks, against)]
+        found += _uncovered(predictions.calibration, against) if trusted else []
     if len(predictions.checks):
         found.append(_checks(predictions.checks, looks, against))
-        found += _unlikely(predictions.checks, against) if trusted else []
+        found += [*_unlikely(predictions.checks), *_sums(predictions.checks, looks, against, limits)] if trusted else []
     return Section("predictions", "Does it matter for predictions?", tuple(found))
 
 
-def _scores(scores: pd.DataFrame, looks: Mapping[str, Look], against: str) -> Table:
+def _scores(scores: pd.DataFrame, looks: Mapping[str, Look], against: str, limits: Thresholds) -> Table:
     count = int(scores["observations"].iloc[0])
     columns = (
         Column("source", "The reference, and each guide.", numeric=False),
@@ -67,12 +75,19 @@ def _scores(scores: pd.DataFrame, looks: Mapping[str, Look], against: str) -> Ta
             "below predicting with the reference, if the reference is right: KL(p || q) of the predictive "
             "distributions of single observations, added up.",
         ),
-        Column("in words", "Its verdict: by how many nats predictions may be worse is a threshold.", numeric=False),
+        Column(
+            "in words",
+            f"Its verdict: right if it surely loses at most {limits.elpd:g} nats (--threshold elpd={limits.elpd:g}). "
+            "It speaks of observations one by one, not of their sums.",
+            numeric=False,
+        ),
         Column(
             "LOO (nats)",
             "Expected log predictive density of the posterior by leave-one-out (PSIS), from this source's draws, with "
             "its Monte Carlo error; a guide's draws are weighted to the posterior, so that all rows estimate one "
-            "number. Below the reference's, what it would vary by for other data of this kind.",
+            "number. Below the reference's, what it would vary by for other data of this kind, how many observations "
+            "moment matching mended, and of how many the weights cannot be trusted (k-hat above 0.7): then there is no "
+            "error.",
         ),
         Column("p_loo", "Effective number of parameters: by how much observations are predicted better when seen."),
     )
@@ -124,6 +139,7 @@ def _held(table: pd.DataFrame, looks: Mapping[str, Look], against: str) -> Table
     for (site, measure), group in table.groupby(["site", "measure"], sort=False):
         cells = [Cell(str(measure), note=str(site))]
         by_source = {(row["source"], row["kind"]): row for _, row in group.iterrows()}
+        most = int(group["units"].max())
         for key in sources:
             if key not in by_source:
                 cells.append(Cell(NONE))
@@ -132,6 +148,8 @@ def _held(table: pd.DataFrame, looks: Mapping[str, Look], against: str) -> Table
             apart = number(row["difference"], row["difference_se"])
             own = key[0] == "reference" and key[1] != LEFT_OUT
             note = "" if own else f"{'+' if row['difference'] > 0 else ''}{apart.text}{_error(apart)}"
+            if row["units"] < most:
+                note += f"; {int(row['units']):,} of {most:,}"
             cells.append(number(row["value"], row["se"], note=note))
         rows.append(tuple(cells))
     return Table("Probabilities and intervals against what was observed", columns, tuple(rows))
@@ -177,8 +195,51 @@ def _as_precise(value: float, group: pd.DataFrame) -> str:
     return minus(f"{round(value, places) + 0.0:,.{places}f}")
 
 
-def _unlikely(checks: pd.DataFrame, against: str) -> list[str]:
-    """What the reference itself would hardly make, which is no guide's fault."""
+def _driven(predictions: Any, against: str) -> list[str]:
+    """What stands behind an effective number of parameters that is larger than their number."""
+    row, each = predictions.scores.iloc[0], predictions.left_out
+    if not row["p_loo"] > predictions.parameters > 0 or each.empty:
+        return []
+    worst = each.loc[each["elpd"].idxmin()]
+    return [
+        f"p_loo, {significant(row['p_loo'])}, is larger than the number of parameters, {predictions.parameters:,}: a "
+        "sign of outliers, or of a model that does not fit (Vehtari, Gelman and Gabry 2017). "
+        f"{against[:1].upper()}{against[1:]} expects observation {int(worst['unit'])} of {worst['site']} least, with a "
+        f"log density of {significant(worst['elpd'])} when it is left out; all are in the table left_out."
+    ]
+
+
+def _uncovered(table: pd.DataFrame, against: str) -> list[str]:
+    """Where the reference's own left-out intervals hold surely more or fewer observations than they should."""
+    told = []
+    for _, row in table[(table["source"] == "reference") & (table["kind"] == LEFT_OUT)].iterrows():
+        _, _, share = str(row["measure"]).partition("in the central ")
+        nominal = float(share.rstrip("%")) / 100 if share else math.nan
+        if abs(row["value"] - nominal) > 3.0 * row["se"]:
+            cell = number(row["value"], row["se"])
+            way = "narrow" if row["value"] < nominal else "wide"
+            told.append(
+                f"Left out, {cell.text}{_error(cell)} of the observations of {row['site']} lie in {against}'s central "
+                f"{share} intervals: the model's predictions are too {way}."
+            )
+    return told
+
+
+def _sums(checks: pd.DataFrame, looks: Mapping[str, Look], against: str, limits: Thresholds) -> list[str]:
+    """Guides whose replicated means spread surely more or less: what they say of single observations is not all."""
+    told = []
+    for _, row in checks[(checks["statistic"] == "mean") & checks["source"].isin(list(looks))].iterrows():
+        if judge(row["sd_ratio"], row["sd_ratio_se"], *limits.sd_ratio, log=True) is Verdict.WRONG:
+            cell = number(row["sd_ratio"], row["sd_ratio_se"])
+            told.append(
+                f"{row['source']}: the mean of {row['site']} in new data spreads {cell.text}{_error(cell)} times as "
+                f"much as {against}'s. For sums and means of many observations it is not to be used."
+            )
+    return told
+
+
+def _unlikely(checks: pd.DataFrame) -> list[str]:
+    """What the model itself would hardly make, which is no guide's fault."""
     own = checks[checks["source"] == "reference"]
     tail = own["p_value"].clip(upper=1.0).map(lambda p: min(p, 1.0 - p)) + 2.0 * own["p_value_se"]
     found = own[tail < _UNLIKELY]
@@ -189,4 +250,4 @@ def _unlikely(checks: pd.DataFrame, against: str) -> list[str]:
         f"expected {_as_precise(row['mean'], found.loc[[i]])})"
         for i, row in found.iterrows()
     )
-    return [f"{against[:1].upper()}{against[1:]} would hardly make these data: {told}. No guide mends a model."]
+    return [f"The model would hardly make these data: {told}. No guide and no NUTS can mend that."]

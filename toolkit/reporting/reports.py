@@ -41,6 +41,7 @@ _TABLES = {
     "predictive_checks": "statistics of replicated data beside those of the observed",
     "calibration": "Brier scores, or shares of observations in their predictive intervals",
     "observations": "predictive probability or rank of single observations",
+    "left_out": "log density of each observation when it is left out, with the tail index of its weights",
     "diagnostics": "R-hat and ESS of every quantity of the reference",
     "fits": "status, ELBO, gap to the family's best, optima, solver and cost of each fit",
 }
@@ -148,7 +149,9 @@ def _sections(
         sections.which_quantities(study, frame, looks, limits, against),
         sections.how_wrong(frame, compared, limits, against),
         sections.which_relations(study.comparison, looks, against),
-        predictions_section(study.comparison.predictions, looks, against, trusted=study.comparison.reference_ok),
+        predictions_section(
+            study.comparison.predictions, looks, against, limits, trusted=study.comparison.reference_ok
+        ),
         *(section for section in (sections.what_repairs(study.comparison),) if section),
         sections.did_it_arrive(study.fits, study.comparison.table, looks, limits),
         sections.reference_trusted(study),
@@ -183,6 +186,7 @@ def _tables(study: Any) -> dict[str, pd.DataFrame]:
         "predictive_checks": comparison.predictions.checks,
         "calibration": comparison.predictions.calibration,
         "observations": comparison.predictions.observations,
+        "left_out": comparison.predictions.left_out,
         "diagnostics": study.reference.diagnostics.rename_axis("quantity"),
         "fits": _fits_frame(study.fits),
     }

@@ -14,7 +14,7 @@ from scipy.optimize import isotonic_regression
 from toolkit.comparison.replicated import IN_SAMPLE, LEFT_OUT
 from toolkit.reporting.contents import Picture
 from toolkit.reporting.figures.canvas import blank, plain, styled
-from toolkit.reporting.palette import BAND, INK, SOFT, Look
+from toolkit.reporting.palette import BAND, DOTS, INK, SOFT, Look
 
 _MOST_PANELS = 4
 _MADE = 200  # sets of outcomes for a band
@@ -63,18 +63,17 @@ def calibration(predictions: Any, looks: Mapping[str, Look], against: str) -> Pi
 
 
 def _lines(own: pd.DataFrame, looks: Mapping[str, Look], against: str) -> list[tuple[pd.DataFrame, dict[str, Any]]]:
-    """Each source's rows with the look of its line: guides first, so that the reference lies on top."""
-    lines = []
+    """Each source's rows with the look of its line: the reference in sample lies broad below all others."""
+    of_reference = own[own["source"] == "reference"]
+    inside, outside = (of_reference[of_reference["kind"] == kind] for kind in (IN_SAMPLE, LEFT_OUT))
+    lines = [(inside, {"color": DOTS.light, "linewidth": 3.2, "label": f"{against}, {IN_SAMPLE}"})]
     for name, look in looks.items():
         rows = own[own["source"] == name]
         if len(rows):
-            lines.append((rows, {"color": look.mark.light, "linewidth": 1.4, "label": plain(name, 26)}))
-    of_reference = own[own["source"] == "reference"]
-    for kind, style in ((IN_SAMPLE, "-"), (LEFT_OUT, "--")):
-        rows = of_reference[of_reference["kind"] == kind]
-        if len(rows):
-            label = f"{against}, {kind}"
-            lines.append((rows, {"color": INK.light, "linewidth": 1.1, "linestyle": style, "label": label}))
+            lines.append((rows, {"color": look.mark.light, "linewidth": 1.2, "label": plain(name, 26)}))
+    if len(outside):
+        style = {"color": INK.light, "linewidth": 1.1, "linestyle": "--", "label": f"{against}, {LEFT_OUT}"}
+        lines.append((outside, style))
     return lines
 
 
