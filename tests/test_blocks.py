@@ -590,6 +590,7 @@ def test_plates_stand_where_no_gradient_is_finite() -> None:
     )
 
 
+@pytest.mark.slow
 def test_single_precision_finds_the_same_blocks() -> None:
     model = conjugate()
     arrays = {

@@ -37,6 +37,7 @@ def nested(y: np.ndarray) -> None:
             numpyro.sample("y", dist.Normal(e + k, 1), obs=y)
 
 
+@pytest.mark.slow
 def test_the_density_in_a_plate_is_the_closed_form() -> None:
     model = Model(mixture, Dataset("d", {"y": Y}))
     point = {"w": jnp.array(0.3), "mu": jnp.array([0.1, 1.0])}

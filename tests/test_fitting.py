@@ -403,6 +403,7 @@ def test_a_kept_flow_draws_the_same(tmp_path):
     np.testing.assert_array_equal(fitted.draw(KEY, 20)["a"], again.draw(KEY, 20)["a"])
 
 
+@pytest.mark.slow
 def test_laplace_where_a_latent_is_indexed_by_data():
     def schools(school, y=None):
         with numpyro.plate("group", 3):

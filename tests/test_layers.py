@@ -2,6 +2,8 @@
 
 import ast
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,3 +109,10 @@ def test_the_public_names_are_those_that_a_type_checker_sees() -> None:
 def test_every_layer_is_real() -> None:
     parts = {path.relative_to(ROOT / "toolkit").with_suffix("").parts[0] for path in FILES} - {"__init__"}
     assert parts <= set().union(*LAYERS)
+
+
+@pytest.mark.parametrize("module", ["toolkit.influence", "toolkit.comparison.leave_one_out", "toolkit.sampling.modes"])
+def test_numpyro_comes_before_arviz_whatever_is_imported_first(module: str) -> None:
+    """Else arviz-base leaves a lazy NumPyro behind, whose distributions lack what NumPyro's have."""
+    program = f"import {module}; import numpyro.distributions as d; assert d.util.validate_sample"
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -84,6 +84,7 @@ def test_drawn_batches_have_no_row_twice_and_all_rows_alike(model: Model) -> Non
     assert abs(counts - 120).max() < 6 * 9.2
 
 
+@pytest.mark.slow
 def test_the_gradient_of_the_loss_is_right_on_average(model: Model) -> None:
     """Of the guide's own draw, over all windows of the rows, to rounding: the loss that SVI climbs is unbiased."""
     minibatch = Minibatch(60, ROWS, "row", ("x", "y"))

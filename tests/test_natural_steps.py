@@ -205,6 +205,7 @@ def wide_start() -> Fitted:
     return Fitted(frame, Diagonal(frame), np.zeros(6), Quadratic(np.zeros(3), np.zeros(3), np.eye(3)))
 
 
+@pytest.mark.slow
 def test_rates_fall_so_that_the_mean_over_steps_gets_ever_nearer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(natural, "_ENOUGH", -math.inf)
 

@@ -425,7 +425,7 @@ def test_an_observation_of_many_numbers_has_a_loss_or_a_reason() -> None:
     )
     row = scores(found).loc["q"]
     assert row["verdict"] == ""
-    assert row["problem"].startswith("its draws are too few to average the density")
+    assert row["problem"].startswith("its draws are too few to average the predictive density")
     left_out = found.calibration[found.calibration["kind"] == LEFT_OUT]
     assert left_out.empty  # the only observation's weights cannot be trusted
     assert found.calibration["se"].isna().all()  # of one observation there is no spread

@@ -62,6 +62,7 @@ def test_starts_at_one_place_and_height_are_one() -> None:
         assert len(_once_each([first, start(near, -3.1, precision)])) == 2
 
 
+@pytest.mark.slow
 def test_searches_that_are_slow_still_end_at_modes() -> None:
     """A mixture of ten components: after 125 rounds no search has ended, and the best of them is at a saddle."""
     rng = np.random.default_rng(0)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpyro as numpyro  # before any ArviZ package, whose lazy NumPyro would else be another one
 from arviz_stats.base import array_stats
 
 # A draw's error is not zero where an event was seen in none or all of n draws: 95 % limit 3 / n, over 1.96

@@ -175,7 +175,7 @@ class _Divergence:
         if not np.isfinite(self._each).all():
             return _NONE, "under some draws a density is no number"
         if (0.5 * self._noise.sum(axis=0) > MOST_NOISE).any():
-            return _NONE, "its draws are too few to average the density of an observation of so many numbers"
+            return _NONE, "its draws are too few to average the predictive density of every observation"
         share = float(np.clip(-self._products[0] / self._products[1], 0.0, 1.0)) if self._products[1] > 0 else 1.0
         mix = np.array([1.0, share])
         # To second order in the errors of the densities; the outcomes come from the reference's own draws.

@@ -18,7 +18,7 @@ from toolkit.reporting.palette import Look
 from toolkit.reporting.tables import NONE, minus, number, significant
 
 _UNLIKELY = 0.025
-"""A p-value as small, or as near to 1, is told: as many as one in twenty are by chance."""
+"""A p-value as small, or as near to 1, is told, if with its error it is below twice that: one in twenty by chance."""
 
 _HELD = (
     "Over at most 1,000 observations, with the error for as many others; the smaller line is the paired difference "
@@ -241,8 +241,8 @@ def _sums(checks: pd.DataFrame, looks: Mapping[str, Look], against: str, limits:
 def _unlikely(checks: pd.DataFrame) -> list[str]:
     """What the model itself would hardly make, which is no guide's fault."""
     own = checks[checks["source"] == "reference"]
-    tail = own["p_value"].clip(upper=1.0).map(lambda p: min(p, 1.0 - p)) + 2.0 * own["p_value_se"]
-    found = own[tail < _UNLIKELY]
+    tail = own["p_value"].clip(upper=1.0).map(lambda p: min(p, 1.0 - p))
+    found = own[(tail < _UNLIKELY) & (tail + 2.0 * own["p_value_se"] < 2.0 * _UNLIKELY)]
     if found.empty:
         return []
     told = ", ".join(
