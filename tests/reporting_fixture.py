@@ -366,7 +366,7 @@ def _predictions() -> Predictions:
         pd.DataFrame(checks),
         pd.DataFrame(calibration),
         pd.concat(observations, ignore_index=True),
-        pd.DataFrame({"site": "y", "unit": np.arange(60), "elpd": -0.5 - seen * chance, "khat": 0.1}),
+        pd.DataFrame({"site": "y", "unit": np.arange(60), "elpd": -0.5 - seen * chance, "elpd_se": 0.02, "khat": 0.1}),
         parameters=2,
     )
 

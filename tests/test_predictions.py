@@ -68,8 +68,18 @@ def known_elpd(y: np.ndarray = Y) -> np.ndarray:
     return np.array(found)
 
 
+class Named:
+    """What a guide is called."""
+
+    name: str
+
+    @property
+    def guide(self) -> Guide:
+        return Guide(self.name, lambda model: None)
+
+
 @dataclass(frozen=True)
-class Gaussian:
+class Gaussian(Named):
     """A guide with a density, known in closed form."""
 
     name: str
@@ -78,10 +88,6 @@ class Gaussian:
     status: Status = Status.ARRIVED
     certificate: None = None
     usable: bool = True
-
-    @property
-    def guide(self) -> Guide:
-        return Guide(self.name, lambda model: None)
 
     @property
     def fresh_log_weights(self) -> np.ndarray:
@@ -97,17 +103,13 @@ class Gaussian:
 
 
 @dataclass(frozen=True)
-class DrawsAlone:
+class DrawsAlone(Named):
     """A guide without a density."""
 
     name: str
     status: Status = Status.ARRIVED
     fresh_log_weights: None = None
     usable: bool = True
-
-    @property
-    def guide(self) -> Guide:
-        return Guide(self.name, lambda model: None)
 
 
 def guides() -> list[Gaussian]:
@@ -206,6 +208,8 @@ def test_left_out_densities_are_the_known_ones(found: Predictions) -> None:
     assert abs(row["loo"] - known_elpd().sum()) < 3 * row["loo_se"]
     assert row["loo_se"] < 0.1
     assert row["unreliable"] == 0
+    z = (found.left_out["elpd"] - known_elpd()) / found.left_out["elpd_se"]
+    assert 0.5 < np.sqrt(np.square(z).mean()) < 1.6
     assert row["loo_data_se"] == pytest.approx(np.sqrt(ROWS) * known_elpd().std(), rel=0.05)
 
 
@@ -427,6 +431,7 @@ def test_an_observation_of_many_numbers_has_a_loss_or_a_reason() -> None:
     assert row["verdict"] == ""
     assert row["problem"].startswith("its draws are too few to average the predictive density")
     left_out = found.calibration[found.calibration["kind"] == LEFT_OUT]
+    assert found.left_out["elpd_se"].isna().all()
     assert left_out.empty  # the only observation's weights cannot be trusted
     assert found.calibration["se"].isna().all()  # of one observation there is no spread
 
@@ -556,3 +561,19 @@ def test_a_guide_whose_sums_spread_too_little_is_told(found: Predictions) -> Non
     assert rows["sd_ratio"].item() < 0.9
     assert "narrow: the mean of y in new data spreads 0." in told(found)
     assert "No guide" not in told(found)
+
+
+def test_few_observations_that_all_lie_inside_accuse_nobody() -> None:
+    """All of twelve in their 90 % intervals: three chances in ten, and no share without an error."""
+    own = np.random.default_rng(0)
+    y = np.linspace(-1.2, 1.2, 12)
+
+    def few(y: np.ndarray | None = None) -> None:
+        mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+        numpyro.sample("y", dist.Normal(mu, 1.0).expand([12]), obs=y)
+
+    made = predicted(known(few, {"y": y}, "mu", own.normal(size=4_000) / np.sqrt(13)), [])
+    share = made.calibration[made.calibration["measure"] == "in the central 90%"]
+    assert (share["value"] == 1.0).all()
+    assert (share["se"] > 0.1).all()
+    assert "intervals: the model's predictions are too" not in told(made)

@@ -36,6 +36,8 @@ class LeaveOneOut:
         log_weights: The normalised weights of the observations that were to be kept, (draw, kept).
         influence: What each draw adds to the sum of `elpd`, (chain, draw) or (draw,).
         seen_influence: What it adds to the sum of `lpd`.
+        errors: The Monte Carlo error of each of `elpd` as if the draws were independent, (observation,); NaN where
+            it is infinite.
         own_error: The part of the sum's error that has nothing to do with these draws.
     """
 
@@ -45,6 +47,7 @@ class LeaveOneOut:
     log_weights: np.ndarray
     influence: np.ndarray
     seen_influence: np.ndarray
+    errors: np.ndarray
     own_error: float = 0.0
 
     @property
@@ -98,27 +101,37 @@ def leave_one_out(
     place = np.full(count, -1)
     if keep is not None:
         place[keep] = np.arange(keep.size)
-    influence, seen_influence = np.zeros(draws), np.zeros(draws)
-    whole, base = _smoothed((np.zeros(draws) if log_ratios is None else log_ratios)[:, None], 1.0)
+    influence, seen_influence, errors = np.zeros(draws), np.zeros(draws), np.full(count, np.nan)
+    whole, base = smoothed((np.zeros(draws) if log_ratios is None else log_ratios)[:, None], 1.0)
     even = _EVEN * kish(whole)[0]
     step = max(1, _AT_ONCE // draws)
     for begin in range(0, count, step):
         part = slice(begin, min(begin + step, count))
         possible = np.isfinite(log_likelihoods[:, part]).all(axis=0)
         given = np.where(possible, log_likelihoods[:, part], 0.0)
-        log_weights, khat[part] = _smoothed(whole - given, even)
+        log_weights, khat[part] = smoothed(whole - given, even)
         lpd[part] = logsumexp(whole + given, axis=0)
         elpd[part] = logsumexp(log_weights + given, axis=0)
         # A ratio of two weighted means: each draw moves the upper by its share, and the lower by its weight.
         share = np.ones(given.shape[1]) if scales is None else scales[part]
-        influence += draws * (np.exp(log_weights) * np.expm1(given - elpd[part])) @ share
+        moved = np.exp(log_weights) * np.expm1(given - elpd[part])
+        influence += draws * moved @ share
+        errors[part] = np.where(possible, np.sqrt(np.square(moved).sum(axis=0)), np.nan)
         seen_influence += draws * (np.exp(whole) * np.expm1(given - lpd[part])) @ share
         # Under a draw that rules an observation out, its weight is infinite.
         elpd[part][~possible], khat[part][~possible] = -np.inf, np.inf
         lpd[part][~possible] = logsumexp(whole + log_likelihoods[:, part][:, ~possible], axis=0)
         wanted = place[part]
         kept[:, wanted[wanted >= 0]] = log_weights[:, wanted >= 0]
-    return LeaveOneOut(elpd, lpd, np.maximum(khat, base), kept, influence.reshape(shape), seen_influence.reshape(shape))
+    return LeaveOneOut(
+        elpd,
+        lpd,
+        np.maximum(khat, base),
+        kept,
+        influence.reshape(shape),
+        seen_influence.reshape(shape),
+        errors,
+    )
 
 
 def kish(log_weights: np.ndarray) -> np.ndarray:
@@ -126,15 +139,15 @@ def kish(log_weights: np.ndarray) -> np.ndarray:
     return np.asarray(1.0 / (np.exp(2.0 * log_weights).sum(axis=0) * len(log_weights)))
 
 
-def _smoothed(log_ratios: np.ndarray, even: float) -> tuple[np.ndarray, np.ndarray]:
+def smoothed(log_ratios: np.ndarray, even: float) -> tuple[np.ndarray, np.ndarray]:
     """Normalised log weights (draw, observation), smoothed where they are less even than that, and tail indices."""
     log_weights = log_ratios - logsumexp(log_ratios, axis=0)
     khat = np.full(log_weights.shape[1], -np.inf)
     for i in np.flatnonzero(~(kish(log_weights) >= even)):
         try:
             # ArviZ takes log ratios with the sign of a log likelihood: minus the log weights.
-            smoothed, khat[i] = array_stats.psislw(-log_ratios[:, i])
+            values, khat[i] = array_stats.psislw(-log_ratios[:, i])
         except ValueError:
             continue  # the largest weights are all the same: there is no tail to smooth
-        log_weights[:, i] = smoothed - logsumexp(smoothed)
+        log_weights[:, i] = values - logsumexp(values)
     return log_weights, khat

@@ -10,10 +10,9 @@ from typing import Any
 import arviz_base
 import numpy as np
 import xarray as xr
-from arviz_stats.base import array_stats
 from scipy.special import logsumexp
 
-from toolkit.comparison.leave_one_out import LeaveOneOut, leave_one_out
+from toolkit.comparison.leave_one_out import LeaveOneOut, leave_one_out, smoothed
 from toolkit.influence import effective_draws
 from toolkit.modelling.model import Model
 from toolkit.modelling.observations import log_likelihoods
@@ -73,7 +72,7 @@ def moment_matched(
         return _array(last[int(i)], upars)
 
     matched = _by_arviz(vectors, likelihoods[:, bad].reshape(chains, length, -1)[:, kept], log_prob, log_lik)
-    elpd, khat = given.elpd.copy(), given.khat.copy()
+    elpd, khat, errors = given.elpd.copy(), given.khat.copy(), given.errors.copy()
     mended, own = [], np.zeros(vectors.shape[:2])
     for i, place in enumerate(bad):
         value, tail = float(matched.elpd_i.values[i]), float(matched.pareto_k.values[i])
@@ -82,12 +81,14 @@ def moment_matched(
         if i not in last or not np.isclose(logsumexp(weights.ravel() + last[i]), value, atol=1e-6):
             continue
         # ArviZ's index is of the weights before it split the draws, not of those that it took.
-        tail = max(tail, float(array_stats.psislw(-weights.ravel())[1]))
+        tail = max(tail, float(smoothed(weights.reshape(-1, 1), 1.0)[1][0]))
         if not tail <= RELIABLE:
             continue
         elpd[place], khat[place] = value, tail
         scale = 1.0 if scales is None else scales[place]
-        own += scale * np.exp(weights) * np.expm1(last[i].reshape(weights.shape) - value)
+        moved = np.exp(weights) * np.expm1(last[i].reshape(weights.shape) - value)
+        errors[place] = np.sqrt(np.square(moved).sum())
+        own += scale * moved
         mended.append(place)
     if not mended:
         return given
@@ -100,6 +101,7 @@ def moment_matched(
         given,
         elpd=elpd,
         khat=khat,
+        errors=errors,
         influence=given.influence - without.influence,
         seen_influence=given.seen_influence - without.seen_influence,
         own_error=float(np.hypot(given.own_error, np.sqrt(np.square(own).sum() * own.size / effective))),

@@ -52,7 +52,7 @@ SCORE_COLUMNS = (
     "source", "observations", "looked_at", "loss", "loss_se", "verdict", "sentence", "problem", "loo", "loo_se",
     "loo_data_se", "p_loo", "p_loo_se", "khat", "unreliable", "matched", "loo_problem",
 )  # fmt: skip
-LEFT_OUT_COLUMNS = ("site", "unit", "elpd", "khat")
+LEFT_OUT_COLUMNS = ("site", "unit", "elpd", "elpd_se", "khat")
 
 _NUMBERS = 5_000_000  # log likelihoods at once, draws x observations: 40 MB
 _LEAST_DRAWS, _MOST_DRAWS, _GUIDE_DRAWS = 500, 4_000, 2_000
@@ -82,7 +82,7 @@ class Predictions:
         observations: What the calibration is computed from: a probability or a rank for each of at most 1,000
             observations of a site and source, `in sample` or `left out`.
         left_out: One row for each observation that was looked at: elpd, its log density by the reference without it,
-            in nats, and the tail index khat of its weights.
+            in nats, with its Monte Carlo error (NaN where its weights cannot be trusted), and their tail index khat.
         parameters: How many unconstrained parameters the model has, to hold p_loo against.
         problem: Why there is nothing; empty if there is something.
     """
@@ -113,7 +113,7 @@ def predictions(
         model: The model.
         reference: Draws of its posterior; without usable ones there is nothing to compare with.
         fits: The fits.
-        drawn: Guide name to independent draws of its latent sites, `(draws, ...)` each; guides without are left out.
+        drawn: Guide name to independent draws of its latent sites, `(draws, ...)` each; others are drawn from here.
         key: Random key.
         thresholds: What counts as right.
         than: What the reference is called in sentences.
@@ -198,7 +198,7 @@ def _predictions(
         checks=pd.DataFrame(check_rows(data, made), columns=list(CHECK_COLUMNS)),
         calibration=pd.DataFrame(calibration_rows(observations, data), columns=list(CALIBRATION_COLUMNS)),
         observations=observations,
-        left_out=_pointwise(data, left_out["reference"]),
+        left_out=_pointwise(data, left_out["reference"], sources[0]),
         parameters=latent_space(model, "plain").size,
     )
 
@@ -298,10 +298,12 @@ def _left_out_columns(source: Source, data: Data, found: LeaveOneOut | None, mat
     }
 
 
-def _pointwise(data: Data, found: LeaveOneOut) -> pd.DataFrame:
+def _pointwise(data: Data, found: LeaveOneOut, source: Source) -> pd.DataFrame:
+    # Autocorrelated draws are worth fewer; weights that cannot be trusted have no error that could be.
+    errors = np.where(found.unreliable, np.nan, found.errors * math.sqrt(found.influence.size / source.effective))
     names = np.repeat(list(data.chosen), [places.size for places in data.chosen.values()])
     units = np.concatenate(list(data.chosen.values()))
-    return pd.DataFrame({"site": names, "unit": units, "elpd": found.elpd, "khat": found.khat})
+    return pd.DataFrame({"site": names, "unit": units, "elpd": found.elpd, "elpd_se": errors, "khat": found.khat})
 
 
 def _row(name: str, data: Data) -> dict[str, Any]:

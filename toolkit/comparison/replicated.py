@@ -20,18 +20,9 @@ from toolkit.modelling.model import Model
 from toolkit.modelling.observations import Observed, replicates
 
 CHECK_COLUMNS = (
-    "site",
-    "statistic",
-    "observed",
-    "source",
-    "mean",
-    "low",
-    "high",
-    "p_value",
-    "p_value_se",
-    "sd_ratio",
+    "site", "statistic", "observed", "source", "mean", "low", "high", "p_value", "p_value_se", "sd_ratio",
     "sd_ratio_se",
-)
+)  # fmt: skip
 CALIBRATION_COLUMNS = ("site", "measure", "source", "kind", "units", "value", "se", "difference", "difference_se")
 OBSERVATION_COLUMNS = ("site", "unit", "position", "observed", "source", "kind", "value")
 IN_SAMPLE, LEFT_OUT = "in sample", "left out"
@@ -88,14 +79,14 @@ def replicated(model: Model, source: Source, data: Data, key: jax.Array) -> tupl
 
 
 def summed_up(
-    new: Mapping[str, np.ndarray], places: np.ndarray, source: Source, data: Data, shown: Mapping[str, Shown]
+    new: Mapping[str, np.ndarray], places: np.ndarray, source: Source, data: Data, chosen: Mapping[str, Shown]
 ) -> Made:
     """What is kept of replicates, so that those of all sources need not be held at once."""
     statistics: dict[tuple[str, str], np.ndarray] = {}
     kept: dict[str, np.ndarray] = {}
     for name, site in data.sites.items():
         numbers = new[name].reshape(len(places), -1)
-        kept[name] = numbers[:, shown[name].numbers].astype(float)
+        kept[name] = numbers[:, chosen[name].numbers].astype(float)
         seen = numbers[:, site.seen.ravel()].astype(float)
         statistics |= {(name, statistic): of(seen) for statistic, of in _statistics(site).items()}
     return Made(statistics, kept, places, min(float(len(places)), source.effective))
@@ -288,12 +279,18 @@ def calibration_rows(observations: pd.DataFrame, data: Data) -> list[dict[str, A
                         "kind": kind,
                         "units": len(each),
                         "value": float(each.mean()),
-                        "se": independent_error(each.to_numpy()),
+                        "se": _error(each.to_numpy(), share=not single),
                         "difference": float(difference.mean()),
-                        "difference_se": independent_error(difference),
+                        "difference_se": _error(difference, share=not single),
                     }
                 )
     return rows
+
+
+def _error(each: np.ndarray, *, share: bool) -> float:
+    """The error of a mean over observations; of a share also where all of them, or none, are counted."""
+    error = independent_error(each)
+    return max(error, least_probability_error(each.size)) if share and math.isfinite(error) else error
 
 
 def _held(group: pd.DataFrame, single: bool) -> dict[str, pd.Series]:

@@ -198,14 +198,16 @@ def _as_precise(value: float, group: pd.DataFrame) -> str:
 def _driven(predictions: Any, against: str) -> list[str]:
     """What stands behind an effective number of parameters that is larger than their number."""
     row, each = predictions.scores.iloc[0], predictions.left_out
-    if not row["p_loo"] > predictions.parameters > 0 or each.empty:
+    error = row["p_loo_se"] if math.isfinite(row["p_loo_se"]) else 0.0
+    if not row["p_loo"] - 2.0 * error > predictions.parameters > 0 or each.empty:
         return []
     worst = each.loc[each["elpd"].idxmin()]
+    count, density = number(row["p_loo"], row["p_loo_se"]), number(worst["elpd"], worst["elpd_se"])
     return [
-        f"p_loo, {significant(row['p_loo'])}, is larger than the number of parameters, {predictions.parameters:,}: a "
+        f"p_loo, {count.text}{_error(count)}, is larger than the number of parameters, {predictions.parameters:,}: a "
         "sign of outliers, or of a model that does not fit (Vehtari, Gelman and Gabry 2017). "
         f"{against[:1].upper()}{against[1:]} expects observation {int(worst['unit'])} of {worst['site']} least, with a "
-        f"log density of {significant(worst['elpd'])} when it is left out; all are in the table left_out."
+        f"log density of {density.text}{_error(density)} when it is left out; all are in the table left_out."
     ]
 
 
@@ -215,7 +217,9 @@ def _uncovered(table: pd.DataFrame, against: str) -> list[str]:
     for _, row in table[(table["source"] == "reference") & (table["kind"] == LEFT_OUT)].iterrows():
         _, _, share = str(row["measure"]).partition("in the central ")
         nominal = float(share.rstrip("%")) / 100 if share else math.nan
-        if abs(row["value"] - nominal) > 3.0 * row["se"]:
+        # By the error that the share would have if all were well, too: of few observations all may lie inside.
+        expected = math.sqrt(nominal * (1.0 - nominal) / row["units"])
+        if abs(row["value"] - nominal) > 3.0 * max(row["se"], expected):
             cell = number(row["value"], row["se"])
             way = "narrow" if row["value"] < nominal else "wide"
             told.append(

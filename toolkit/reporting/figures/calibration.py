@@ -32,7 +32,8 @@ def calibration(predictions: Any, looks: Mapping[str, Look], against: str) -> Pi
     table = predictions.observations
     if table.empty:
         return None
-    sites = list(dict.fromkeys(table["site"]))[:_MOST_PANELS]
+    every = list(dict.fromkeys(table["site"]))
+    sites = every[:_MOST_PANELS]
     brier = set(predictions.calibration.loc[predictions.calibration["measure"] == "Brier score", "site"])
     with styled():
         columns = min(len(sites), 2)
@@ -45,7 +46,7 @@ def calibration(predictions: Any, looks: Mapping[str, Look], against: str) -> Pi
         for axes in grid.flat[len(sites) :]:
             axes.set_visible(False)
         grid.flat[0].legend(fontsize=7.5, handlelength=2.4)
-    readings = []
+    readings = [f"The first {len(sites)} of {len(every)} observed sites."] if len(every) > len(sites) else []
     if brier & set(sites):
         readings.append(
             "Reliability: among observations with a predicted probability, how often the event came (isotonic "
