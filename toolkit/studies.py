@@ -132,9 +132,9 @@ def study(
     Raises:
         ValueError: A guide, a chart, a focus expression or a count is not what it should be.
     """
-    chosen = [find_guide(guide) for guide in guides]
+    chosen = [find_guide(guide, model) for guide in guides]
     command = command or _call(
-        guides=tuple(_shown(guide) for guide in chosen),
+        guides=tuple(_shown(guide, model) for guide in chosen),
         focus=tuple(focus),
         seed=seed,
         tolerance=tolerance,
@@ -277,7 +277,7 @@ class _Work:
     def fitted(self, guide: Guide, smaller: tuple[Fit, ...]) -> Fit:
         """The fit, or a fit that says why there is none: another guide's work must not be lost to this one's error."""
         try:
-            starts = self._starts(guide.chart or self.model.chart)
+            starts = 1 if guide.solve else self._starts(guide.chart or self.model.chart)
             with _timed(self.stages, f"fit {guide.name}"):
                 fitted = fit(
                     self.model,
@@ -352,9 +352,9 @@ class _Words(str):
         return f"<{self}>"
 
 
-def _shown(guide: Guide) -> str:
+def _shown(guide: Guide, model: Model) -> str:
     """A named guide as its name; a user's own as what it is, since its name alone would not be found."""
-    return guide.name if guide.is_named else _Words(f"your guide {guide.name}")
+    return guide.name if guide.is_named or guide in model.guides else _Words(f"your guide {guide.name}")
 
 
 def _call(**given: Any) -> str:

@@ -69,6 +69,8 @@ class Model:
         labels: What may be relabelled without changing the density, such as topics.
         log_concave: Declares that the posterior density is log-concave in the unconstrained space of the model's own
             chart.
+        guides: Guides of its own (`toolkit.Guide`), which can be asked for by name beside the general ones: such as
+            coordinate ascent by this model's closed-form updates.
         name: For machines and files; the callable's name if empty.
         title: For the report; the name if empty.
         question: One sentence that the model answers.
@@ -87,6 +89,7 @@ class Model:
     log_evidence: float | None = field(default=None, kw_only=True)
     labels: Labels | None = field(default=None, kw_only=True)
     log_concave: bool = field(default=False, kw_only=True)
+    guides: tuple[Any, ...] = field(default=(), kw_only=True)
     name: str = field(default="", kw_only=True)
     title: str = field(default="", kw_only=True)
     question: str = field(default="", kw_only=True)

@@ -55,6 +55,8 @@ class Fit:
         fresh_log_weights: Log p(x, z) - log q(z) in nats at the draws behind `elbo`, (draws,); None without a density.
         certificate: How far the family's best may lie above this fit; None where there is none, see `message` or
             `why`.
+        log_evidence: The guide's own approximation of log p(x) in nats, where its algorithm has one, as expectation
+            propagation has; it bounds nothing and has no known error. None otherwise.
         optima: The ELBO in nats of each distinct optimum that the starts led to, the reported one first; from SVI,
             whose ends scatter, of the end of each start that was followed, whether at one optimum or not.
         solver: What fitted it.
@@ -76,6 +78,7 @@ class Fit:
     elbo: Estimate | None = None
     fresh_log_weights: np.ndarray | None = None
     certificate: Certificate | None = None
+    log_evidence: float | None = None
     optima: tuple[Estimate, ...] = ()
     solver: str = ""
     why: str = ""

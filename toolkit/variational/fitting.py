@@ -17,6 +17,7 @@ from numpyro.infer.autoguide import AutoDAIS, AutoLowRankMultivariateNormal
 
 from toolkit.compilation import keep_compiled_programs
 from toolkit.cost import Cost
+from toolkit.estimate import Estimate
 from toolkit.modelling.density import invalid_sites
 from toolkit.modelling.model import Model
 from toolkit.modelling.space import Space, latent_space
@@ -35,6 +36,7 @@ from toolkit.variational.gaussians import DENSE_LIMIT, RankGain, rank_by_gain
 from toolkit.variational.guides import BY_GAIN, Guide, default_rank, find_guide
 from toolkit.variational.minibatches import Minibatch, find_minibatch
 from toolkit.variational.nesting import contains
+from toolkit.variational.own_solvers import Problem, Solved
 from toolkit.variational.starts import Starts, find_starts
 from toolkit.variational.stochastic_fits import Prepared, fit_by_svi
 from toolkit.variational.tails import find_level_edge, flat_coordinates
@@ -43,7 +45,7 @@ AUTO, SVI = "auto", "svi"
 SOLVERS = (AUTO, FIXED_DRAWS, NATURAL_GRADIENT, SVI)
 _MAY_HIDE_AN_EDGE = (Status.UNPROVEN, Status.BUDGET, Status.TOO_FEW_DRAWS, Status.DIVERGED)
 MAX_GRADIENTS = 3_000_000
-_LEAST_ELBO_DRAWS = 100
+_LEAST_ELBO_DRAWS, _OWN_ELBO_DRAWS = 100, 4_096
 
 
 def fit(
@@ -95,7 +97,7 @@ def fit(
             are unknown; the guide cannot be built for this model or fitted by that solver; starts or smaller fits are
             of another chart or model; the model's rows cannot be taken in batches.
     """
-    guide = find_guide(guide)
+    guide = find_guide(guide, model if isinstance(model, Model) else None)
     if not isinstance(model, Model):
         raise ValueError(  # noqa: TRY004 - misuse is a ValueError everywhere
             f"Expected a Model; got {model!r}: write Model(callable, Dataset('mine', {{'y': y}}))."
@@ -122,6 +124,9 @@ def fit(
             )
     if minibatch is not None and solver not in (AUTO, SVI):
         raise ValueError(f"Expected solver '{SVI}' for minibatches, which no other takes; got '{solver}'.")
+    if guide.solve and (solver != AUTO or minibatch is not None):
+        got = "minibatches" if minibatch is not None else f"'{solver}'"
+        raise ValueError(f"Expected solver '{AUTO}' for '{guide.name}', which has an algorithm of its own; got {got}.")
     batch = None if minibatch is None else find_minibatch(model, minibatch)
     if prepared and (prepared.model is not model or prepared.guide != guide or prepared.minibatch != batch):
         raise ValueError(
@@ -136,6 +141,8 @@ def fit(
                 f"Expected starts of this model in chart '{chart}'; got starts in chart '{starts.chart}', with the "
                 f"sites {', '.join(starts.space.names)}: find them with chart='{chart}'."
             )
+        if guide.solve:
+            return _by_itself(model, guide, guide.solve, space, key, tolerance, max_gradients, elbo_draws, progress)
         if isinstance(starts, int):
             starts = find_starts(model, key=branch(key, 0), chart=chart, count=starts)
         guide, columns = _with_columns(guide, starts, tolerance)
@@ -171,6 +178,52 @@ def fit(
             )
     progress(f"fit {guide.name}", 1, 1, "done")
     return replace(fitted, cost=cost + fitted.cost, solver=chosen, why=why)
+
+
+def _by_itself(
+    model: Model,
+    guide: Guide,
+    solve: Callable[[Problem], Solved],
+    space: Space,
+    key: jax.Array,
+    tolerance: float,
+    budget: int,
+    elbo_draws: int | None,
+    progress: Progress,
+) -> Fit:
+    """The fit of a guide that brings its own algorithm, with the ELBO of what that has found."""
+    begun = time.perf_counter()
+    chart = guide.chart or model.chart
+    built = build_guide(model, guide, space.unravel(np.zeros(space.size)))
+    with np.errstate(over="ignore", invalid="ignore"):  # a run-off ends where floating-point numbers do
+        solved = solve(Problem(model, chart, space, built, jax.random.fold_in(key, 0), tolerance, budget, progress))
+    fitted = Fit(
+        guide,
+        model,
+        solved.status,
+        solved.message,
+        certificate=solved.certificate,
+        log_evidence=solved.log_evidence,
+        solver=solved.solver or guide.name,
+        why=solved.why,
+        traces=(solved.trace,) if solved.trace else (),
+        cost=Cost(
+            solved.compile_seconds,
+            time.perf_counter() - begun - solved.compile_seconds,
+            solved.gradients,
+            solved.peak_bytes,
+        ),
+        autoguide=built,
+        params=solved.params,
+        start=space.unravel(np.zeros(space.size)),
+    )
+    if fitted.has_density:
+        weights = fitted.log_weights(jax.random.fold_in(key, 1), elbo_draws or _OWN_ELBO_DRAWS)
+        elbo = Estimate.of_mean(weights) if np.isfinite(weights).all() else Estimate(-math.inf, math.nan)
+        optima = (elbo,) if solved.status.has_optimum else ()
+        fitted = replace(fitted, elbo=elbo, fresh_log_weights=weights, optima=optima)
+    progress(f"fit {guide.name}", 1, 1, "done")
+    return fitted
 
 
 def check_limits(tolerance: object, max_gradients: object) -> None:

@@ -6,11 +6,15 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from numpyro.infer import autoguide
 
 from toolkit.variational.block_guides import BLOCKS, COUPLED, AutoBlockNormal
+
+if TYPE_CHECKING:
+    from toolkit.modelling.model import Model
+    from toolkit.variational.own_solvers import Problem, Solved
 
 Build = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -31,6 +35,8 @@ class Guide:
         chart: The model's chart that it looks at; the model's own choice if None.
         label: NumPyro's class, shown beside the name.
         rank: Columns of a low-rank covariance, where they were chosen by the user or by the fit; None otherwise.
+        solve: The algorithm that finds a member, where the guide brings its own, such as coordinate ascent
+            (`toolkit.variational.own_solvers`); None where the solvers of `fit` do.
     """
 
     name: str
@@ -39,6 +45,7 @@ class Guide:
     chart: str | None = None
     label: str = ""
     rank: int | None = None
+    solve: Callable[[Problem], Solved] | None = None
 
     @property
     def title(self) -> str:
@@ -126,8 +133,12 @@ def default_rank(size: int) -> int:
     return round(size**0.5)
 
 
-def find_guide(guide: str | Guide) -> Guide:
+def find_guide(guide: str | Guide, model: Model | None = None) -> Guide:
     """The guide of that name, with `@chart` behind it where another chart is wanted; a `Guide` passes through.
+
+    Args:
+        guide: A name, or a guide.
+        model: One whose own guides (`Model.guides`) may be asked for by name, too.
 
     Raises:
         ValueError: There is no guide of that name, or it is neither a name nor a `Guide`.
@@ -141,9 +152,10 @@ def find_guide(guide: str | Guide) -> Guide:
         )
     name, _, chart = guide.partition("@")
     ranked = _RANKED.fullmatch(name)
-    if name not in GUIDES and not ranked:
-        raise ValueError(f"Expected a guide's name, one of {', '.join(GUIDES)}, or {LOW_RANK}_<columns>; got '{name}'.")
-    found = replace(GUIDES[LOW_RANK].of_rank(int(ranked[1])), name=name) if ranked else GUIDES[name]
+    known = GUIDES | {own.name: own for own in (model.guides if model else ())}
+    if name not in known and not ranked:
+        raise ValueError(f"Expected a guide's name, one of {', '.join(known)}, or {LOW_RANK}_<columns>; got '{name}'.")
+    found = replace(GUIDES[LOW_RANK].of_rank(int(ranked[1])), name=name) if ranked else known[name]
     if guide.endswith("@"):
         raise ValueError(f"Expected a chart's name behind the @ of '{guide}'; got none: leave the @ out.")
     return found.in_chart(chart) if chart else found

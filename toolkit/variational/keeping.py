@@ -24,7 +24,7 @@ from toolkit.variational.guides import Guide
 from toolkit.variational.solvers.svi import Trace
 
 _KIND = "fit"
-_VERSION = 10
+_VERSION = 11
 """Part of every kept fit's name: raised when the same settings would no longer give the same fit."""
 
 
@@ -55,6 +55,7 @@ def keep_fit(storage: Storage, name: str, fit: Fit) -> None:
         "message": fit.message,
         "elbo": fit.elbo,
         "certificate": _certificate_as_dict(fit.certificate),
+        "log_evidence": fit.log_evidence,
         "optima": fit.optima,
         "solver": fit.solver,
         "why": fit.why,
@@ -88,6 +89,7 @@ def kept_fit(storage: Storage, name: str, model: Model, guide: Guide) -> Fit | N
         elbo=Estimate(*meta["elbo"]) if meta["elbo"] else None,
         fresh_log_weights=arrays.get("fresh_log_weights"),
         certificate=_certificate(meta["certificate"]),
+        log_evidence=meta["log_evidence"],
         optima=tuple(Estimate(*optimum) for optimum in meta["optima"]),
         solver=meta["solver"],
         why=meta["why"],
