@@ -29,6 +29,9 @@ Gaussian: a full-rank guide is exact, and a mean field lies half the log of prod
 the identity but for the intercept (which stands apart where predictors have mean 0). With known noise a factorised
 guide is exact there.
 
+**Guides of its own.** `cavi` and `cavi_joint` are coordinate ascent by the closed-form updates of
+`models._conjugate_ascent`: every coefficient a factor of its own, or the coefficients one factor.
+
 References:
     Gelman et al. (2013), Bayesian Data Analysis, third edition, section 14.8 and chapter 3.
     Longley (1967), An appraisal of least squares programs for the electronic computer from the point of view of the
@@ -38,6 +41,7 @@ References:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -51,6 +55,7 @@ import numpyro
 import numpyro.distributions as dist
 import pandas as pd
 
+from models._conjugate_ascent import guides
 from models._predictors import RotatedReparam, checked_regression, equicorrelated, rotation
 from toolkit import Dataset, Model, Quantity
 
@@ -127,10 +132,16 @@ class Posterior:
         """What y'y - m'P m is, as a sum of squares that no rounding makes negative."""
         return float(np.square(self.y - self.design @ self.mean).sum() + self.prior_precision @ self.mean**2)
 
+    @property
+    def noise_prior(self) -> tuple[float, float]:
+        """Shape and scale of the noise variance's inverse gamma prior, where it is unknown."""
+        return NOISE_SHAPE, NOISE_SHAPE * self.noise_sd**2
+
     @cached_property
     def noise_law(self) -> tuple[float, float]:
         """Shape and scale of the noise variance's inverse gamma, where it is unknown."""
-        return NOISE_SHAPE + len(self.y) / 2, NOISE_SHAPE * self.noise_sd**2 + self.left / 2
+        shape, scale = self.noise_prior
+        return shape + len(self.y) / 2, scale + self.left / 2
 
     @cached_property
     def log_evidence(self) -> float:
@@ -140,9 +151,9 @@ class Posterior:
         constant = float(determinants - 0.5 * rows * math.log(2 * math.pi))
         if self.noise == "known":
             return constant - rows * math.log(self.noise_sd) - 0.5 * self.left / self.noise_sd**2
-        (shape, scale), before = self.noise_law, NOISE_SHAPE * self.noise_sd**2
-        gammas = math.lgamma(shape) - math.lgamma(NOISE_SHAPE)
-        return constant + gammas + NOISE_SHAPE * math.log(before) - shape * math.log(scale)
+        (shape, scale), (prior_shape, prior_scale) = self.noise_law, self.noise_prior
+        gammas = math.lgamma(shape) - math.lgamma(prior_shape)
+        return constant + gammas + prior_shape * math.log(prior_scale) - shape * math.log(scale)
 
     def draw(self, key: jax.Array, draws: int) -> dict[str, Any]:
         """Independent draws of the latent sites, `(draws, ...)`."""
@@ -185,6 +196,27 @@ def _longley() -> Dataset:
         coords={"feature": x.columns.to_numpy(dtype=str), "row": table["year"].to_numpy()},
         source="Longley (1967), the US economy from 1947 to 1962, as in statsmodels",
         licence="public domain",
+    )
+
+
+def with_features(data: Dataset, names: Sequence[str]) -> Dataset:
+    """The same dataset with some of its features, in the order asked for: what features are chosen between by evidence.
+
+    Raises:
+        ValueError: The features have no names, one is unknown or named twice, or there is none.
+    """
+    known = [str(name) for name in data.coords.get("feature", ())]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"Expected at least one feature, and each feature once; got {', '.join(names) or 'none'}.")
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"Expected each feature to be one of {', '.join(known) or 'none'}; got {', '.join(unknown)}.")
+    chosen = [known.index(name) for name in names]
+    return replace(
+        data,
+        name=f"{data.name}: {', '.join(names)}",
+        arrays={**data.arrays, "x": data.arrays["x"][:, chosen]},
+        coords={**data.coords, "feature": np.array(names)},
+        truth={},  # what made the data had all features
     )
 
 
@@ -248,6 +280,7 @@ def model(dataset: Dataset | None = None, *, noise: str = "unknown", noise_sd: f
         exact=posterior.draw,
         log_evidence=posterior.log_evidence,
         log_concave=noise == "known",
+        guides=guides(posterior),
         title="Conjugate regression",
         question="Which series moved employment, when they all grew together?",
     )

@@ -14,6 +14,7 @@ class Status(Enum):
     """
 
     ARRIVED = "the optimiser arrived: going on no longer raises the ELBO"
+    MATCHED = "fitted by another aim than the ELBO, which is met: going on would not meet it better"
     BUDGET = "the optimiser used up its budget before the ELBO was known to have stopped rising"
     UNPROVEN = "the limit on how far the family's best may lie above is higher than the tolerance"
     TOO_FEW_DRAWS = "draws are too few for the family's parameters: they can be fitted to any draws that are affordable"
@@ -46,7 +47,7 @@ class Status(Enum):
         return self not in _NO_OPTIMUM
 
 
-_OK = frozenset({Status.ARRIVED, Status.UNPROVEN, Status.EXACT, Status.PASSED, Status.LOADED})
+_OK = frozenset({Status.ARRIVED, Status.MATCHED, Status.UNPROVEN, Status.EXACT, Status.PASSED, Status.LOADED})
 _NO_OPTIMUM = frozenset(
     {Status.NO_VALID_START, Status.UNBOUNDED, Status.IMPROPER, Status.FLAT, Status.DIVERGED, Status.FAILED}
 )

@@ -60,7 +60,7 @@ class Certificate:
         scope: Whether it bounds the gap to the best of the family (`GLOBAL`), to the best that can be reached by
             climbing (`LOCAL`), or estimates the latter (`ESTIMATE`), which may also be too low.
         draws: In each set.
-        sets: Independent sets of draws.
+        sets: Independent sets of draws; 0 where no draws were needed, since the family's best is known in closed form.
     """
 
     gap: Estimate
@@ -72,6 +72,8 @@ class Certificate:
     @property
     def words(self) -> str:
         """Such as `"local bound from 4 sets of 1,024 draws"`."""
+        if not self.sets:
+            return f"{self.scope.value}, in closed form"
         return f"{self.scope.value} from {self.sets} sets of {self.draws:,} draws"
 
 

@@ -50,7 +50,8 @@ class Fit:
         model: The model.
         status: How the optimisation ended.
         message: A detail on the status, for the report; empty if there is none.
-        elbo: E_q[log p(x, z) - log q(z)] in nats on draws that the fit has not seen; None if it could not be had. Where
+        elbo: E_q[log p(x, z) - log q(z)] in nats on draws that the fit has not seen, or in closed form (se 0)
+            where the guide's own algorithm has it; None if it could not be had. Where
             `status.has_optimum` is False it says where the fit was stopped and nothing more; so do `optima`.
         fresh_log_weights: Log p(x, z) - log q(z) in nats at the draws behind `elbo`, (draws,); None without a density.
         certificate: How far the family's best may lie above this fit; None where there is none, see `message` or

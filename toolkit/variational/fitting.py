@@ -46,6 +46,7 @@ SOLVERS = (AUTO, FIXED_DRAWS, NATURAL_GRADIENT, SVI)
 _MAY_HIDE_AN_EDGE = (Status.UNPROVEN, Status.BUDGET, Status.TOO_FEW_DRAWS, Status.DIVERGED)
 MAX_GRADIENTS = 3_000_000
 _LEAST_ELBO_DRAWS, _OWN_ELBO_DRAWS = 100, 4_096
+_ELBO_SES, _ELBO_ROUNDING = 8.0, 1e-6  # how far an ELBO in closed form may lie from the one on draws
 
 
 def fit(
@@ -220,10 +221,22 @@ def _by_itself(
     if fitted.has_density:
         weights = fitted.log_weights(jax.random.fold_in(key, 1), elbo_draws or _OWN_ELBO_DRAWS)
         elbo = Estimate.of_mean(weights) if np.isfinite(weights).all() else Estimate(-math.inf, math.nan)
+        if solved.elbo is not None:
+            elbo = _agreed(solved.elbo, elbo, guide)
         optima = (elbo,) if solved.status.has_optimum else ()
         fitted = replace(fitted, elbo=elbo, fresh_log_weights=weights, optima=optima)
     progress(f"fit {guide.name}", 1, 1, "done")
     return fitted
+
+
+def _agreed(closed: float, drawn: Estimate, guide: Guide) -> Estimate:
+    """An ELBO in closed form, if the one on fresh draws does not speak against it."""
+    if not abs(closed - drawn.value) <= _ELBO_SES * drawn.se + _ELBO_ROUNDING * max(1.0, abs(closed)):
+        raise ValueError(
+            f"Expected the ELBO that '{guide.name}' has in closed form to be the one on fresh draws, {drawn} nats; got "
+            f"{closed:.6g}: check its formula and the guide's program."
+        )
+    return Estimate(closed, 0.0)
 
 
 def check_limits(tolerance: object, max_gradients: object) -> None:

@@ -1,0 +1,254 @@
+"""Coordinate ascent: factors updated in turn, each to its best given the others, until the ELBO has stopped rising.
+
+A guide q(z) = prod_j q_j(z_j) without any form for its factors has, with all other factors held, one best factor,
+
+    q_j(z_j)  proportional to  exp( E_{q without j}[ log p(x, z) ] ),
+
+which for a conditionally conjugate model is a known distribution with parameters in closed form. No update can lower
+the ELBO, so that a fall is an error of a formula and is told as one. What is slow about it is correlation: for two
+Gaussian coordinates of correlation rho a sweep leaves the fourth power of rho of the nats that were left before. A
+small gain is therefore no arrival; what is still to come is reckoned from how fast gains shrink.
+
+References:
+    Bishop (2006), Pattern Recognition and Machine Learning, section 10.1.1.
+    Blei, Kucukelbir & McAuliffe (2017), Variational inference: a review for statisticians, section 2.4.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from toolkit.estimate import Estimate
+from toolkit.status import Status
+from toolkit.variational.certificates import Certificate, Scope
+from toolkit.variational.own_solvers import Problem, Solved
+from toolkit.variational.solvers.svi import Trace
+
+State = dict[str, np.ndarray]
+"""The parameters of all factors by name, as the guide's program names them."""
+Update = Callable[[State], State]
+"""A factor's best parameters given all others'; those that it leaves out stay as they are."""
+
+_SHARE = 0.01  # of the tolerance: what may be left
+_ROUNDING = 1e-10  # of the ELBO: a fall below it says how sums are rounded
+_NOISE = 1e-14  # of the ELBO: a gain below it may be rounding
+_EACH, _GROWTH = 32, 1.05  # sweeps after which it is asked what is left, first each time, then each so much longer run
+_LEAST_GAINS = 3
+_POINTS = 400  # of a trace, at most
+
+
+@dataclass(frozen=True, eq=False)
+class Ascent:
+    """Where coordinate ascent stopped.
+
+    Attributes:
+        state: All factors' parameters.
+        status: `ARRIVED`, `BUDGET` or `DIVERGED`.
+        left: In nats, how much the ELBO still has to rise: exact where that is known, else reckoned from the gains;
+            infinite where the gains do not shrink yet.
+        sweeps: How many were made.
+        trace: The ELBO in nats after the sweeps, exact, of at most 400 of them.
+        message: A detail on the status.
+    """
+
+    state: State
+    status: Status
+    left: float
+    sweeps: int
+    trace: Trace
+    message: str = ""
+
+    @property
+    def elbo(self) -> float:
+        """Of the state, in nats, in closed form; NaN if no sweep was made."""
+        return float(self.trace.elbo[-1]) if self.trace.elbo.size else math.nan
+
+
+def ascend(
+    updates: Mapping[str, Update],
+    elbo: Callable[[State], float],
+    start: State,
+    *,
+    tolerance: float,
+    max_sweeps: int,
+    left: Callable[[State], float] | None = None,
+    report: Callable[[int, float], None] | None = None,
+) -> Ascent:
+    """The state at which further sweeps over the factors no longer raise the ELBO.
+
+    Args:
+        updates: Factor name to update, in the order of a sweep.
+        elbo: The ELBO of a state in nats, in closed form.
+        start: First parameters of all factors.
+        tolerance: In nats; it has arrived when no more than a hundredth of it is left to gain.
+        max_sweeps: The budget.
+        left: How much the ELBO still has to rise in nats, where that is known exactly; reckoned by `remaining` if None.
+        report: Called now and then with the number of sweeps and the ELBO.
+
+    Raises:
+        ValueError: There is no factor, an update names a parameter that `start` lacks, or an update lowers the ELBO by
+            more than rounding does.
+    """
+    if not updates:
+        raise ValueError("Expected at least one factor to update; got none.")
+    state, current = dict(start), float(elbo(dict(start)))
+    elbos, gains = list[float](), list[float]()
+    still, next_look, status, message = math.inf, 1, Status.BUDGET, ""
+    for sweep in range(1, max_sweeps + 1):
+        before = state
+        for name, update in updates.items():
+            state = _updated(state, name, update)
+        risen = float(elbo(state))
+        if not math.isfinite(risen):
+            state, status, message = before, Status.DIVERGED, f"in sweep {sweep:,}"
+            break
+        if risen < current - _ROUNDING * max(1.0, abs(current)):
+            raise ValueError(_fall(updates, elbo, before, current, sweep))
+        elbos.append(risen)
+        gains.append(risen - current)
+        current = risen
+        if sweep >= next_look:
+            next_look = sweep + 1 if sweep < _EACH else math.ceil(_GROWTH * sweep)
+            still = max(float(left(state)), 0.0) if left else remaining(gains, _NOISE * max(1.0, abs(current)))
+            if report:
+                report(sweep, current)
+            if still <= _SHARE * tolerance:
+                status = Status.ARRIVED
+                break
+    if left and status is not Status.DIVERGED:
+        still = max(float(left(state)), 0.0)
+    return Ascent(state, status, still, len(elbos), _trace(elbos), message)
+
+
+def remaining(gains: Sequence[float], noise: float = 0.0) -> float:
+    """What further sweeps will gain in all, in nats, if the gains go on shrinking as they have of late.
+
+    The last third of the gains is cut in two halves: where the second is q times the first, what follows is the second
+    times q / (1 - q). Since the third grows with the run, a part of the error that shrinks slowly is seen once the
+    faster parts are gone. What shrinks a hundred times more slowly than the run is long stays unseen.
+
+    Args:
+        gains: Of each sweep, in nats.
+        noise: A gain that may be rounding.
+    """
+    half = max(1, len(gains) // 6)
+    if len(gains) < _LEAST_GAINS:
+        return math.inf
+    earlier, later = math.fsum(gains[-2 * half : -half]), math.fsum(gains[-half:])
+    floor = half * noise
+    if later <= floor:
+        return floor
+    if later >= earlier:
+        return math.inf
+    return later * later / (earlier - later)
+
+
+@dataclass(frozen=True, eq=False)
+class CoordinateAscent:
+    """Coordinate ascent by a model's closed-form updates, for `Guide.solve`.
+
+    A sweep counts as one gradient of the log density towards the budget.
+
+    Attributes:
+        updates: Factor name to update, in the order of a sweep.
+        elbo: The ELBO of a state in nats, in closed form.
+        start: First parameters, by the names that the guide's program has.
+        left: How much the ELBO of the family's best lies above a state's in nats, where that is known exactly: the fit
+            then has a certificate that bounds the gap to the best of the whole family. Without it there is none.
+        chart: The chart for which the updates hold.
+    """
+
+    updates: Mapping[str, Update]
+    elbo: Callable[[State], float]
+    start: State
+    left: Callable[[State], float] | None = None
+    chart: str = "plain"
+
+    def __call__(self, problem: Problem) -> Solved:
+        """What the ascent has found.
+
+        Raises:
+            ValueError: The guide looks at another chart than the updates hold for, or an update is wrong.
+        """
+        if problem.chart != self.chart:
+            raise ValueError(
+                f"Expected chart '{self.chart}', for which the closed-form updates hold; got '{problem.chart}'."
+            )
+
+        def report(sweep: int, elbo: float) -> None:
+            problem.progress("coordinate ascent", sweep, sweep + 1, f"ELBO {elbo:.2f}")
+
+        ended = ascend(
+            self.updates,
+            self.elbo,
+            self.start,
+            tolerance=problem.tolerance,
+            max_sweeps=problem.max_gradients,
+            left=self.left,
+            report=report,
+        )
+        why = "the best of each factor given the others is known in closed form"
+        certificate = None
+        if self.left is None:
+            why += "; how far the family's best may lie above is not, since the ELBO may have several optima"
+        elif ended.status is not Status.DIVERGED:
+            # At least a hundredth of the tolerance, as for all other certificates: rounding is in it.
+            limit = max(ended.left, _SHARE * problem.tolerance)
+            certificate = Certificate(Estimate(ended.left, 0.0), limit, Scope.GLOBAL, draws=0, sets=0)
+            why += ", and so is the family's best"
+        return Solved(
+            ended.state if ended.status is not Status.DIVERGED else {},
+            ended.status,
+            _told(ended),
+            solver="coordinate_ascent",
+            why=why,
+            trace=ended.trace if ended.sweeps else None,
+            certificate=certificate,
+            elbo=ended.elbo if ended.sweeps else None,
+            gradients=ended.sweeps,
+        )
+
+
+def _updated(state: State, name: str, update: Update) -> State:
+    changed = update(state)
+    if unknown := set(changed) - set(state):
+        raise ValueError(
+            f"Expected the update of factor '{name}' to give parameters that the start has, of "
+            f"{', '.join(state)}; it gives {', '.join(sorted(unknown))}."
+        )
+    return {**state, **changed}
+
+
+def _fall(
+    updates: Mapping[str, Update], elbo: Callable[[State], float], state: State, current: float, sweep: int
+) -> str:
+    """Which update lowered the ELBO most in a sweep that lowered it, in a sentence."""
+    falls: dict[str, float] = {}
+    for name, update in updates.items():
+        state = _updated(state, name, update)
+        risen = float(elbo(state))
+        falls[name], current = current - risen, risen
+    worst = max(falls, key=lambda name: falls[name])
+    return (
+        f"Expected no update to lower the ELBO; that of factor '{worst}' lowered it by {falls[worst]:.3g} nats in sweep "
+        f"{sweep:,}: check its formula, and the ELBO's."
+    )
+
+
+def _trace(elbos: Sequence[float]) -> Trace:
+    """The ELBO after each of the first sweeps, and then after ever fewer of them."""
+    steps = np.unique(np.geomspace(1, len(elbos), _POINTS).round().astype(int)) if elbos else np.zeros(0, int)
+    values = np.asarray(elbos, float)[steps - 1]
+    return Trace(steps.astype(float), values, np.zeros(len(steps)))
+
+
+def _told(ended: Ascent) -> str:
+    """What the report says of the end beside the status."""
+    if ended.status is Status.BUDGET and ended.sweeps:
+        much = f"about {ended.left:.2g} nats left to gain" if math.isfinite(ended.left) else "gains that do not shrink"
+        return f"after {ended.sweeps:,} sweeps, with {much}"
+    return ended.message
