@@ -15,11 +15,11 @@ With c the coefficients, intercept first, d of them, P their precision times the
 Their fixed point is unique. There tau is the posterior's own mean of 1 / noise_variance, and KL(q || p) is
 
     1/2 (sum_j log P[j, j] - log det P)                                              in cavi alone, for correlation
-    + d/2 (log a - psi(a)) + (a - b) psi(a) - log Gamma(a) + log Gamma(b) + b log(a / b) + b - a        noise unknown
+    + g(2 + (n + d) / 2) - g(2 + n / 2),  g(a) = a log a - a - log Gamma(a)           in both, where noise is unknown
 
-with a = 2 + (n + d) / 2 and b = 2 + n / 2: the second part depends on how many rows and coefficients there are and on
-nothing else. A product of densities that is best must be such a fixed point, and a best one exists, since KL(q || p)
-is lower semicontinuous with compact level sets: what is left to gain is therefore known, whatever the state.
+The second part, about d / (2 n) nats, depends on how many rows and coefficients there are and on nothing else. A
+product of densities that is best must be such a fixed point, and a best one exists, since KL(q || p) is lower
+semicontinuous with compact level sets: what is left to gain is therefore known, whatever the state.
 
 References:
     Bishop (2006), Pattern Recognition and Machine Learning, sections 10.1.3 and 10.3.
@@ -71,11 +71,13 @@ def family_gap(posterior: Posterior, *, joint: bool) -> float:
     precision = posterior.precision
     gap = 0.0 if joint else 0.5 * float(np.log(np.diag(precision)).sum() - np.linalg.slogdet(precision)[1])
     if posterior.noise == "unknown":
-        size, exact = len(precision), posterior.noise_law[0]
-        shape = exact + size / 2
-        gap += size / 2 * (math.log(shape) - float(psi(shape))) + size / 2 * float(psi(shape))
-        gap += float(gammaln(exact) - gammaln(shape)) + exact * math.log(shape / exact) + exact - shape
+        exact = posterior.noise_law[0]
+        gap += _tightness(exact + len(precision) / 2) - _tightness(exact)
     return gap
+
+
+def _tightness(shape: float) -> float:
+    return shape * math.log(shape) - shape - float(gammaln(shape))
 
 
 def _guide(posterior: Posterior, name: str, *, joint: bool, contains: tuple[str, ...]) -> Guide:

@@ -89,8 +89,8 @@ def test_the_budget_ends_it_with_what_is_left() -> None:
 def test_an_update_that_lowers_the_elbo_is_named() -> None:
     precision, _ = quadratic(0.5)
     wrong = updates_of(precision) | {"second": lambda state: {"loc": state["loc"] + np.array([0.0, 0.1])}}
+    start = {"loc": np.zeros(2)}
     with pytest.raises(ValueError, match=r"that of factor 'second' lowered it by .* nats in sweep 1"):
-        start = {"loc": np.zeros(2)}
         ascend(wrong, elbo_of(precision), start, tolerance=1e-3, max_sweeps=10)  # type: ignore[arg-type]
 
 
@@ -105,7 +105,7 @@ def test_an_elbo_that_is_no_number_is_a_status() -> None:
 
 ERRORS = {
     "no factor": ({}, "Expected at least one factor"),
-    "parameter": ({"a": lambda state: {"scale": state["loc"]}}, "update of factor 'a' to give parameters .* it gives scale"),
+    "parameter": ({"a": lambda state: {"scale": state["loc"]}}, "factor 'a' to give parameters .* it gives scale"),
 }  # fmt: skip
 
 

@@ -234,8 +234,8 @@ def _fall(
         falls[name], current = current - risen, risen
     worst = max(falls, key=lambda name: falls[name])
     return (
-        f"Expected no update to lower the ELBO; that of factor '{worst}' lowered it by {falls[worst]:.3g} nats in sweep "
-        f"{sweep:,}: check its formula, and the ELBO's."
+        f"Expected no update to lower the ELBO; that of factor '{worst}' lowered it by {falls[worst]:.3g} nats in "
+        f"sweep {sweep:,}: check its formula, and the ELBO's."
     )
 
 

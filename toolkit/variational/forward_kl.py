@@ -1,6 +1,6 @@
 """The Gaussian that is nearest to the posterior by KL(p || q): the one with the mean and covariance of its draws.
 
-Every other guide here is fitted by KL(q || p), which is the ELBO seen from the evidence. Turned round, the divergence is
+Other guides are fitted by KL(q || p), which is the ELBO seen from the evidence. Turned round, the divergence is
 
     KL(p || q)  =  E_p[ log p(z | x) ]  -  E_p[ log q(z) ],
 

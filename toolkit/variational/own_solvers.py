@@ -59,7 +59,7 @@ class Solved:
         why: What it does, for the report.
         trace: Its course; what `elbo` is there is said by `why` where it is no ELBO.
         certificate: How far the family's best may lie above; None where that is not known.
-        elbo: The ELBO in nats where the algorithm has it in closed form; it is held against fresh draws. None otherwise.
+        elbo: The ELBO in nats, where the algorithm has it in closed form; it is held against fresh draws.
         log_evidence: The algorithm's own approximation of log p(x) in nats, which bounds nothing; None if it has none.
         gradients: Gradients of the log density at one point each, or what took as long.
         compile_seconds: Spent on tracing and compiling.
