@@ -166,6 +166,39 @@ def test_the_report_calls_the_other_direction_divergent_whatever_gaussian_it_is(
     assert many > 10 * few
 
 
+@pytest.mark.parametrize("scale", [1.0, 30.0, 400.0])
+def test_a_gaussian_as_wide_as_one_likes_is_no_less_divergent(scale: float) -> None:
+    """The tail of log p - log q does not show it: a wide guide has it highest in the middle."""
+    model = targets.model(target="cauchy", dimensions=1, correlation=0.0)
+    wide = fit(model, forward_kl_guide({"z": scale * np.array([[-1.0], [1.0]])}, structure="mean_field"),
+               key=jax.random.PRNGKey(0))  # fmt: skip
+    judged = compare(
+        model, reference(model, key=jax.random.PRNGKey(2), draws=10_000), [wide], key=jax.random.PRNGKey(3)
+    )
+    row = judged.gaps.table.iloc[0]
+    assert row["kl_pq_problem"].startswith("divergent")
+    assert 1.5 < row["kl_pq_khat"] < 2.5  # a Cauchy's squares have 2
+
+
+def test_a_finite_divergence_with_its_peak_in_the_middle_is_not_called_divergent() -> None:
+    def logistic(shift: object) -> None:
+        numpyro.sample("z", dist.Logistic(0.0, 1.0))
+        numpyro.factor("evidence", shift)
+
+    def exactly(key: jax.Array, draws: int) -> dict[str, Any]:
+        return {"z": dist.Logistic(0.0, 1.0).sample(key, (draws,))}
+
+    model = Model(logistic, Dataset("none", {"shift": np.array(0.0)}), exact=exactly, log_evidence=0.0)
+    normal_of_sd_2 = forward_kl_guide({"z": np.array([-2.0, 2.0])}, structure="mean_field")
+    fits = [fit(model, normal_of_sd_2, key=jax.random.PRNGKey(0))]
+    judged = compare(model, reference(model, key=jax.random.PRNGKey(2), draws=10_000), fits, key=jax.random.PRNGKey(3))
+    row = judged.gaps.table.iloc[0]
+    p, q = scipy.stats.logistic(), scipy.stats.norm(0, 2)
+    expected = scipy.integrate.quad(lambda x: p.pdf(x) * (p.logpdf(x) - q.logpdf(x)), -40, 40)[0]
+    assert not row["kl_pq_problem"]
+    assert abs(row["kl_pq"] - expected) < 5 * row["kl_pq_se"]
+
+
 ONE = {"z": np.zeros((5, 2))}
 ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
     "structure": (lambda: forward_kl_guide(ONE, structure="full"), "one of full_rank, mean_field; got 'full'"),

@@ -9,6 +9,7 @@ import pandas as pd
 
 from toolkit.comparison.verdicts import Thresholds, Verdict, beyond_reach, interval, simultaneous_z
 from toolkit.estimate import Estimate, decimals, rounded
+from toolkit.status import Status
 from toolkit.variational.certificates import Certificate, Scope
 
 LOCATIONS, WIDTHS = ("shift", "median_shift"), ("sd_ratio", "spread_ratio")
@@ -162,18 +163,23 @@ def at_most(nats: float) -> str:
     return f"{math.ceil(nats * 10**places * (1 - 1e-6)) / 10**places:,.{places}f}"
 
 
-def whose(rows: pd.DataFrame, certificate: Certificate | None, thresholds: Thresholds) -> str:
+def whose(
+    rows: pd.DataFrame, certificate: Certificate | None, thresholds: Thresholds, status: Status = Status.ARRIVED
+) -> str:
     """Whether what is wrong with a guide is the family's or may be the optimiser's; empty if nothing is wrong.
 
     Args:
         rows: The guide's rows of the table.
         certificate: How far the family's best may lie above the fit; None if that is not known.
         thresholds: What counted as right.
+        status: How the fit ended.
     """
     wrong = rows[rows["verdict"] == Verdict.WRONG.value]
     names = set(wrong["quantity"])
     if not names:
         return ""
+    if status is Status.MATCHED:
+        return "it was fitted by another aim than the ELBO: what is wrong is the family's or this aim's"
     if certificate is None or not math.isfinite(certificate.limit):
         return "whether the family's or the optimiser's is not known: there is no certificate"
     limit = certificate.limit

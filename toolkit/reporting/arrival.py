@@ -34,6 +34,7 @@ _FIXED_DRAWS, _SVI = "fixed_draws", "svi"  # as `Fit.solver` names them
 _REASONS = {
     "TOO_FEW_DRAWS": "too few draws",
     "BUDGET": "budget used up",
+    "MATCHED": "another aim",
 }
 
 
@@ -185,7 +186,7 @@ def whose_sentences(fits: Iterable[Any], table: pd.DataFrame, thresholds: Thresh
     """For each guide with wrong quantities, whether that is the family's or may be the optimiser's, and by what."""
     said = []
     for fit in fits:
-        clause = whose(table[table["guide"] == fit.guide.name], fit.certificate, thresholds)
+        clause = whose(table[table["guide"] == fit.guide.name], fit.certificate, thresholds, fit.status)
         if clause:
             said.append(f"{fit.guide.name}: {clause}.{_in_sds(fit) if bounded(fit) else ''}")
     return said

@@ -47,7 +47,7 @@ def answers(study: Any, looks: Mapping[str, Look]) -> tuple[Answer, ...]:
     cost = study.reference.cost.seconds if study.reference.origin.startswith("NUTS") else math.nan
     table, thresholds = study.comparison.table, study.comparison.thresholds
     clauses = {
-        fit.guide.name: whose(table[table["guide"] == fit.guide.name], fit.certificate, thresholds)
+        fit.guide.name: whose(table[table["guide"] == fit.guide.name], fit.certificate, thresholds, fit.status)
         for fit in study.fits
     }
     return tuple(

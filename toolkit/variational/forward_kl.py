@@ -66,7 +66,7 @@ def forward_kl_guide(draws: Mapping[str, Any], *, structure: str = FULL_RANK, na
     return Guide(
         name or f"forward_{structure}",
         family.build,
-        label=f"{family.label} by KL(p || q)",
+        label=f"{family.label}, moments",
         solve=_MatchMoments(kept, structure),
     )
 
