@@ -21,6 +21,7 @@ from models import gaussian_target as targets
 from toolkit import Dataset, Estimate, Model, Status, compare, fit, reference
 from toolkit.comparison.divergences import kl_divergence
 from toolkit.variational.forward_kl import STRUCTURES, forward_kl_guide
+from toolkit.variational.linear_response import linear_response, responds
 
 DRAWS = 40_000
 
@@ -158,6 +159,8 @@ def test_the_report_calls_the_other_direction_divergent_whatever_gaussian_it_is(
     ]
     judged = compare(model, reference(model, key=jax.random.PRNGKey(2)), fits, key=jax.random.PRNGKey(3))
     table = judged.gaps.table.set_index("guide")
+    # Linear response bends the ELBO around its optimum, and the wide one is at none.
+    assert [responds(fitted) for fitted in fits] == [True, False]
     for name in table.index:
         assert table.loc[name, "kl_pq_problem"].startswith("divergent: it grows with the draws")
     # It does: squares of a Cauchy's draws grow with their number.
@@ -221,6 +224,17 @@ ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
             key=jax.random.key(0),
         ),
         "more than 3 draws, not all alike in any coordinate, for the covariance of 3 coordinates; got 3 draws",
+    ),
+    "response": (
+        lambda: linear_response(
+            fit(
+                targets.model(dimensions=2),
+                forward_kl_guide({"z": np.random.default_rng(0).normal(size=(9, 2))}, structure="mean_field"),
+                key=jax.random.key(0),
+            ),
+            key=jax.random.PRNGKey(0),
+        ),
+        "Expected a fit at an optimum of the ELBO, which responds; 'forward_mean_field' was fitted by another aim.",
     ),
     "missing": (
         lambda: fit(targets.model(dimensions=2), forward_kl_guide({"x": np.zeros(4)}), key=jax.random.key(0)),

@@ -37,13 +37,17 @@ _STEP = 1e-2  # of a scale, or of a log scale
 
 
 def responds(fit: Fit) -> bool:
-    """Whether a fit is a factorised Gaussian's, with an optimum, in not too many dimensions."""
+    """Whether a fit is a factorised Gaussian's, at an optimum of the ELBO, in not too many dimensions."""
     return not _why_not(fit)
 
 
 def _why_not(fit: Fit) -> str:
     if not (fit.usable and fit.status.has_optimum):
         return f"Expected a fit that has an optimum; '{fit.guide.name}' has none: {fit.status.value}."
+    if fit.status is Status.MATCHED:
+        return (
+            f"Expected a fit at an optimum of the ELBO, which responds; '{fit.guide.name}' was fitted by another aim."
+        )
     space = latent_space(fit.model, fit.chart)
     form = gaussian_form(fit.autoguide, space)
     member = form.member(fit.params) if form else None
