@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from toolkit.variational.certificates import Scope as Scope
     from toolkit.variational.fits import Fit as Fit
     from toolkit.variational.fitting import fit as fit
+    from toolkit.variational.gradients import GradientNoise as GradientNoise
+    from toolkit.variational.gradients import expectation_gradients as expectation_gradients
+    from toolkit.variational.gradients import gradient_noise as gradient_noise
     from toolkit.variational.guides import GUIDES as GUIDES
     from toolkit.variational.guides import Guide as Guide
     from toolkit.variational.minibatches import Minibatch as Minibatch
@@ -62,6 +65,7 @@ _HOMES = {
     "studies": ("Study", "study"),
     "variational.certificates": ("Certificate", "Scope"),
     "variational.fitting": ("Fit", "fit"),
+    "variational.gradients": ("GradientNoise", "expectation_gradients", "gradient_noise"),
     "variational.guides": ("GUIDES", "Guide"),
     "variational.minibatches": ("Minibatch",),
 }

@@ -1,0 +1,215 @@
+"""What the gradient estimators need of a guide's draw: log p - log q, the score, and the gradient along the path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from numpyro import handlers
+from numpyro.distributions import Delta, MaskedDistribution, biject_to, constraints
+from numpyro.infer.util import log_density
+
+from toolkit.modelling.model import Model
+from toolkit.variational.gradient_estimators import NEED_PATH, NEED_SCORE
+from toolkit.variational.guides import Guide
+from toolkit.variational.objectives import log_weight
+
+Params = dict[str, Any]
+Single = Callable[[Any, Any], tuple[Any, Any, Any]]
+"""From parameters (parameter,) and a key: f at a draw, its score and its path's gradient.
+
+Score and path (parameter,) are None where they cannot be had.
+"""
+
+_KEY = 0  # of the draw by which a guide is looked at
+
+
+@dataclass(frozen=True, eq=False)
+class GuideGradients:
+    """A guide's gradients as functions of one vector of its unconstrained parameters.
+
+    Attributes:
+        program: The NumPyro guide.
+        vector: The parameters, (parameter,).
+        params: The same by NumPyro's name, constrained.
+        names: Name and element of each entry of the vector.
+        single: What is known of one draw.
+        absent: Estimators that cannot be had, with the reason.
+        to_vector: From constrained parameters to the vector.
+    """
+
+    program: Callable[..., Any]
+    vector: Any
+    params: Params
+    names: list[tuple[str, str]]
+    single: Single
+    absent: dict[str, str]
+    to_vector: Callable[[Params], Any]
+
+    def at(self, params: Params) -> GuideGradients:
+        """The same at other parameters."""
+        return replace(self, vector=self.to_vector(params), params=params)
+
+
+def guide_gradients(
+    model: Model, guide: Guide, program: Callable[..., Any], given: Mapping[str, Any]
+) -> GuideGradients:
+    """The gradients of a guide's ELBO in its unconstrained parameters.
+
+    Args:
+        model: The model.
+        guide: The guide.
+        program: What its `build` has made, set up on the model's data.
+        given: Parameters by NumPyro's name, constrained; those of the guide that are not given are where it begins.
+
+    Raises:
+        ValueError: A parameter is unknown or of another shape, or the guide is a point mass.
+    """
+    arrays, bound = model.arrays, model.bound(guide.chart)
+    with handlers.block():
+        sites = handlers.trace(handlers.seed(program, _KEY)).get_trace(**arrays)
+    initial = {name: site for name, site in sites.items() if site["type"] == "param"}
+    of_model = model.parameters(guide.chart or model.chart)
+    params = _checked(guide, {name: site["value"] for name, site in initial.items()}, given, of_model)
+    own = {name: value for name, value in given.items() if name in of_model}
+    transforms = {name: biject_to(site["kwargs"].get("constraint", constraints.real)) for name, site in initial.items()}
+    _, unravel = ravel_pytree({name: transforms[name].inv(value) for name, value in params.items()})
+
+    def to_vector(params: Params) -> Any:
+        return ravel_pytree({name: transforms[name].inv(params[name]) for name in initial})[0]
+
+    def constrain(vector: Any) -> Params:
+        return own | {name: transforms[name](value) for name, value in unravel(vector).items()}
+
+    vector = to_vector(params)
+    absent = _absent(guide, program, constrain, vector, arrays)
+
+    arrays = jax.device_put(arrays)
+
+    def single(vector: Any, key: Any) -> tuple[Any, Any, Any]:
+        value, score, path = None, None, None
+        if not absent.keys() >= NEED_SCORE:
+            value, score = _scored(bound, program, constrain, vector, key, arrays)
+        if not absent.keys() >= NEED_PATH:
+            path = jax.grad(lambda v: log_weight(key, constrain(v), bound, program, arrays))(vector)
+        return value, score, path
+
+    return GuideGradients(program, vector, params, element_names(unravel(vector)), single, absent, to_vector)
+
+
+def element_names(tree: Params) -> list[tuple[str, str]]:
+    """Name and element, such as `("auto_loc", "[2]")`, of each number of a tree of parameters, as it is ravelled."""
+    found = []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        name = f"{path[0].key}{jax.tree_util.keystr(path[1:])}"
+        found += [(name, str(list(index)) if index else "") for index in np.ndindex(np.shape(leaf))]
+    return found
+
+
+def _checked(guide: Guide, initial: Params, given: Mapping[str, Any], of_model: tuple[str, ...]) -> Params:
+    unknown = sorted(set(given) - set(initial) - set(of_model))
+    if unknown:
+        raise ValueError(
+            f"Expected parameters of '{guide.name}', which are {', '.join(initial) or 'none'}; got {unknown[0]!r}."
+        )
+    for name in set(given) & set(initial):
+        shapes = [[np.shape(leaf) for leaf in jax.tree.leaves(tree)] for tree in (initial[name], given[name])]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"Expected '{name}' of shape {shapes[0][0]}; got {shapes[1][0]}.")
+    chosen = {name: given.get(name, value) for name, value in initial.items()}
+    return jax.tree.map(lambda value: jnp.asarray(value, float), chosen)
+
+
+def _scored(bound: Any, program: Any, constrain: Any, vector: Any, key: Any, arrays: Any) -> tuple[Any, Any]:
+    """Log p - log q at a draw, and the score there; the draw is the one that `log_weight` makes with the same key."""
+    guide_key, model_key = jax.random.split(key)
+    held = jax.lax.stop_gradient(_values(_trace(program, guide_key, constrain(vector), arrays)))
+
+    def log_q(vector: Any) -> Any:
+        return _log_q(program, guide_key, constrain(vector), held, arrays)[0]
+
+    of_q, drawn = _log_q(program, guide_key, constrain(vector), held, arrays)
+    replayed = handlers.seed(handlers.replay(bound, drawn), model_key)
+    of_p, _ = log_density(replayed, (), dict(arrays), constrain(vector))
+    return of_p - of_q, jax.grad(log_q)(vector)
+
+
+def _log_q(program: Any, key: Any, params: Params, held: Params, arrays: Any) -> tuple[Any, Any]:
+    """Log q of what was drawn before, and the trace. By value: what lies before a transform would move with it."""
+    again = handlers.substitute(handlers.seed(program, key), data=held)
+    return log_density(again, (), dict(arrays), params)
+
+
+def _trace(program: Any, key: Any, params: Params, arrays: Any, held: Params | None = None) -> dict[str, Any]:
+    seeded = handlers.seed(handlers.substitute(program, data={**params, **(held or {})}), key)
+    with handlers.block():
+        return dict(handlers.trace(seeded).get_trace(**arrays))
+
+
+def _drawn(trace: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The sites that are drawn; a point mass follows from others or from parameters."""
+    for site in trace.values():
+        if site["type"] == "sample" and not site["is_observed"] and not _is_point(site["fn"]):
+            yield site
+
+
+def _is_point(law: Any) -> bool:
+    """Whether a distribution is a point mass, expanded or not."""
+    while not isinstance(law, Delta) and hasattr(law, "base_dist"):
+        law = law.base_dist
+    return isinstance(law, Delta)
+
+
+def _values(trace: Mapping[str, Any]) -> Params:
+    return {site["name"]: site["value"] for site in _drawn(trace)}
+
+
+def _absent(guide: Guide, program: Any, constrain: Any, vector: Any, arrays: Any) -> dict[str, str]:
+    """Estimators that would be wrong for this guide, with the reason."""
+    key = jax.random.PRNGKey(_KEY)
+    trace = _trace(program, key, constrain(vector), arrays)
+    if not any(True for _ in _drawn(trace)):
+        raise ValueError(
+            f"Expected a guide that draws; '{guide.name}' is a point mass while it is fitted, and its gradient has no "
+            "noise."
+        )
+    fixed = [site["name"] for site in _drawn(trace) if not site["fn"].has_rsample]
+    absent = dict.fromkeys(NEED_PATH, f"draws of site '{fixed[0]}' do not move with the parameters") if fixed else {}
+    problem = _score_problem(program, constrain, vector, arrays, trace, key)
+    return absent | dict.fromkeys(NEED_SCORE, problem) if problem else absent
+
+
+def _score_problem(program: Any, constrain: Any, vector: Any, arrays: Any, trace: Mapping[str, Any], key: Any) -> str:
+    """Why the score of this guide is not the gradient of a log density, or has another mean than zero; '' if it is."""
+    for site in trace.values():
+        if site["type"] != "sample":
+            continue
+        if site["is_observed"]:
+            return f"the guide has a factor of its own, '{site['name']}'"
+        if isinstance(site["fn"], MaskedDistribution) or site["scale"] is not None:
+            return f"the density of site '{site['name']}' is masked or scaled"
+    held = _values(trace)
+
+    def beside(vector: Any) -> list[Any]:
+        """What must not move with the parameters while the draws are held."""
+        again = _trace(program, key, constrain(vector), arrays, held)
+        drawn = {site["name"] for site in _drawn(again)}
+        samples = [site for site in again.values() if site["type"] == "sample"]
+        points = [(site["value"], site["fn"].log_prob(site["value"])) for site in samples if site["name"] not in drawn]
+        supports = [jax.tree.leaves(site["fn"].support) for site in samples if site["name"] in drawn]
+        leaves = [leaf for leaf in jax.tree.leaves((points, supports)) if isinstance(leaf, jax.Array | float | int)]
+        return [jnp.asarray(leaf, float) for leaf in leaves]
+
+    direction = jnp.asarray(np.random.default_rng(_KEY).standard_normal(vector.shape))
+    if any(bool((moves != 0).any()) for moves in jax.jvp(beside, (vector,), (direction,))[1]):
+        return "a support or a point mass of the guide moves with the parameters"
+    try:
+        jax.eval_shape(lambda v: _log_q(program, key, constrain(v), held, arrays)[0], vector)
+    except NotImplementedError:
+        return "the guide's density at a point that is given is not known: its transform has no inverse"
+    return ""
