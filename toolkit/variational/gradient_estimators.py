@@ -53,7 +53,7 @@ def score_with_baseline(pieces: Pieces) -> np.ndarray:
 
     The other draws are independent of this one, whose score has mean zero, so that no bias comes in.
 
-    Reference: Mnih & Rezende (2016), Variational inference for Monte Carlo objectives, section 2.3.
+    Reference: Kool, van Hoof & Welling (2019), Buy 4 REINFORCE samples, get a baseline for free!
     """
     value, score = _scored(pieces)
     others = (value.sum(1, keepdims=True) - value) / (value.shape[1] - 1)
