@@ -29,12 +29,12 @@ class Pieces:
     """What is known of draws, which come in groups of one gradient each.
 
     Attributes:
-        value: f, (group, draw); None where only the path's gradient can be had.
+        value: f, (group, draw).
         score: Gradient of log q at the draw, (group, draw, parameter); None where it cannot be had.
         path: Gradient of f along the draw, (group, draw, parameter); None where it cannot be had.
     """
 
-    value: np.ndarray | None
+    value: np.ndarray
     score: np.ndarray | None
     path: np.ndarray | None
 
@@ -99,8 +99,7 @@ def stick_the_landing(pieces: Pieces) -> np.ndarray:
 
 
 def _scored(pieces: Pieces) -> tuple[np.ndarray, np.ndarray]:
-    """Value and score of estimators that need both."""
-    assert pieces.value is not None
+    """Value and score, for estimators that need both."""
     assert pieces.score is not None
     return pieces.value, pieces.score
 
@@ -175,14 +174,15 @@ def add_batch(into: dict[tuple[str, int], Sums], pieces: Pieces, draws: tuple[in
 
 def _regrouped(pieces: Pieces, count: int) -> Pieces:
     """The same draws in groups of another number; what is left of a row is left out."""
-    known = next(part for part in (pieces.value, pieces.path) if part is not None)
-    rows, most = known.shape[:2]
+    rows, most = pieces.value.shape
     whole = most // count * count
 
     def regroup(values: np.ndarray | None) -> np.ndarray | None:
         return None if values is None else values[:, :whole].reshape(rows * whole // count, count, *values.shape[2:])
 
-    return Pieces(regroup(pieces.value), regroup(pieces.score), regroup(pieces.path))
+    value = regroup(pieces.value)
+    assert value is not None
+    return Pieces(value, regroup(pieces.score), regroup(pieces.path))
 
 
 def by_leaving_out(value: float, left_out: np.ndarray) -> Estimate:

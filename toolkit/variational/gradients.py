@@ -27,9 +27,8 @@ from toolkit.variational.fits import Fit
 from toolkit.variational.gradient_estimators import (
     BATCHES,
     ESTIMATORS,
-    NEED_PATH,
-    NEED_SCORE,
     REPARAMETERISED,
+    SCORE,
     STICK_THE_LANDING,
     Pieces,
     Sums,
@@ -59,7 +58,8 @@ class GradientNoise:
             noise. NaN where the gradient itself is not told from zero, as at an optimum.
         square: The squared length of the gradient, by the estimator that varies least; noise can make it negative
             where the gradient is zero.
-        absent: Estimators that there are none of, with the reason.
+        absent: Estimators that there are none of, with the reason: they would be wrong for this guide, or some draw has
+            no finite gradient.
         estimates: Gradients behind the variances for the largest number of draws; more for smaller ones.
     """
 
@@ -244,22 +244,20 @@ def _measured(
     """The noise of every estimator that can be had."""
     if len(names) > _MOST_PARAMETERS:
         raise ValueError(f"Expected a guide of at most {_MOST_PARAMETERS:,} parameters; got {len(names):,}.")
-    left, told, sums = set(ESTIMATORS) - absent.keys(), dict(absent), dict[tuple[str, int], Sums]()
+    left, sums = set(ESTIMATORS) - absent.keys(), dict[tuple[str, int], Sums]()
     most, rows = max(draws), -(-repeats // BATCHES)
+    lost = {REPARAMETERISED: 0, SCORE: 0}  # draws without a finite gradient along the path, and by the score
     for value, score, path in _pieces(single, vector, key, rows * most) if left else ():
-        lost = {
-            needed: sum(int((~np.isfinite(part).reshape(len(part), -1).all(1)).sum()) for part in parts)
-            for needed, *parts in ((NEED_SCORE, value, score), (NEED_PATH, path))
-            if all(part is not None for part in parts)
-        }
-        for needed, count in lost.items():
-            if count:
-                reason = f"of {rows * most:,} draws, {count:,} have no finite gradient"
-                told |= dict.fromkeys(needed & left, reason)
-                left -= needed
-        parts = [None if part is None else part.reshape(rows, most, *part.shape[1:]) for part in (value, score, path)]
-        add_batch(sums, Pieces(*parts), draws, left)
-    sums = {known: total for known, total in sums.items() if known[0] in left}
+        for name, part in ((REPARAMETERISED, path), (SCORE, score)):
+            if part is not None:
+                lost[name] += int((~(np.isfinite(value) & np.isfinite(part).all(1))).sum())
+        if not any(lost.values()):
+            parts = [part if part is None else part.reshape(rows, most, *part.shape[1:]) for part in (score, path)]
+            add_batch(sums, Pieces(value.reshape(rows, most), *parts), draws, left)
+    told = dict(absent)
+    if any(lost.values()):
+        reason = f"of {BATCHES * rows * most:,} draws, {max(lost.values()):,} have no finite value or gradient"
+        told, sums = told | dict.fromkeys(left, reason), {}
     return _told(sums, names, {name: told[name] for name in ESTIMATORS if name in told})
 
 

@@ -23,10 +23,11 @@ Params = dict[str, Any]
 Single = Callable[[Any, Any], tuple[Any, Any, Any]]
 """From parameters (parameter,) and a key: f at a draw, its score and its path's gradient.
 
-Score and path (parameter,) are None where they cannot be had.
+Score and path (parameter,) are None where they cannot be had; the value is None where both are.
 """
 
 _KEY = 0  # of the draw by which a guide is looked at
+_SCORE, _PATH, _DRAWS = "score", "path", "draws"
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +42,7 @@ class GuideGradients:
         single: What is known of one draw.
         absent: Estimators that cannot be had, with the reason.
         to_vector: From constrained parameters to the vector.
+        constrain: From the vector to the guide's parameters, and those of the model that are held.
     """
 
     program: Callable[..., Any]
@@ -50,6 +52,7 @@ class GuideGradients:
     single: Single
     absent: dict[str, str]
     to_vector: Callable[[Params], Any]
+    constrain: Callable[[Any], Params]
 
     def at(self, params: Params) -> GuideGradients:
         """The same at other parameters."""
@@ -70,36 +73,49 @@ def guide_gradients(
     Raises:
         ValueError: A parameter is unknown or of another shape, or the guide is a point mass.
     """
-    arrays, bound = model.arrays, model.bound(guide.chart)
-    with handlers.block():
-        sites = handlers.trace(handlers.seed(program, _KEY)).get_trace(**arrays)
-    initial = {name: site for name, site in sites.items() if site["type"] == "param"}
+    arrays, bound = jax.device_put(model.arrays), model.bound(guide.chart)
+    begun, transforms = _begun(program, arrays)
     of_model = model.parameters(guide.chart or model.chart)
-    params = _checked(guide, {name: site["value"] for name, site in initial.items()}, given, of_model)
+    params = _checked(guide, begun, given, of_model)
     own = {name: value for name, value in given.items() if name in of_model}
-    transforms = {name: biject_to(site["kwargs"].get("constraint", constraints.real)) for name, site in initial.items()}
-    _, unravel = ravel_pytree({name: transforms[name].inv(value) for name, value in params.items()})
 
     def to_vector(params: Params) -> Any:
-        return ravel_pytree({name: transforms[name].inv(params[name]) for name in initial})[0]
+        return ravel_pytree({name: transforms[name].inv(params[name]) for name in begun})[0]
+
+    _, unravel = ravel_pytree({name: transforms[name].inv(value) for name, value in params.items()})
 
     def constrain(vector: Any) -> Params:
         return own | {name: transforms[name](value) for name, value in unravel(vector).items()}
 
     vector = to_vector(params)
     absent = _absent(guide, program, constrain, vector, arrays)
-
-    arrays = jax.device_put(arrays)
+    scored, moving = not absent.keys() >= NEED_SCORE, not absent.keys() >= NEED_PATH
 
     def single(vector: Any, key: Any) -> tuple[Any, Any, Any]:
         value, score, path = None, None, None
-        if not absent.keys() >= NEED_SCORE:
+        if moving:
+            value, path = jax.value_and_grad(lambda v: log_weight(key, constrain(v), bound, program, arrays))(vector)
+        if scored:
             value, score = _scored(bound, program, constrain, vector, key, arrays)
-        if not absent.keys() >= NEED_PATH:
-            path = jax.grad(lambda v: log_weight(key, constrain(v), bound, program, arrays))(vector)
         return value, score, path
 
-    return GuideGradients(program, vector, params, element_names(unravel(vector)), single, absent, to_vector)
+    return GuideGradients(program, vector, params, element_names(unravel(vector)), single, absent, to_vector, constrain)
+
+
+def _begun(program: Callable[..., Any], arrays: Any) -> tuple[Params, Params]:
+    """The guide's parameters where it begins, constrained, and the transform to each from unconstrained space."""
+    transforms: Params = {}
+
+    def run(arrays: Any) -> Params:
+        with handlers.block():
+            sites = handlers.trace(handlers.seed(program, _KEY)).get_trace(**arrays).values()
+        found = [site for site in sites if site["type"] == "param"]
+        transforms.update(
+            {site["name"]: biject_to(site["kwargs"].get("constraint", constraints.real)) for site in found}
+        )
+        return {site["name"]: site["value"] for site in found}
+
+    return dict(jax.jit(run)(arrays)), transforms
 
 
 def element_names(tree: Params) -> list[tuple[str, str]]:
@@ -171,45 +187,64 @@ def _values(trace: Mapping[str, Any]) -> Params:
 
 def _absent(guide: Guide, program: Any, constrain: Any, vector: Any, arrays: Any) -> dict[str, str]:
     """Estimators that would be wrong for this guide, with the reason."""
-    key = jax.random.PRNGKey(_KEY)
-    trace = _trace(program, key, constrain(vector), arrays)
-    if not any(True for _ in _drawn(trace)):
+    key, problems = jax.random.PRNGKey(_KEY), dict[str, str]()
+    direction = jnp.asarray(np.random.default_rng(_KEY).standard_normal(vector.shape))
+
+    def moves(vector: Any, direction: Any) -> list[Any]:
+        """How what is beside the draws moves with the parameters while the draws are held."""
+        trace = _trace(program, key, constrain(vector), arrays)
+        problems.update(_problems(trace))
+        held = jax.lax.stop_gradient(_values(trace))
+        again = lambda v: _beside(_trace(program, key, constrain(v), arrays, held))  # noqa: E731
+        return [(moved != 0).any() for moved in jax.jvp(again, (vector,), (direction,))[1]]
+
+    moved = jax.jit(moves)(vector, direction)
+    if _DRAWS in problems:
         raise ValueError(
             f"Expected a guide that draws; '{guide.name}' is a point mass while it is fitted, and its gradient has no "
             "noise."
         )
-    fixed = [site["name"] for site in _drawn(trace) if not site["fn"].has_rsample]
-    absent = dict.fromkeys(NEED_PATH, f"draws of site '{fixed[0]}' do not move with the parameters") if fixed else {}
-    problem = _score_problem(program, constrain, vector, arrays, trace, key)
-    return absent | dict.fromkeys(NEED_SCORE, problem) if problem else absent
+    if any(bool(one) for one in moved):
+        problems.setdefault(_SCORE, "a support or a point mass of the guide moves with the parameters")
+    if _SCORE not in problems and not _has_density(program, constrain, vector, arrays, key):
+        problems[_SCORE] = "the guide's density at a point that is given is not known: its transform has no inverse"
+    absent = dict.fromkeys(NEED_SCORE, problems[_SCORE]) if _SCORE in problems else {}
+    return (dict.fromkeys(NEED_PATH, problems[_PATH]) if _PATH in problems else {}) | absent
 
 
-def _score_problem(program: Any, constrain: Any, vector: Any, arrays: Any, trace: Mapping[str, Any], key: Any) -> str:
-    """Why the score of this guide is not the gradient of a log density, or has another mean than zero; '' if it is."""
+def _problems(trace: Mapping[str, Any]) -> dict[str, str]:
+    """What the sites of a guide say against its score, its path, or its having any draws."""
+    problems = dict[str, str]() if any(True for _ in _drawn(trace)) else {_DRAWS: "it has none"}
+    for site in _drawn(trace):
+        if not site["fn"].has_rsample:
+            problems.setdefault(_PATH, f"draws of site '{site['name']}' do not move with the parameters")
     for site in trace.values():
-        if site["type"] != "sample":
-            continue
-        if site["is_observed"]:
-            return f"the guide has a factor of its own, '{site['name']}'"
-        if isinstance(site["fn"], MaskedDistribution) or site["scale"] is not None:
-            return f"the density of site '{site['name']}' is masked or scaled"
-    held = _values(trace)
+        if site["type"] == "sample" and (isinstance(site["fn"], MaskedDistribution) or site["scale"] is not None):
+            problems.setdefault(_SCORE, f"the density of site '{site['name']}' is masked or scaled")
+        elif site["type"] == "sample" and site["is_observed"]:
+            problems.setdefault(_SCORE, f"the guide has a factor of its own, '{site['name']}'")
+    return problems
 
-    def beside(vector: Any) -> list[Any]:
-        """What must not move with the parameters while the draws are held."""
-        again = _trace(program, key, constrain(vector), arrays, held)
-        drawn = {site["name"] for site in _drawn(again)}
-        samples = [site for site in again.values() if site["type"] == "sample"]
-        points = [(site["value"], site["fn"].log_prob(site["value"])) for site in samples if site["name"] not in drawn]
-        supports = [jax.tree.leaves(site["fn"].support) for site in samples if site["name"] in drawn]
-        leaves = [leaf for leaf in jax.tree.leaves((points, supports)) if isinstance(leaf, jax.Array | float | int)]
-        return [jnp.asarray(leaf, float) for leaf in leaves]
 
-    direction = jnp.asarray(np.random.default_rng(_KEY).standard_normal(vector.shape))
-    if any(bool((moves != 0).any()) for moves in jax.jvp(beside, (vector,), (direction,))[1]):
-        return "a support or a point mass of the guide moves with the parameters"
+def _beside(trace: Mapping[str, Any]) -> list[Any]:
+    """What must not move with the parameters while the draws are held: point masses, their densities, supports."""
+    drawn = {site["name"] for site in _drawn(trace)}
+    samples = [site for site in trace.values() if site["type"] == "sample" and not site["is_observed"]]
+    points = [(site["value"], site["fn"].log_prob(site["value"])) for site in samples if site["name"] not in drawn]
+    supports = [jax.tree.leaves(site["fn"].support) for site in samples if site["name"] in drawn]
+    leaves = [leaf for leaf in jax.tree.leaves((points, supports)) if isinstance(leaf, jax.Array | float | int)]
+    return [jnp.asarray(leaf, float) for leaf in leaves]
+
+
+def _has_density(program: Any, constrain: Any, vector: Any, arrays: Any, key: Any) -> bool:
+    """Whether log q can be had at draws that are given, and not only at those that the guide makes itself."""
+
+    def at_draws(vector: Any) -> Any:
+        held = _values(_trace(program, key, constrain(vector), arrays))
+        return _log_q(program, key, constrain(vector), held, arrays)[0]
+
     try:
-        jax.eval_shape(lambda v: _log_q(program, key, constrain(v), held, arrays)[0], vector)
+        jax.eval_shape(at_draws, vector)
     except NotImplementedError:
-        return "the guide's density at a point that is given is not known: its transform has no inverse"
-    return ""
+        return False
+    return True
