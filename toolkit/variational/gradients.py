@@ -27,6 +27,7 @@ from toolkit.variational.fits import Fit
 from toolkit.variational.gradient_estimators import (
     BATCHES,
     ESTIMATORS,
+    NEED_OTHERS,
     REPARAMETERISED,
     SCORE,
     STICK_THE_LANDING,
@@ -79,7 +80,7 @@ class GradientNoise:
         """How many draws of one estimator vary as little as one draw of another, all parameters together.
 
         Variances fall as one over the number of draws, which for estimators with a baseline holds when draws are many:
-        each is taken at its largest number.
+        these are taken at their largest number, the others at their smallest, of which most gradients are known.
 
         Args:
             estimator: Whose draws are counted.
@@ -94,8 +95,9 @@ class GradientNoise:
             if not counts:
                 there = ", ".join(dict.fromkeys(known for known, _ in self._sums))
                 raise ValueError(f"Expected an estimator that there is, one of {there}; got '{name}'.")
-            (_, whole), (_, without) = self._sums[name, max(counts)].moments()
-            ends.append((max(counts) * whole.sum(), max(counts) * without.sum(1)))
+            count = max(counts) if name in NEED_OTHERS else min(counts)
+            (_, whole), (_, without) = self._sums[name, count].moments()
+            ends.append((count * whole.sum(), count * without.sum(1)))
         (above, above_without), (below, below_without) = ends
         if not below > 0:
             raise ValueError(f"Expected an estimator that varies, to count draws by; '{of}' does not: take another.")
