@@ -105,7 +105,7 @@ def test_the_free_energy_never_rises_and_ends_a_known_kl_above(data: Dataset) ->
     assert fitted.elbo is not None
     assert abs(fitted.elbo.value - known) < 5 * fitted.elbo.se + fitted.gap_limit
     assert fitted.certificate.scope is Scope.GLOBAL
-    assert fitted.certificate.words == "global bound in closed form"
+    assert fitted.certificate.words == "global bound, in closed form"
 
 
 def test_rates_keep_every_step_below_the_parabola(data: Dataset) -> None:
