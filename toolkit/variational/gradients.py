@@ -28,6 +28,7 @@ from toolkit.variational.gradient_estimators import (
     BATCHES,
     ESTIMATORS,
     NEED_OTHERS,
+    NEED_SCORE,
     REPARAMETERISED,
     SCORE,
     STICK_THE_LANDING,
@@ -37,7 +38,7 @@ from toolkit.variational.gradient_estimators import (
     by_leaving_out,
     leave_out_error,
 )
-from toolkit.variational.guide_gradients import GuideGradients, Single, element_names, guide_gradients
+from toolkit.variational.guide_gradients import GuideGradients, Single, element_names, guide_gradients, moves
 from toolkit.variational.guides import Guide, find_guide
 
 _Z = 2.0  # standard errors below which a squared length is not told from zero
@@ -160,7 +161,7 @@ def expectation_gradients(
     """How much each estimator of the gradient of E[f(z)] varies, for any f and any of NumPyro's distributions.
 
     Args:
-        f: A number from a draw z.
+        f: A number from a draw z; where it jumps, the reparameterised gradient leaves the jumps out and is wrong.
         law: The distribution of z, from the parameters, such as `lambda p: Normal(p["mu"], p["sigma"])`.
         params: Where; the gradient is that in these numbers as they are.
         key: Random key.
@@ -176,17 +177,18 @@ def expectation_gradients(
     with jax.enable_x64(True):
         vector, unravel = ravel_pytree({name: jnp.asarray(value, float) for name, value in params.items()})
         absent = {STICK_THE_LANDING: "f holds no log density of the draws, which is what it would hold fixed"}
+        name = type(law(dict(params))).__name__
         if not law(dict(params)).has_rsample:
-            absent[REPARAMETERISED] = f"{type(law(dict(params))).__name__} has no draws that move with its parameters"
+            absent[REPARAMETERISED] = f"{name} has no draws that move with its parameters"
+        if moves(lambda _: lambda v: law(unravel(v)).support, vector):
+            absent |= dict.fromkeys(NEED_SCORE, f"the support of {name} moves with its parameters")
 
         def single(vector: Any, key: Any) -> tuple[Any, Any, Any]:
-            held = jax.lax.stop_gradient(law(unravel(vector)).sample(key))
-            score = jax.grad(lambda v: jnp.sum(law(unravel(v)).log_prob(held)))(vector)
-            path = (
-                None
-                if REPARAMETERISED in absent
-                else jax.grad(lambda v: jnp.sum(f(law(unravel(v)).sample(key))))(vector)
-            )
+            held, score, path = jax.lax.stop_gradient(law(unravel(vector)).sample(key)), None, None
+            if SCORE not in absent:
+                score = jax.grad(lambda v: jnp.sum(law(unravel(v)).log_prob(held)))(vector)
+            if REPARAMETERISED not in absent:
+                path = jax.grad(lambda v: jnp.sum(f(law(unravel(v)).sample(key))))(vector)
             return jnp.sum(f(held)), score, path
 
         return _measured(single, vector, element_names(unravel(vector)), absent, key, counts, repeats)

@@ -185,26 +185,44 @@ def _values(trace: Mapping[str, Any]) -> Params:
     return {site["name"]: site["value"] for site in _drawn(trace)}
 
 
+def moves(looked_at: Callable[[Any], Callable[[Any], Any]], vector: Any) -> bool:
+    """Whether any number of a tree moves with the parameters.
+
+    Args:
+        looked_at: Gives the tree as a function of the parameters (parameter,), from where these are.
+        vector: Where they are.
+    """
+    direction = jnp.asarray(np.random.default_rng(_KEY).standard_normal(vector.shape))
+
+    def moved(vector: Any, direction: Any) -> Any:
+        def numbers(v: Any) -> list[Any]:
+            leaves = jax.tree.leaves(tree(v))
+            return [jnp.asarray(leaf, float) for leaf in leaves if isinstance(leaf, jax.Array | float | int)]
+
+        tree = looked_at(vector)
+        return [(one != 0).any() for one in jax.jvp(numbers, (vector,), (direction,))[1]]
+
+    return any(bool(one) for one in jax.jit(moved)(vector, direction))
+
+
 def _absent(guide: Guide, program: Any, constrain: Any, vector: Any, arrays: Any) -> dict[str, str]:
     """Estimators that would be wrong for this guide, with the reason."""
     key, problems = jax.random.PRNGKey(_KEY), dict[str, str]()
-    direction = jnp.asarray(np.random.default_rng(_KEY).standard_normal(vector.shape))
 
-    def moves(vector: Any, direction: Any) -> list[Any]:
-        """How what is beside the draws moves with the parameters while the draws are held."""
+    def looked_at(vector: Any) -> Any:
+        """What is beside the draws as a function of the parameters, while the draws are held."""
         trace = _trace(program, key, constrain(vector), arrays)
         problems.update(_problems(trace))
         held = jax.lax.stop_gradient(_values(trace))
-        again = lambda v: _beside(_trace(program, key, constrain(v), arrays, held))  # noqa: E731
-        return [(moved != 0).any() for moved in jax.jvp(again, (vector,), (direction,))[1]]
+        return lambda v: _beside(_trace(program, key, constrain(v), arrays, held))
 
-    moved = jax.jit(moves)(vector, direction)
+    moved = moves(looked_at, vector)
     if _DRAWS in problems:
         raise ValueError(
             f"Expected a guide that draws; '{guide.name}' is a point mass while it is fitted, and its gradient has no "
             "noise."
         )
-    if any(bool(one) for one in moved):
+    if moved:
         problems.setdefault(_SCORE, "a support or a point mass of the guide moves with the parameters")
     if _SCORE not in problems and not _has_density(program, constrain, vector, arrays, key):
         problems[_SCORE] = "the guide's density at a point that is given is not known: its transform has no inverse"
@@ -226,14 +244,12 @@ def _problems(trace: Mapping[str, Any]) -> dict[str, str]:
     return problems
 
 
-def _beside(trace: Mapping[str, Any]) -> list[Any]:
+def _beside(trace: Mapping[str, Any]) -> Any:
     """What must not move with the parameters while the draws are held: point masses, their densities, supports."""
     drawn = {site["name"] for site in _drawn(trace)}
     samples = [site for site in trace.values() if site["type"] == "sample" and not site["is_observed"]]
     points = [(site["value"], site["fn"].log_prob(site["value"])) for site in samples if site["name"] not in drawn]
-    supports = [jax.tree.leaves(site["fn"].support) for site in samples if site["name"] in drawn]
-    leaves = [leaf for leaf in jax.tree.leaves((points, supports)) if isinstance(leaf, jax.Array | float | int)]
-    return [jnp.asarray(leaf, float) for leaf in leaves]
+    return points, [site["fn"].support for site in samples if site["name"] in drawn]
 
 
 def _has_density(program: Any, constrain: Any, vector: Any, arrays: Any, key: Any) -> bool:
