@@ -185,7 +185,7 @@ def test_all_estimators_of_a_gradient_have_one_mean(name: str) -> None:
         assert (apart <= 5 * np.hypot(theirs["mean_se"], ours["mean_se"])).all(), estimator
 
 
-@pytest.mark.parametrize("name", ["full_rank", "gamma"])
+@pytest.mark.parametrize("name", ["full_rank", "gamma", "stretched"])
 def test_they_are_the_gradients_that_optimisers_take(name: str) -> None:
     """Path and score add up to the gradient of `StickTheLandingELBO`, draw by draw."""
     model, guide = PAIRS[name]()

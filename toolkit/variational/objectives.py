@@ -67,7 +67,7 @@ def log_weight(
         log_q, drawn = log_density(seed(guide, guide_key), (), dict(kwargs), dict(params))
     if hold_guide:
         held = jax.lax.stop_gradient(dict(params))
-        again = _Redrawn(seed(guide, guide_key), drawn_once.sites)
+        again = _Redrawn(seed(guide, guide_key), drawn_once.values)
         log_q, _ = log_density(again, (), dict(kwargs), held)
     log_p, _ = log_density(seed(replay(model, drawn), model_key), (), dict(kwargs), dict(params))
     return log_p - log_q
@@ -76,28 +76,32 @@ def log_weight(
 class _DrawnOnce(Messenger):
     """Keeps what was drawn, and puts a barrier behind it: the compiler would draw again wherever a draw is used.
 
-    What NumPyro knows of a draw before its transforms is kept with it: inverting them loses digits, and at the edge of
-    a simplex all of them.
+    What NumPyro knows of a draw before its transforms stays with the site: inverting them loses digits, and at the edge
+    of a simplex all of them.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.sites: dict[str, tuple[Any, Any]] = {}
+        self.values: dict[str, Any] = {}
 
     def postprocess_message(self, msg: Any) -> None:
         # A point mass follows from other sites or from parameters; nothing is drawn there.
         if msg["type"] == "sample" and not msg["is_observed"] and not isinstance(msg["fn"], Delta):
-            values = jax.lax.optimization_barrier((msg["value"], msg["intermediates"]))
-            msg["value"], msg["intermediates"] = self.sites[msg["name"]] = values
+            msg["value"], msg["intermediates"] = jax.lax.optimization_barrier((msg["value"], msg["intermediates"]))
+            self.values[msg["name"]] = msg["value"]
 
 
 class _Redrawn(Messenger):
-    """A program whose sites take the values that were drawn before."""
+    """A program whose sites take the values that were drawn before.
 
-    def __init__(self, fn: Program, sites: Mapping[str, tuple[Any, Any]]) -> None:
+    By value alone: where a transform has parameters, what lies before it does not move with the draw when these are
+    held, as it does when they are not.
+    """
+
+    def __init__(self, fn: Program, values: Mapping[str, Any]) -> None:
         super().__init__(fn)
-        self.sites = sites
+        self.values = values
 
     def process_message(self, msg: Any) -> None:
-        if msg["type"] == "sample" and msg["name"] in self.sites:
-            msg["value"], msg["intermediates"] = self.sites[msg["name"]]
+        if msg["type"] == "sample" and msg["name"] in self.values:
+            msg["value"] = self.values[msg["name"]]
