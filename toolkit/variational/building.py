@@ -28,9 +28,17 @@ from numpyro.infer.util import constrain_fn
 
 from toolkit.modelling.model import Model
 from toolkit.variational.block_guides import AutoBlockNormal
+from toolkit.variational.chain_guides import AutoChainNormal
 from toolkit.variational.guides import Guide
 
-_GAUSSIAN = (AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal, AutoLowRankMultivariateNormal, AutoBlockNormal)
+_GAUSSIAN = (
+    AutoNormal,
+    AutoDiagonalNormal,
+    AutoMultivariateNormal,
+    AutoLowRankMultivariateNormal,
+    AutoBlockNormal,
+    AutoChainNormal,
+)
 
 
 def build_guide(model: Model, guide: Guide, start: Mapping[str, Any] | None = None) -> Callable[..., Any]:
@@ -164,7 +172,7 @@ def _set_up_on_outline(
     built.init_loc_fn = init_to_value(values=outline.values)
     built.model = handlers.mask(outline, mask=False)
     with handlers.block(), handlers.seed(rng_seed=0):
-        if isinstance(built, AutoBlockNormal):  # which looks at the density for its blocks
+        if isinstance(built, AutoBlockNormal | AutoChainNormal):  # which look at the density for their structure
             built._setup_prototype(**arrays)
         else:
             jax.eval_shape(lambda: built._setup_prototype(**arrays))

@@ -13,6 +13,7 @@ from scipy.special import betainc, gammaincinv, ndtri
 from scipy.stats import qmc
 
 _BITS = 30  # of a Sobol point's coordinate: SciPy's own choice
+_EVEN = 2_000  # dimensions in which Sobol points are asked for
 _KEPT_NUMBERS = 1 << 18  # in a net that is kept: one megabyte
 
 type Key = jax.Array | tuple[int, ...]
@@ -59,13 +60,14 @@ def base_draws(count: int, size: int, *, key: Key) -> np.ndarray:
 
     Args:
         count: A power of two, which is what Sobol points are even at.
-        size: Numbers in each draw; beyond the 21,201 dimensions of the Sobol sequence the draws are independent.
+        size: Numbers in each draw; beyond 2,000 the draws are independent: no affordable number of points is even
+            there, and a net takes longer than the gradients.
         key: Random key.
 
     Reference: L'Ecuyer & Lemieux (2002), Recent advances in randomized quasi-Monte Carlo methods, on digital shifts.
     """
     rng = generator(key)
-    if size > qmc.Sobol.MAXDIM:
+    if size > _EVEN:
         return rng.standard_normal((count, size))
     net = _kept_net(count, size) if count * size <= _KEPT_NUMBERS else _net(count, size)
     shift = rng.integers(0, 1 << _BITS, size, dtype=np.uint32)

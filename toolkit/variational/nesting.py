@@ -13,12 +13,16 @@ from toolkit.modelling.space import latent_space
 from toolkit.status import Status
 from toolkit.variational.block_guides import AutoBlockNormal
 from toolkit.variational.certificates import Scope
+from toolkit.variational.chain_guides import AutoChainNormal
 from toolkit.variational.fits import Fit
 from toolkit.variational.guides import BY_GAIN, LOW_RANK, Guide, default_rank
 
 _SE_LIMIT = 3.0
 _FULL_RANK = "full_rank"
-_GAUSSIANS = (AutoBlockNormal.__name__,)  # the class of guides that a user may name as he likes
+_GAUSSIANS = (
+    AutoBlockNormal.__name__,
+    AutoChainNormal.__name__,
+)  # the class of guides that a user may name as he likes
 
 
 def check_nesting(fits: Sequence[Fit], tolerance: float = 0.1) -> tuple[Fit, ...]:
