@@ -71,7 +71,7 @@ def observed(model: Model) -> dict[str, Observed]:
         found = {}
         for name, site in sites(arrays).items():
             shape = _log_prob(site).shape + site["fn"].event_shape
-            found[name] = jnp.broadcast_to(site["value"], shape), jnp.broadcast_to(_seen(site["fn"]), shape)
+            found[name] = jnp.broadcast_to(site["value"], shape), jnp.broadcast_to(seen_by(site["fn"]), shape)
         return found
 
     with jax.enable_x64(True):
@@ -84,7 +84,7 @@ def observed(model: Model) -> dict[str, Observed]:
     }
 
 
-def _seen(fn: Any) -> Any:
+def seen_by(fn: Any) -> Any:
     """Which numbers of a distribution's value count, in a shape that broadcasts to the value's."""
     shells = dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution
     seen = jnp.ones((), bool)

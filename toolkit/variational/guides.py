@@ -12,6 +12,7 @@ from numpyro.infer import autoguide
 
 from toolkit.variational.block_guides import BLOCKS, COUPLED, AutoBlockNormal
 from toolkit.variational.chain_guides import CHAIN, AutoChainNormal
+from toolkit.variational.expectation_propagation import solve_ep
 
 if TYPE_CHECKING:
     from toolkit.modelling.model import Model
@@ -36,6 +37,8 @@ class Guide:
         chart: The model's chart that it looks at; the model's own choice if None.
         label: NumPyro's class, shown beside the name.
         rank: Columns of a low-rank covariance, where they were chosen by the user or by the fit; None otherwise.
+        climbs: Whether fitting raises the ELBO. False for an algorithm that seeks something else, such as matched
+            moments: then how far the family's highest ELBO lies above is not asked.
         solve: The algorithm that finds a member, where the guide brings its own, such as coordinate ascent
             (`toolkit.variational.own_solvers`); None where the solvers of `fit` do.
     """
@@ -47,6 +50,7 @@ class Guide:
     label: str = ""
     rank: int | None = None
     solve: Callable[[Problem], Solved] | None = None
+    climbs: bool = True
 
     @property
     def title(self) -> str:
@@ -117,8 +121,9 @@ GUIDES: dict[str, Guide] = {
         _auto(
             "full_rank",
             "AutoMultivariateNormal",
-            (CHAIN, "coupled", "blocks", "low_rank", "mean_field", "diagonal", "laplace"),
+            (CHAIN, "coupled", "blocks", "low_rank", "mean_field", "diagonal", "laplace", "ep"),
         ),
+        replace(_auto("ep", "AutoMultivariateNormal"), solve=solve_ep, climbs=False),
         _auto("map", "AutoDelta"),
         _auto("laplace", "AutoLaplaceApproximation"),
         _auto("diagonal", "AutoDiagonalNormal"),
