@@ -41,13 +41,22 @@ class Status(Enum):
         """Whether the numbers that come with this status may be used for a verdict."""
         return self in _OK
 
+    def sentence(self, *, climbs: bool = True) -> str:
+        """The sentence of a fit that ended so; another one where its algorithm does not climb the ELBO."""
+        return self.value if climbs else _UNCLIMBED.get(self, self.value)
+
     @property
     def has_optimum(self) -> bool:
         """Whether a fit that ended so had an optimum to go to; else its numbers only say where it was stopped."""
         return self not in _NO_OPTIMUM
 
 
-_OK = frozenset({Status.ARRIVED, Status.MATCHED, Status.UNPROVEN, Status.EXACT, Status.PASSED, Status.LOADED})
+_OK = frozenset({Status.ARRIVED, Status.UNPROVEN, Status.EXACT, Status.PASSED, Status.LOADED})
+_UNCLIMBED = {
+    Status.ARRIVED: "the algorithm settled: going on no longer changes the approximation",
+    Status.BUDGET: "the budget was used up before the algorithm had settled",
+    Status.DIVERGED: "the algorithm did not settle",
+}
 _NO_OPTIMUM = frozenset(
     {Status.NO_VALID_START, Status.UNBOUNDED, Status.IMPROPER, Status.FLAT, Status.DIVERGED, Status.FAILED}
 )

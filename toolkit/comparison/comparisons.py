@@ -22,7 +22,7 @@ from toolkit.comparison.metrics import NAN, Metrics, Standard, khat, metrics, pr
 from toolkit.comparison.overall import Overall, overall
 from toolkit.comparison.pairs import worst_pairs
 from toolkit.comparison.predictions import Predictions, predictions
-from toolkit.comparison.sentences import guide_sentence
+from toolkit.comparison.sentences import ended, guide_sentence
 from toolkit.comparison.sources import (
     Approximation,
     guide_draws,
@@ -331,7 +331,7 @@ def _corrections_table(
 
 
 def _problem(fit: Approximation) -> str:
-    return f"{fit.status.value}{f' ({fit.message})' if fit.message else ''}"
+    return f"{ended(fit)}{f' ({fit.message})' if fit.message else ''}"
 
 
 def _rows(side: _Side, truth: Scalars | None, thresholds: Thresholds, *, judged: bool) -> pd.DataFrame:

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from toolkit.comparison.metrics import NAN, khat, metrics, prepare
-from toolkit.comparison.sentences import at_most, guide_sentence
+from toolkit.comparison.sentences import at_most, climbs, ended, guide_sentence
 from toolkit.comparison.sources import guide_draws, key_for, labelling, sites_to_draw, to_scalars
 from toolkit.comparison.tables import TABLE_COLUMNS, metric_rows, quantity_verdicts
 from toolkit.comparison.verdicts import Thresholds, Verdict, combine, holm, simultaneous_z
@@ -133,7 +133,7 @@ def diagnose(
         return replace(nothing, sentence="nothing can be said: it is a point, without a spread to be right or wrong")
     if not (fit.usable and fit.status.has_optimum):
         message = f" ({fit.message})" if fit.message else ""
-        return replace(nothing, sentence=f"nothing can be said: {fit.status.value}{message}")
+        return replace(nothing, sentence=f"nothing can be said: {ended(fit)}{message}")
     tail = NAN if fit.fresh_log_weights is None else khat(fit.fresh_log_weights)
 
     def report(done: int, total: int) -> None:
@@ -185,7 +185,7 @@ def _sentence(fit: Fit, rows: pd.DataFrame, predicted: dict[str, Verdict], forgo
             "quantities they have not forgotten where they began"
         )
     if not fit.status.ok and not wrong:
-        return f"cannot tell: nothing is wrong where short chains went, but {fit.status.value}"
+        return f"cannot tell: nothing is wrong where short chains went, but {ended(fit)}"
     return guide_sentence(rows, predicted, "where short chains went")
 
 
@@ -283,10 +283,12 @@ def _evidence(
 
 def _arrival(fit: Fit) -> str:
     certificate = fit.certificate
+    if not climbs(fit):
+        return f"arrival: {ended(fit)}; it does not climb the ELBO, and how far the family's best lies is not asked"
     if certificate is None or not math.isfinite(certificate.limit):
-        return f"arrival: {fit.status.value}; there is no certificate"
+        return f"arrival: {ended(fit)}; there is no certificate"
     told = "estimated to have left" if certificate.scope is Scope.ESTIMATE else "left"
-    return f"arrival: {fit.status.value}; the optimiser {told} at most {at_most(certificate.limit)} nats"
+    return f"arrival: {ended(fit)}; the optimiser {told} at most {at_most(certificate.limit)} nats"
 
 
 def _no_calibration() -> pd.DataFrame:

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from toolkit.comparison.metrics import NAN
+from toolkit.comparison.sentences import climbs
 from toolkit.comparison.sources import Approximation, Weighed, key_for
 from toolkit.comparison.verdicts import Z
 from toolkit.estimate import Estimate
@@ -38,6 +39,9 @@ GAP_COLUMNS = (
 _DRAWS = 2_000
 """Of each guide, for densities and decompositions: the error of a mean of nats is a fortieth of their sd."""
 
+NOT_CLIMBED = "ELBO not climbed"
+"""What stands for the optimiser's share of a fit whose algorithm seeks something else than a high ELBO."""
+
 DIVERGENT = 1.0
 """Tail index of - log q under p from which on its mean is infinite; above `TAIL_LIMIT` no draws at hand tell it."""
 
@@ -50,8 +54,9 @@ class Gaps:
         evidence: Log p(x) of one labelling, or why there is none.
         table: One row for each fit, in nats: elbo; kl_qp, KL(q || p), with kl_qp_low and kl_qp_high, its 95 % limits,
             also where the evidence is known between limits alone; optimisation (the certificate's mean),
-            optimisation_limit (its upper 95 % limit) and optimisation_scope; family_low and family_high, between which
-            the family's gap lies by these limits; labels, what lies in equal labellings that the guide leaves out;
+            optimisation_limit (its upper 95 % limit) and optimisation_scope (`NOT_CLIMBED` where it is not asked);
+            family_low and family_high, between which the family's gap lies by these limits; labels, what lies in equal
+            labellings that the guide leaves out;
             kl_pq, KL(p || q), with the tail index behind it and kl_pq_problem, why it is no number; tv_bound, what no
             probability may differ by more than, at 95 %; cdf_difference, the largest difference that was seen, and of
             which quantity; the decompositions expected_log_likelihood - kl_to_prior and energy + entropy (in the plain
@@ -205,6 +210,8 @@ def _row(
         row |= {"optimisation": gap.gap.value, "optimisation_limit": gap.limit, "optimisation_scope": gap.scope.value}
         row["family_high"] = max(row["kl_qp_high"] - side.labels, 0.0)
         row["family_low"] = max(row["kl_qp_low"] - side.labels - gap.limit, 0.0)
+    if not climbs(fit):
+        row["optimisation_scope"] = NOT_CLIMBED
     reverse, khat, problem = _kl_pq(side.at_reference, log_p, evidence)
     row |= {"kl_pq": reverse.value, "kl_pq_se": reverse.se, "kl_pq_khat": khat, "kl_pq_problem": problem}
     row["tv_bound"] = total_variation_bound(below, reverse)

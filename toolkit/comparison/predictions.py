@@ -38,6 +38,7 @@ from toolkit.comparison.replicated import (
     shown,
     summed_up,
 )
+from toolkit.comparison.sentences import ended
 from toolkit.comparison.sides import LEAST_DRAWS
 from toolkit.comparison.sources import Approximation, Weighed, key_for
 from toolkit.comparison.verdicts import Thresholds, Verdict, judge
@@ -243,7 +244,7 @@ def _sources(
     for fit in fits:
         name = fit.guide.name
         if not (fit.usable and fit.status.ok):
-            failed[name] = f"not looked at: {fit.status.value}"
+            failed[name] = f"not looked at: {ended(fit)}"
             continue
         try:
             made = drawn.get(name) or fit.draw(key_for(key, name), min(most, _GUIDE_DRAWS), model.latents)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,16 @@ from toolkit.variational.certificates import Certificate, Scope
 LOCATIONS, WIDTHS = ("shift", "median_shift"), ("sd_ratio", "spread_ratio")
 _MOST_TIMES = 50  # as many draws: nobody draws more to learn on which side of a threshold a number lies
 NARROW, WIDE, UP, DOWN = "too narrow", "too wide", "shifted up", "shifted down"
+
+
+def climbs(fit: Any) -> bool:
+    """Whether what was fitted raised the ELBO; False for an algorithm that seeks something else."""
+    return bool(getattr(fit.guide, "climbs", True))
+
+
+def ended(fit: Any) -> str:
+    """How a fit ended, as the sentence that a reader sees."""
+    return fit.status.sentence(climbs=climbs(fit))
 
 
 def directions(rows: pd.DataFrame) -> list[str]:
@@ -163,23 +174,21 @@ def at_most(nats: float) -> str:
     return f"{math.ceil(nats * 10**places * (1 - 1e-6)) / 10**places:,.{places}f}"
 
 
-def whose(
-    rows: pd.DataFrame, certificate: Certificate | None, thresholds: Thresholds, status: Status = Status.ARRIVED
-) -> str:
+def whose(rows: pd.DataFrame, certificate: Certificate | None, thresholds: Thresholds, *, climbs: bool = True) -> str:
     """Whether what is wrong with a guide is the family's or may be the optimiser's; empty if nothing is wrong.
 
     Args:
         rows: The guide's rows of the table.
         certificate: How far the family's best may lie above the fit; None if that is not known.
         thresholds: What counted as right.
-        status: How the fit ended.
+        climbs: Whether the fit raised the ELBO: else the optimiser has no share.
     """
     wrong = rows[rows["verdict"] == Verdict.WRONG.value]
     names = set(wrong["quantity"])
     if not names:
         return ""
-    if status is Status.MATCHED:
-        return "it was fitted by another aim than the ELBO: what is wrong is the family's or this aim's"
+    if not climbs:
+        return "its algorithm does not climb the ELBO: what is wrong is its approximation's, and no optimiser's"
     if certificate is None or not math.isfinite(certificate.limit):
         return "whether the family's or the optimiser's is not known: there is no certificate"
     limit = certificate.limit

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from toolkit.comparison.sentences import at_most, whose
+from toolkit.comparison.gaps import NOT_CLIMBED
+from toolkit.comparison.sentences import at_most, climbs, whose
 from toolkit.comparison.verdicts import Thresholds, reach
 from toolkit.estimate import Estimate
 from toolkit.reporting.contents import Cell, Column
@@ -81,6 +82,8 @@ def _no_gap(fit: Any) -> str:
         return "no fit"
     if not fit.status.has_optimum:
         return "no optimum"
+    if not climbs(fit):
+        return NOT_CLIMBED
     if fit.certificate is not None:
         return "no finite limit"
     return "SVI gives none" if by_svi(fit) else _REASONS.get(fit.status.name, "none")
@@ -105,6 +108,8 @@ def optima_cell(fit: Any) -> Cell:
     """How many distinct optima the starts led to, and their spread; by SVI, of which that is not known, the starts."""
     optima = optima_of(fit)
     count = len(optima)
+    if count and not climbs(fit):
+        return Cell("–", note=NOT_CLIMBED)
     if not count:
         return Cell("–", note=no_optimum(fit))
     text = f"{count} start{'' if count == 1 else 's'}" if by_svi(fit) else f"{count}"
@@ -182,11 +187,24 @@ def _left_out(fit: Any) -> str:
     )
 
 
+def unclimbed_sentences(fits: Iterable[Any]) -> list[str]:
+    """For fits whose algorithm does not climb the ELBO: what is not asked of them."""
+    names = [fit.guide.name for fit in fits if not climbs(fit) and fit.status.has_optimum]
+    if not names:
+        return []
+    does, it = ("does", "it") if len(names) == 1 else ("do", "they")
+    return [
+        f"{_joined(names)} {does} not climb the ELBO: how far {it} may lie below the family's highest ELBO is not "
+        "asked, and KL(q || p) is not split into the optimiser's part and the family's. Its ELBO is told all the same, "
+        "since it compares approximations of one posterior."
+    ]
+
+
 def whose_sentences(fits: Iterable[Any], table: pd.DataFrame, thresholds: Thresholds) -> list[str]:
     """For each guide with wrong quantities, whether that is the family's or may be the optimiser's, and by what."""
     said = []
     for fit in fits:
-        clause = whose(table[table["guide"] == fit.guide.name], fit.certificate, thresholds, fit.status)
+        clause = whose(table[table["guide"] == fit.guide.name], fit.certificate, thresholds, climbs=climbs(fit))
         if clause:
             said.append(f"{fit.guide.name}: {clause}.{_in_sds(fit) if bounded(fit) else ''}")
     return said

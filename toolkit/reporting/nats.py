@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -101,11 +101,38 @@ _PARTS = (
 )
 
 
-def room_section(gaps: Any, looks: Mapping[str, Look]) -> Section:
-    """Where the log evidence went: the split, both divergences, what they bound, both decompositions."""
+def own_evidence_sentences(fits: Iterable[Any], evidence: Any) -> list[str]:
+    """What algorithms that approximate the log evidence say of it, beside what is known.
+
+    Args:
+        fits: The fits.
+        evidence: The comparison's `LogEvidence`, of one labelling.
+    """
+    said = []
+    for fit in fits:
+        own = getattr(fit, "log_evidence", None)
+        if own is None or not math.isfinite(own):
+            continue
+        text = f"{fit.guide.name}'s own approximation of the log evidence is {nats(own)} nats"
+        if evidence.estimate is not None:
+            apart, se = own - (evidence.estimate.value + evidence.log_copies), evidence.estimate.se
+            side = "above" if apart >= 0 else "below"
+            text += f", {nats(abs(apart), se)} nats {side} that; by how much it may miss, it does not say"
+        said.append(f"{text}. It is no bound.")
+    return said
+
+
+def room_section(gaps: Any, looks: Mapping[str, Look], fits: Sequence[Any] = ()) -> Section:
+    """Where the log evidence went: the split, both divergences, what they bound, both decompositions.
+
+    Args:
+        gaps: The comparison's `Gaps`.
+        looks: How the guides are shown.
+        fits: The fits, of which some may have an approximation of the log evidence of their own.
+    """
     table = gaps.table.set_index("guide")
     rows = [name for name in looks if name in table.index and math.isfinite(table.loc[name, "elbo"])]
-    blocks: list[Block] = [evidence_in_words(gaps.evidence)]
+    blocks: list[Block] = [evidence_in_words(gaps.evidence), *own_evidence_sentences(fits, gaps.evidence)]
     if rows:
         blocks.append(
             Table(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from toolkit.comparison.sentences import ended
 from toolkit.comparison.verdicts import Thresholds
 from toolkit.reporting import first_screen, sections
 from toolkit.reporting.arrival import by_svi, optima_of, spread
@@ -145,7 +146,7 @@ def _sections(
     first = (sections.your_quantities(study.comparison, looks), sections.agreement(study.comparison))
     return (
         *(section for section in first if section),
-        room_section(study.comparison.gaps, looks),
+        room_section(study.comparison.gaps, looks, study.fits),
         sections.which_quantities(study, frame, looks, limits, against),
         sections.how_wrong(frame, compared, limits, against),
         sections.which_relations(study.comparison, looks, against),
@@ -201,12 +202,13 @@ def _fits_frame(fits: Any) -> pd.DataFrame:
         {
             "guide": fit.guide.name,
             "status": fit.status.name,
-            "sentence": fit.status.value,
+            "sentence": ended(fit),
             "message": fit.message,
             "elbo": fit.elbo.value if fit.elbo and fit.status.has_optimum else math.nan,
             "elbo_se": fit.elbo.se if fit.elbo and fit.status.has_optimum else math.nan,
             **_nearness(fit),
             "why": fit.why,
+            "own_log_evidence": _own_log_evidence(fit),
             "compile_seconds": fit.cost.compile_seconds,
             "run_seconds": fit.cost.run_seconds,
             "gradient_evaluations": fit.cost.gradient_evaluations,
@@ -216,6 +218,12 @@ def _fits_frame(fits: Any) -> pd.DataFrame:
         for fit in fits
     ]
     return pd.DataFrame(rows).set_index("guide")
+
+
+def _own_log_evidence(fit: Any) -> float:
+    """The algorithm's own approximation in nats; NaN where it has none."""
+    own = getattr(fit, "log_evidence", None)
+    return math.nan if own is None else float(own)
 
 
 def _nearness(fit: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pandas as pd
 from toolkit.comparison.verdicts import Thresholds
 from toolkit.modelling.model import Quantity
 from toolkit.modelling.scalars import scalars
-from toolkit.reporting.arrival import optima_sentences, solver_sentences, whose_sentences
+from toolkit.reporting.arrival import optima_sentences, solver_sentences, unclimbed_sentences, whose_sentences
 from toolkit.reporting.contents import Block, Column, Section, Text
 from toolkit.reporting.differences import worst_first
 from toolkit.reporting.figures.forest import MOST_ROWS, forest, strip
@@ -116,7 +116,7 @@ def did_it_arrive(fits: Any, table: pd.DataFrame, looks: Mapping[str, Look], lim
     """
     traced = [fit for fit in fits if fit.traces]
     blocks: list[Block] = [elbo_traces(traced, looks)] if traced else ["Left out: no fit kept a trace."]
-    blocks += [fits_table(fits, looks), *solver_sentences(fits), *optima_sentences(fits)]
+    blocks += [fits_table(fits, looks), *solver_sentences(fits), *unclimbed_sentences(fits), *optima_sentences(fits)]
     return Section("arrival", "Did the fits arrive?", (*blocks, *whose_sentences(fits, table, limits)))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from toolkit.comparison.sentences import ended
 from toolkit.estimate import decimals, rounded
 from toolkit.reporting.arrival import GAP, OPTIMA, gap_cell, no_optimum, optima_cell
 from toolkit.reporting.contents import Cell, Column, Table
@@ -330,11 +331,11 @@ def fits_table(fits: Sequence[Any], looks: Mapping[str, Look]) -> Table:
     )
     rows = []
     for fit in fits:
-        ended = fit.status.value + (f" ({fit.message})" if fit.message else "")
+        how = ended(fit) + (f" ({fit.message})" if fit.message else "")
         rows.append(
             (
                 Cell(fit.guide.name, place=looks[fit.guide.name].place),
-                Cell(ended),
+                Cell(how),
                 gap_cell(fit, long=True),
                 optima_cell(fit),
                 Cell(f"{fit.cost.compile_seconds:.1f}"),

@@ -1,14 +1,14 @@
 r"""Expectation propagation for regressions with a linear predictor, and its approximation of the evidence.
 
-Observation n sees the latents z through one scalar eta_n = a_n'z + b_n. Its likelihood is replaced by a site, a Gaussian
-function of eta_n that need not be normalisable, so that the product with the Gaussian prior is a Gaussian:
+Observation n sees the latents z through one scalar eta_n = a_n'z + b_n. Its likelihood is replaced by a site, a
+Gaussian function of eta_n that need not be normalisable, so that the product with the Gaussian prior is a Gaussian:
 
     q(z)  proportional to  prior(z) prod_n exp(shift_n s_n - precision_n s_n^2 / 2),     s_n = a_n'(z - mode)
 
 A sweep takes each site out of q's marginal in turn (the cavity), puts the likelihood in its place (the tilted
-distribution), and asks for the site that gives q the tilted distribution's mean and variance. All sites move at once, by
-a share (the damping) of the way, until none moves: there the marginals of q have the moments of all tilted
-distributions. That is no optimum of the ELBO, and no bound: where the mean field answers KL(q || p) and is too narrow,
+distribution), and asks for the site that gives q the tilted distribution's mean and variance. All sites move at once,
+by a share (the damping) of the way, until none moves: there the marginals of q have the moments of all tilted
+distributions. That is no optimum of the ELBO, and no bound: where a mean field minimises KL(q || p) and is too narrow,
 moments are matched in the direction of KL(p || q), one observation at a time.
 
 References:
@@ -133,9 +133,7 @@ class Sweep:
     tilted: Tilted
 
 
-def sweep(
-    log_likelihood: LogLikelihood, sites: Sites, whole: Gaussian, low: np.ndarray, high: np.ndarray
-) -> Sweep:
+def sweep(log_likelihood: LogLikelihood, sites: Sites, whole: Gaussian, low: np.ndarray, high: np.ndarray) -> Sweep:
     """Cavities, tilted moments and the sites that match them (Rasmussen & Williams 2006, equations 3.56 to 3.59).
 
     Args:
@@ -248,8 +246,9 @@ def propagate(
             step, _ = _step(prior, design, best.sites, best.last, damping)
             if step is None or damping < _LEAST_DAMPING:
                 status = Status.ARRIVED if best.moved <= _COARSE else Status.DIVERGED
-        if status is not None or step is None:
+        if status is not None:
             return replace(best, status=status, damping=damping, course=tuple(course), nodes=nodes)
+        assert step is not None
         sites, whole = step
 
 
@@ -361,7 +360,5 @@ def _message(run: Run) -> str:
             "improper or their likelihood no number there"
         )
     if run.last.tilted.miss > SETTLED:
-        said.append(
-            f"tilted moments are known to {run.last.tilted.miss:.1g} sd only, as where a likelihood has a kink"
-        )
+        said.append(f"tilted moments are known to {run.last.tilted.miss:.1g} sd only, as where a likelihood has a kink")
     return "; ".join(said)

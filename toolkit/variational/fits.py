@@ -257,7 +257,8 @@ class Fit:
 
     def _require_usable(self) -> None:
         if not self.usable:
-            raise ValueError(f"Expected a fit that can draw; '{self.guide.name}' has none: {self.status.value}.")
+            ended = self.status.sentence(climbs=self.guide.climbs)
+            raise ValueError(f"Expected a fit that can draw; '{self.guide.name}' has none: {ended}.")
 
     def _chosen(self, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """The chart's latent sites of all that is given, each with its shape behind the number of draws."""

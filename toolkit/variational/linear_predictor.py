@@ -75,7 +75,7 @@ class Likelihood:
     weights: np.ndarray
 
     def log_likelihood(self, eta: np.ndarray) -> np.ndarray:
-        """Log p(y | eta) in nats at values of the linear predictors, `(row, observation)`; NaN where it is undefined."""
+        """Log p(y | eta) in nats at values of the linear predictors, `(row, observation)`; NaN where undefined."""
         rows = -(-len(eta) // ROWS) * ROWS
         padded = np.concatenate([eta, np.broadcast_to(eta[:1], (rows - len(eta), eta.shape[1]))])
         pieces = [self._many(piece) for piece in padded.reshape(-1, ROWS, eta.shape[1])]
@@ -272,10 +272,11 @@ def _likelihoods(model: Model, chart: str, space: Space, centre: np.ndarray) -> 
     gradients = (jax.jacfwd if space.size <= many else jax.jacrev)(moving)
     slopes = jax.device_get(jax.jit(gradients).lower(example, arrays).compile(QUICK)(centre, arrays))
     order = [name for name in model.observed if name in sites]
-    found = [
-        _likelihood(name, kinds[name], sites[name], slopes[name], centre, lambda v, n=name: at(v, arrays)[n])
-        for name in order
-    ]
+
+    def reader(name: str) -> Callable[[np.ndarray], Mapping[str, Any]]:
+        return lambda vector: at(vector, arrays)[name]
+
+    found = [_likelihood(name, kinds[name], sites[name], slopes[name], centre, reader(name)) for name in order]
     return tuple(one for one in found if one is not None)
 
 

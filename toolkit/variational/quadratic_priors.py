@@ -87,8 +87,12 @@ def gaussian_prior(model: Model, chart: str) -> Quadratic:
         if not _is_quadratic(np.asarray(seen[name]).reshape(lines.shape[:2])):
             raise ValueError(_sentence(model, name))
     origin = np.zeros(space.size)
-    both = jax.jit(lambda vector, arrays: (jax.value_and_grad(whole)(vector, arrays), jax.hessian(whole)(vector, arrays)))
-    (constant, linear), hessian = jax.device_get(both.lower(origin, model.arrays).compile(QUICK)(origin, model.arrays))
+
+    def expanded(vector: Any, arrays: Any) -> Any:
+        return jax.value_and_grad(whole)(vector, arrays), jax.hessian(whole)(vector, arrays)
+
+    program = jax.jit(expanded).lower(origin, model.arrays).compile(QUICK)
+    (constant, linear), hessian = jax.device_get(program(origin, model.arrays))
     return Quadratic(float(constant), np.asarray(linear), -0.5 * (np.asarray(hessian) + np.asarray(hessian).T))
 
 

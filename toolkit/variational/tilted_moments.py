@@ -1,9 +1,9 @@
 """Normalising constant, mean and variance of a Gaussian times a likelihood of one scalar, for many at once.
 
-The trapezoidal rule converges exponentially for smooth functions that fall off on both sides (Trefethen & Weideman 2014,
-The exponentially convergent trapezoidal rule, SIAM Review 56(3), section 5), whatever their shape. Gauss-Hermite nodes,
-which stand where a Gaussian of the cavity's or of the mode's width would want them, waste most of these on a logistic
-likelihood under a wide cavity, which is half a Gaussian.
+The trapezoidal rule converges exponentially for smooth functions that fall off on both sides (Trefethen & Weideman
+2014, The exponentially convergent trapezoidal rule, SIAM Review 56(3), section 5), whatever their shape. Gauss-Hermite
+nodes, which stand where a Gaussian of the cavity's or of the mode's width would want them, are too sparse for a
+logistic likelihood under a wide cavity, which makes half a Gaussian with an edge.
 """
 
 from __future__ import annotations
@@ -109,7 +109,9 @@ def _ranges(
     Cut is a product that still counts beside a place where the likelihood is undefined.
     """
     columns, last = np.arange(len(low)), ROWS - 1
-    for look in range(1, _LOOKS + 1):
+    looks = 0
+    while True:
+        looks += 1
         places = low + np.linspace(0.0, 1.0, ROWS)[:, None] * (high - low)
         density, undefined = log_product(places)
         counts = density > density.max(0) - _DROP
@@ -118,14 +120,14 @@ def _ranges(
         # A plain of minus infinities says nothing: look further on both sides.
         blind = ~np.isfinite(density.max(0))
         loose = ~(below | above | blind) & (final - first < _FILLED * last)
-        if not (below | above | blind | loose).any():
+        if looks == _LOOKS or not (below | above | blind | loose).any():
             break
         width = high - low
         tight_low, tight_high = places[np.maximum(first - 1, 0), columns], places[np.minimum(final + 1, last), columns]
         low = np.where(below | blind, low - width, np.where(loose, tight_low, low))
         high = np.where(above | blind, high + width, np.where(loose, tight_high, high))
     beside = (counts[1:] & undefined[:-1]) | (counts[:-1] & undefined[1:])
-    return low, high, places, density, beside.any(0), look
+    return low, high, places, density, beside.any(0), looks
 
 
 class _Rule:

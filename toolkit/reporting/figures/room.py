@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from toolkit.comparison.gaps import NOT_CLIMBED
 from toolkit.reporting.contents import Picture
 from toolkit.reporting.figures.canvas import blank, plain, styled
 from toolkit.reporting.nats import room_in_words
@@ -89,6 +90,10 @@ def _reading(table: pd.DataFrame, known: bool) -> str:
         text += ", grey at most the optimiser's"
     if (table["labels"] > 0).any():
         text += ", dotted lies in equal labellings"
-    if table["optimisation_limit"].isna().any():
+    unknown = table["optimisation_limit"].isna()
+    unclimbed = table["optimisation_scope"] == NOT_CLIMBED
+    if (unknown & ~unclimbed).any():
         text += ", an outline the one's or the other's"
+    if unclimbed.any():
+        text += f", that of {', '.join(table.index[unclimbed])} (an outline) is not split: {NOT_CLIMBED}"
     return f"{text}{'' if known else '; dashes: as far as it may reach'}."

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from toolkit.comparison.sentences import climbs, ended
 from toolkit.reporting.arrival import bounded, by_svi, on_fixed_draws
 from toolkit.reporting.contents import Picture
 from toolkit.reporting.figures.canvas import blank, plain, styled
@@ -19,7 +20,7 @@ _LATE = 0.5
 _LEAST_NATS = 1.0
 _DASHES = ("-", "--", "-.", ":")
 _FEW_POINTS = 60  # up to which each evaluation gets a mark
-_EVALUATIONS, _STEPS = "evaluations of the ELBO", "optimisation steps"
+_EVALUATIONS, _STEPS, _SWEEPS = "evaluations of the ELBO", "optimisation steps", "sweeps over the data"
 
 
 def elbo_traces(fits: Sequence[Any], looks: Mapping[str, Look]) -> Picture:
@@ -41,14 +42,15 @@ def elbo_traces(fits: Sequence[Any], looks: Mapping[str, Look]) -> Picture:
         for axes in grid.flat[len(fits) :]:
             axes.set_visible(False)
         units = {_unit(fit) for fit in fits}
-        figure.supxlabel(units.pop() if len(units) == 1 else "step or evaluation", fontsize=9)
-        figure.supylabel("ELBO (nats)", fontsize=9)
+        several = "step, evaluation or sweep" if _SWEEPS in units else "step or evaluation"
+        figure.supxlabel(units.pop() if len(units) == 1 else several, fontsize=9)
+        figure.supylabel("ELBO (nats)" if all(map(climbs, fits)) else "nats", fontsize=9)
     return Picture("elbo_traces", figure, f"ELBO in the course of each fit. {'; '.join(said)}.", _reading(fits))
 
 
 def _unit(fit: Any) -> str:
     """What a trace's first column counts."""
-    return _EVALUATIONS if on_fixed_draws(fit) else _STEPS
+    return _EVALUATIONS if on_fixed_draws(fit) else _STEPS if climbs(fit) else _SWEEPS
 
 
 def _lines(fit: Any) -> str:
@@ -58,6 +60,16 @@ def _lines(fit: Any) -> str:
 
 def _reading(fits: Sequence[Any]) -> str:
     """How to read the figure, by what is in it."""
+    own = [fit.guide.name for fit in fits if not climbs(fit)]
+    said = (
+        f"Of {', '.join(own)} the line is the algorithm's own approximation of the log evidence, after each sweep over "
+        "the data: it may rise or fall and lie on either side of the log evidence; the grey line is the ELBO."
+        if own
+        else ""
+    )
+    fits = [fit for fit in fits if climbs(fit)]
+    if not fits:
+        return said
     kinds = list(dict.fromkeys(_lines(fit) for fit in fits))
     lines = {"optima": "distinct optimum that the starts led to", "starts": "start"}
     words = f"One line for each {lines[kinds[0]]}" + (" (SVI: for each start)" if len(kinds) > 1 else "")
@@ -80,7 +92,7 @@ def _reading(fits: Sequence[Any]) -> str:
         )
     if len(fixed) < len(fits):
         words += "Lines of steps that end flat and together have arrived."
-    return words.strip()
+    return f"{words.strip()} {said}".strip()
 
 
 def _panel(axes: Axes, fit: Any, look: Look) -> str:
@@ -103,7 +115,7 @@ def _panel(axes: Axes, fit: Any, look: Look) -> str:
             # A band that is far too high for the panel says no more than one that leaves it.
             high = max(high, min(top + 0.05 * (high - low), high + (high - low)))
     axes.set_ylim(low, high)
-    axes.set_title(plain(fit.guide.name), color=look.text.light)
+    axes.set_title(plain(fit.guide.name + ("" if climbs(fit) else ": log evidence")), color=look.text.light)
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.margins(x=0.03)
@@ -119,11 +131,13 @@ def _panel(axes: Axes, fit: Any, look: Look) -> str:
             color=SOFT.light,
         )
     if not fit.status.has_optimum:
-        return f"{fit.guide.name}: {fit.status.value}; where its lines end is when it was stopped"
+        return f"{fit.guide.name}: {ended(fit)}; where its lines end is when it was stopped"
     ends = [f"{trace.elbo[-1]:.1f}" for trace in fit.traces]
+    if not climbs(fit):
+        return f"{fit.guide.name}: {ended(fit)}; its approximate log evidence ended at {', '.join(ends)} nats"
     one = _lines(fit) == "optima" and len(ends) == 1
     where = "its climb ended" if one else "its climbs ended" if _lines(fit) == "optima" else "its starts ended"
-    return f"{fit.guide.name}: {fit.status.value}; {where} at {', '.join(ends)} nats"
+    return f"{fit.guide.name}: {ended(fit)}; {where} at {', '.join(ends)} nats"
 
 
 def _limits(elbos: Sequence[np.ndarray], final: Any) -> tuple[float, float]:
