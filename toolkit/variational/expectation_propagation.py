@@ -122,7 +122,7 @@ class Sweep:
         skipped: Observations whose cavity was improper or whose tilted distribution has no moments.
         residual: The largest distance of a marginal of q from its tilted distribution, in sds: of means, and of the
             logarithms of sds.
-        log_evidence: In nats, by these sites.
+        log_evidence: In nats, by these sites; a makeshift where observations were skipped.
         tilted: The moments.
     """
 
@@ -160,8 +160,11 @@ def sweep(log_likelihood: LogLikelihood, sites: Sites, whole: Gaussian, low: np.
     shifted = np.abs(mean - whole.centres) / np.sqrt(whole.variances)
     widened = 0.5 * np.abs(np.log(variance / whole.variances))
     residual = float(np.where(known, np.maximum(shifted, widened), 0.0).max(initial=0.0))
-    log_evidence = whole.log_mass + float(_constants(tilted, precision, shift, sites)[known].sum())
-    return Sweep(wanted, ~known, residual, log_evidence, tilted)
+    constants = _constants(tilted, precision, shift, sites)
+    if not known.all():  # where there is no tilted distribution, site and likelihood are made to agree at q's mean
+        at_mean = whole.centres * (sites.shifts - 0.5 * sites.precisions * whole.centres)
+        constants = np.where(known, constants, log_likelihood(whole.centres[None])[0] - at_mean)
+    return Sweep(wanted, ~known, residual, whole.log_mass + float(constants.sum()), tilted)
 
 
 def _constants(tilted: Tilted, precision: np.ndarray, shift: np.ndarray, sites: Sites) -> np.ndarray:
@@ -224,7 +227,7 @@ def propagate(
     whole = gaussian(prior, design, sites.precisions, sites.shifts)
     if whole is None:
         return None
-    best, waited, nodes, course = None, 0, 0, list[float]()
+    best, gained, waited, nodes, course = None, math.inf, 0, 0, list[float]()
     reach = 8 * np.sqrt(whole.variances)
     low, high = whole.centres - reach, whole.centres + reach
     while True:
@@ -235,7 +238,7 @@ def propagate(
         step, share = _step(prior, design, sites, look, damping)
         moved = math.inf if step is None else max(look.residual, _distance(whole, step[1]) / share)
         here = Run(Status.ARRIVED, sites, whole, look, moved, damping)
-        waited = 0 if best is None or moved < _GAIN * best.moved else waited + 1
+        gained, waited = (moved, 0) if moved < _GAIN * gained else (gained, waited + 1)
         best = here if best is None or moved < best.moved else best
         stuck = step is None or (len(look.skipped) > 0 and look.skipped.all())
         status = Status.ARRIVED if moved <= SETTLED and not stuck else None
@@ -341,7 +344,7 @@ def solve_ep(problem: Problem) -> Solved:
         f"{why}; {len(course)} sweeps, the last with damping {run.damping:g}; its course is its approximation of the "
         "log evidence, which is no ELBO and no bound",
         trace=Trace(np.arange(1, len(course) + 1), course, np.full(len(course), np.nan)),
-        log_evidence=run.last.log_evidence if arrived else None,
+        log_evidence=run.last.log_evidence if arrived and not run.last.skipped.any() else None,
         gradients=run.nodes,
         compile_seconds=compiled,
     )
@@ -357,7 +360,8 @@ def _message(run: Run) -> str:
     if skipped := int(run.last.skipped.sum()):
         said.append(
             f"{skipped} of {len(run.last.skipped)} observations were skipped in the end, since their cavities were "
-            "improper or their likelihood no number there"
+            "improper or their likelihood no number there: they count by the curvature that they had before, and the "
+            "log evidence is not approximated"
         )
     if run.last.tilted.miss > SETTLED:
         said.append(f"tilted moments are known to {run.last.tilted.miss:.1g} sd only, as where a likelihood has a kink")

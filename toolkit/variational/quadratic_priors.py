@@ -19,6 +19,7 @@ from toolkit.modelling.space import Space, latent_space
 
 _SCALES = 10.0 ** np.arange(-1, 5)  # of the lines along which a log prior is looked at
 _LINES = 3  # at each scale
+_NEAR = 3  # scales that every transform to unconstrained space bears
 _ROUNDING = 1e-9  # of the log prior's size: what a third difference of a quadratic may have
 
 
@@ -84,7 +85,10 @@ def gaussian_prior(model: Model, chart: str) -> Quadratic:
     vectors = lines.reshape(-1, space.size)
     seen = jax.device_get(many.lower(vectors, model.arrays).compile(QUICK)(vectors, model.arrays))
     for name in _program_order(model, chart, space, seen):
-        if not _is_quadratic(np.asarray(seen[name]).reshape(lines.shape[:2])):
+        values = np.asarray(seen[name]).reshape(lines.shape[:2])
+        # What lies far out cannot be turned into a number and back where a site is positive, say.
+        near = len(values) if _is_real(model, name) else _LINES * _NEAR
+        if not _is_quadratic(values[:near]):
             raise ValueError(_sentence(model, name))
     origin = np.zeros(space.size)
 
@@ -109,6 +113,11 @@ def _log_prior(model: Model, chart: str, space: Space, vector: Any, arrays: Any)
             density = density + jnp.sum(jacobian)
         found[name] = density
     return found
+
+
+def _is_real(model: Model, name: str) -> bool:
+    """Whether a site is its own place in unconstrained space; a chart's own sites are."""
+    return name not in model.sites or model.sites[name].kind == FACTOR or model.sites[name].support == "real"
 
 
 def _is_factor(model: Model, name: str) -> bool:
