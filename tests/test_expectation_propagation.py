@@ -238,27 +238,27 @@ def test_damping_changes_the_way_and_not_the_end() -> None:
         assert other.last.log_evidence == pytest.approx(at_once.last.log_evidence, abs=1e-9)
 
 
-def heavy_tails(seed: int) -> Model:
+def heavy_tails(seed: int, rows: int, scale: float) -> Model:
     """A regression whose likelihood is not log-concave: sites may have negative precisions, and full steps cycle."""
 
     def model(x: object, y: object = None) -> None:
         beta = numpyro.sample("beta", dist.Normal(0.0, 10.0).expand([2]).to_event(1))
-        numpyro.sample("y", dist.StudentT(0.5, x @ beta, 0.2), obs=y)
+        numpyro.sample("y", dist.StudentT(0.5, x @ beta, scale), obs=y)
 
     source = np.random.default_rng(seed)
-    x = np.column_stack([np.ones(30), source.normal(size=30)])
-    return Model(model, Dataset("heavy", {"x": x, "y": x @ [1.0, 2.0] + source.standard_t(1.0, size=30)}))
+    x = np.column_stack([np.ones(rows), source.normal(size=rows)])
+    return Model(model, Dataset("heavy", {"x": x, "y": x @ [1.0, 2.0] + source.standard_t(1.0, size=rows)}))
 
 
 def test_sweeps_that_cycle_are_damped_until_they_settle() -> None:
-    found, _, _ = run(heavy_tails(7))
+    found, _, _ = run(heavy_tails(0, 10, 0.5))
     assert found.status is Status.ARRIVED
     assert found.damping < 1
     assert found.last.residual < 1e-7
 
 
 def test_where_no_damping_helps_it_is_told() -> None:
-    fitted = fit(heavy_tails(4), "ep", key=KEY)
+    fitted = fit(heavy_tails(4, 8, 0.3), "ep", key=KEY)
     assert fitted.status is Status.DIVERGED
     assert ended(fitted) == "the algorithm did not settle"
     assert "with damping down to 0.0156" in fitted.message
