@@ -261,7 +261,7 @@ def test_where_no_damping_helps_it_is_told() -> None:
     fitted = fit(heavy_tails(4, 8, 0.3), "ep", key=KEY)
     assert fitted.status is Status.DIVERGED
     assert ended(fitted) == "the algorithm did not settle"
-    assert "with damping down to 0.0156" in fitted.message
+    assert "with damping down to 0.0625" in fitted.message
     assert (fitted.usable, fitted.log_evidence) == (False, None)
     with pytest.raises(ValueError, match="'ep' has none: the algorithm did not settle"):
         fitted.draw(KEY, 3)
@@ -370,6 +370,13 @@ def test_a_posterior_that_nothing_pins_is_told() -> None:
     fitted = fit(Model(model, Dataset("flat", {"x": np.ones(3), "y": np.ones(3)})), "ep", key=KEY)
     assert fitted.status is Status.IMPROPER
     assert not fitted.usable
+
+
+def test_where_nothing_is_observed_the_factors_are_all() -> None:
+    model = models.load("gaussian_target").model()
+    fitted = fit(model, "ep", key=KEY)
+    assert fitted.log_evidence == pytest.approx(model.log_evidence, abs=1e-9)
+    assert moments(fitted)[0] == pytest.approx(model.dataset.arrays["loc"], abs=1e-9)
 
 
 def test_a_rotated_chart_gives_the_same_gaussian() -> None:

@@ -40,7 +40,7 @@ SETTLED = 1e-8
 """In sds: what a sweep may still move a mean or a sd by, undamped, and marginals may differ from tilted moments by."""
 
 _COARSE = 1e-4  # sds: what a run must have come to for an answer, where no damping brings it further
-_LEAST_DAMPING = 1 / 64
+_LEAST_DAMPING = 1 / 16
 _GAIN, _PATIENCE = 0.9, 6.0  # a sweep counts as a gain if it moves less than so much; undamped sweeps without one
 _MOST_SWEEPS = 2_000
 _EMPTY_CAVITY = 1e-10  # of a marginal's precision: what a cavity must keep, or it is improper to rounding
@@ -341,8 +341,8 @@ def solve_ep(problem: Problem) -> Solved:
         run.status,
         _message(run),
         solver,
-        f"{why}; {len(course)} sweeps, the last with damping {run.damping:g}; its course is its approximation of the "
-        "log evidence, which is no ELBO and no bound",
+        f"{why}; {len(course)} sweep{'' if len(course) == 1 else 's'}, the last with damping {run.damping:g}; its "
+        "course is its approximation of the log evidence, which is no ELBO and no bound",
         trace=Trace(np.arange(1, len(course) + 1), course, np.full(len(course), np.nan)),
         log_evidence=run.last.log_evidence if arrived and not run.last.skipped.any() else None,
         gradients=run.nodes,

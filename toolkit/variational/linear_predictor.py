@@ -252,6 +252,8 @@ def _rows(value: Any, shape: tuple[int, ...], constraint: Any) -> Any:
 
 
 def _likelihoods(model: Model, chart: str, space: Space, centre: np.ndarray) -> tuple[Likelihood, ...]:
+    if not model.observed:
+        return ()
     kinds: dict[str, _Observed] = {}
 
     def read(vector: Any, arrays: Any) -> Any:
