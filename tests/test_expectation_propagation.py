@@ -379,6 +379,25 @@ def test_where_nothing_is_observed_the_factors_are_all() -> None:
     assert moments(fitted)[0] == pytest.approx(model.dataset.arrays["loc"], abs=1e-9)
 
 
+def test_units_do_not_matter() -> None:
+    units = np.array([1e6, 1e-5])
+
+    def model(x: object, y: object = None) -> None:
+        beta = numpyro.sample("beta", dist.Normal(0.0, jnp.asarray(2.0 / units)).to_event(1))
+        numpyro.sample("y", dist.Poisson(jnp.exp(x @ beta)), obs=y)
+
+    def plain(x: object, y: object = None) -> None:
+        beta = numpyro.sample("beta", dist.Normal(0.0, 2.0).expand([2]).to_event(1))
+        numpyro.sample("y", dist.Poisson(jnp.exp(x @ beta)), obs=y)
+
+    one = fit(Model(plain, Dataset("plain", {"x": X, "y": COUNTS})), "ep", key=KEY)
+    other = fit(Model(model, Dataset("scaled", {"x": X * units, "y": COUNTS})), "ep", key=KEY)
+    assert moments(other)[0] * units == pytest.approx(moments(one)[0], abs=1e-7)
+    assert moments(other)[1] * np.outer(units, units) == pytest.approx(moments(one)[1], abs=1e-7)
+    # In other units the evidence is the same.
+    assert other.log_evidence == pytest.approx(one.log_evidence, abs=1e-7)
+
+
 def test_a_rotated_chart_gives_the_same_gaussian() -> None:
     """Moments are matched along linear predictors, which no linear map of the latents changes."""
     curated = models.load("collinear_logistic")

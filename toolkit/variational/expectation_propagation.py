@@ -32,7 +32,7 @@ import scipy.linalg
 from toolkit.status import Status
 from toolkit.variational.linear_predictor import Regression, linear_predictor
 from toolkit.variational.own_solvers import Problem, Solved
-from toolkit.variational.quadratic_priors import Quadratic
+from toolkit.variational.quadratic_priors import Quadratic, highest
 from toolkit.variational.solvers.svi import Trace
 from toolkit.variational.tilted_moments import LogLikelihood, Tilted, tilted_moments
 
@@ -290,7 +290,7 @@ def laplace(regression: Regression) -> tuple[np.ndarray, Sites]:
     for _ in range(_NEWTON_STEPS):
         gradient = prior.linear - prior.precision @ place + design.T @ slope
         precision = prior.precision + design.T @ (weights[:, None] * design)
-        direction = np.linalg.lstsq(precision, gradient, rcond=None)[0]
+        direction = highest(precision, gradient)
         for halving in range(_HALVINGS):
             there = place + 0.5**halving * direction
             higher, new_slope, new_weights = look(there)

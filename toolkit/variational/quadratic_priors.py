@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 from numpyro import handlers
 from numpyro.distributions import biject_to
 
@@ -44,11 +45,19 @@ class Quadratic:
     @property
     def centre(self) -> np.ndarray:
         """Where it is highest, `(coordinate,)`; the nearest such point to the origin where it is flat."""
-        return np.linalg.lstsq(self.precision, self.linear, rcond=None)[0]
+        return highest(self.precision, self.linear)
 
     def seen_from(self, vector: np.ndarray) -> Quadratic:
         """The same function of z - vector."""
         return Quadratic(self(vector), self.linear - self.precision @ vector, self.precision)
+
+
+def highest(precision: np.ndarray, linear: np.ndarray) -> np.ndarray:
+    """Where linear' z - z' precision z / 2 is highest, `(coordinate,)`; where that is no point, by least squares."""
+    try:  # which units do not matter to, as they do to least squares
+        return scipy.linalg.cho_solve(scipy.linalg.cho_factor(precision, lower=True), linear)
+    except np.linalg.LinAlgError:
+        return np.linalg.lstsq(precision, linear, rcond=None)[0]
 
 
 def placed_trace(model: Model, chart: str, space: Space, vector: Any, arrays: Mapping[str, Any]) -> dict[str, Any]:
