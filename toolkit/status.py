@@ -14,7 +14,6 @@ class Status(Enum):
     """
 
     ARRIVED = "the optimiser arrived: going on no longer raises the ELBO"
-    MATCHED = "fitted by another aim than the ELBO, which is met: going on would not meet it better"
     BUDGET = "the optimiser used up its budget before the ELBO was known to have stopped rising"
     UNPROVEN = "the limit on how far the family's best may lie above is higher than the tolerance"
     TOO_FEW_DRAWS = "draws are too few for the family's parameters: they can be fitted to any draws that are affordable"

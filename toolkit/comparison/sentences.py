@@ -10,7 +10,6 @@ import pandas as pd
 
 from toolkit.comparison.verdicts import Thresholds, Verdict, beyond_reach, interval, simultaneous_z
 from toolkit.estimate import Estimate, decimals, rounded
-from toolkit.status import Status
 from toolkit.variational.certificates import Certificate, Scope
 
 LOCATIONS, WIDTHS = ("shift", "median_shift"), ("sd_ratio", "spread_ratio")

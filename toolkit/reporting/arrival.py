@@ -35,7 +35,6 @@ _FIXED_DRAWS, _SVI = "fixed_draws", "svi"  # as `Fit.solver` names them
 _REASONS = {
     "TOO_FEW_DRAWS": "too few draws",
     "BUDGET": "budget used up",
-    "MATCHED": "another aim",
 }
 
 

@@ -68,6 +68,7 @@ def forward_kl_guide(draws: Mapping[str, Any], *, structure: str = FULL_RANK, na
         family.build,
         label=f"{family.label}, moments",
         solve=_MatchMoments(kept, structure),
+        climbs=False,
     )
 
 
@@ -105,7 +106,7 @@ class _MatchMoments:
         moments = "mean and covariance" if full else "mean and variances"
         return Solved(
             form.params(member),
-            Status.MATCHED,
+            Status.ARRIVED,
             solver="moments",
             why=f"KL(p || q) is least where q has the {moments} of the posterior, here of {count:,} draws",
         )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from numpyro.infer import autoguide
 
 from toolkit.variational.block_guides import BLOCKS, COUPLED, AutoBlockNormal
+from toolkit.variational.chain_fits import solve_chain
 from toolkit.variational.chain_guides import CHAIN, AutoChainNormal
 from toolkit.variational.expectation_propagation import solve_ep
 
@@ -103,12 +104,6 @@ def _structured(structure: str, contains: tuple[str, ...]) -> Guide:
     return Guide(structure, build, contains, label=AutoBlockNormal.__name__)
 
 
-def _solve_chain(problem: Problem) -> Solved:
-    from toolkit.variational.chain_fits import solve_chain  # which imports the solvers, which import this file
-
-    return solve_chain(problem)
-
-
 GUIDES: dict[str, Guide] = {
     guide.name: guide
     for guide in (
@@ -117,7 +112,7 @@ GUIDES: dict[str, Guide] = {
         _auto(BY_GAIN, "AutoLowRankMultivariateNormal", ("mean_field", "diagonal")),
         _structured(BLOCKS, ("mean_field", "diagonal")),
         _structured(COUPLED, ("blocks", "mean_field", "diagonal")),
-        Guide(CHAIN, AutoChainNormal, ("mean_field", "diagonal"), label=AutoChainNormal.__name__, solve=_solve_chain),
+        Guide(CHAIN, AutoChainNormal, ("mean_field", "diagonal"), label=AutoChainNormal.__name__, solve=solve_chain),
         _auto(
             "full_rank",
             "AutoMultivariateNormal",

@@ -44,7 +44,7 @@ def responds(fit: Fit) -> bool:
 def _why_not(fit: Fit) -> str:
     if not (fit.usable and fit.status.has_optimum):
         return f"Expected a fit that has an optimum; '{fit.guide.name}' has none: {fit.status.value}."
-    if fit.status is Status.MATCHED:
+    if not fit.guide.climbs:
         return (
             f"Expected a fit at an optimum of the ELBO, which responds; '{fit.guide.name}' was fitted by another aim."
         )
