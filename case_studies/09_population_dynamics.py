@@ -118,5 +118,5 @@ else:
     inside = filmed["inside the 90 % interval"]
     print(
         f"Of what was filmed the 90 % intervals hold {inside['NUTS']:.0%} by NUTS, {inside['chain']:.0%} by the chain "
-        f"and {inside['mean_field']:.0%} by the mean field: what NUTS misses is the model's fault, the rest the guide's."
+        f"and {inside['mean_field']:.0%} by the mean field: what NUTS misses is the model's fault."
     )

@@ -246,8 +246,6 @@ def _checked(data: Dataset) -> Dataset:
     y = data.arrays["y"]
     if y.ndim != 1 or len(y) < 2:
         raise ValueError(f"Expected y as (time,) with at least 2 steps; got shape {y.shape}.")
-    if not np.isfinite(y).all():
-        raise ValueError("Expected finite numbers in y; got NaN or infinite ones: leave these steps out, or fill them.")
     if data.static.get("steps", len(y)) != len(y):
         raise ValueError(f"Expected static steps to be the length of y, {len(y)}; got {data.static['steps']}.")
     return replace(data, static={**data.static, "steps": len(y)})

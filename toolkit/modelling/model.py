@@ -10,6 +10,7 @@ from inspect import Parameter, signature
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpyro
 from numpyro import handlers
@@ -197,7 +198,7 @@ class Model:
         self, latents: Sites, arrays: Sites, params: Sites | None = None, chart: str | None = None
     ) -> dict[str, Any]:
         """Every latent and deterministic site, from the latent values of one draw in constrained space."""
-        fn = handlers.substitute(self.bound(chart), data={**(params or {}), **latents})
+        fn = handlers.substitute(self.bound(chart), data=_as_jax({**(params or {}), **latents}))
         with handlers.block(), handlers.trace() as trace:
             handlers.seed(fn, rng_seed=0)(**arrays)
         return {
@@ -208,14 +209,14 @@ class Model:
 
     def log_density(self, unconstrained: Sites, arrays: Sites, chart: str | None = None) -> Any:
         """Log p(x, z) of one draw in unconstrained space, the Jacobian of the transforms included, in nats."""
-        return -potential_energy(self.bound(chart), (), dict(arrays), unconstrained)
+        return -potential_energy(self.bound(chart), (), dict(arrays), _as_jax(unconstrained))
 
     def constrain(
         self, unconstrained: Sites, arrays: Sites, params: Sites | None = None, chart: str | None = None
     ) -> dict[str, Any]:
         """Every latent and deterministic site, from the latent values of one draw in unconstrained space."""
         bound = handlers.substitute(self.bound(chart), data=dict(params or {}))
-        latents = constrain_fn(bound, (), dict(arrays), dict(unconstrained), return_deterministic=True)
+        latents = constrain_fn(bound, (), dict(arrays), _as_jax(unconstrained), return_deterministic=True)
         return dict(latents)
 
     def start(self, key: jax.Array, arrays: Sites, radius: float = 2.0, chart: str | None = None) -> dict[str, Any]:
@@ -308,6 +309,11 @@ class Model:
                         f"'{self.dataset.name}' has '{names[counts.argmax()]}' {counts.max()} times: tables and focus "
                         "could not tell them apart."
                     )
+
+
+def _as_jax(values: Sites) -> dict[str, Any]:
+    """Values as JAX arrays: inside of a `scan` a model's values are looked up by a traced step."""
+    return {name: jax.tree.map(jnp.asarray, value) for name, value in values.items()}
 
 
 def _check_arguments(fn: Callable[..., Any], dataset: Dataset) -> None:

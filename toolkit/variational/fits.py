@@ -264,8 +264,7 @@ class Fit:
         """The chart's latent sites of all that is given, each with its shape behind the number of draws."""
         space, arrays = latent_space(self.model, self.chart), self.model.arrays
         origin = space.unravel(np.zeros(space.size))
-        # Traced, since a model's `scan` looks its values up by a traced step.
-        sites = jax.eval_shape(lambda point: self.model.constrain(point, arrays, self.params, chart=self.chart), origin)
+        sites = jax.eval_shape(lambda: self.model.constrain(origin, arrays, self.params, chart=self.chart))
         latents = {name: np.asarray(given[name]) for name in space.names if name in given}
         draws = max((len(values) for values in latents.values() if values.ndim), default=0)
         if any(name not in latents or latents[name].shape != (draws, *sites[name].shape) for name in space.names):
