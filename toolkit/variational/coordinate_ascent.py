@@ -98,6 +98,7 @@ def ascend(
     state, current = dict(start), float(elbo(dict(start)))
     elbos, gains = list[float](), list[float]()
     still, next_look, status, message = math.inf, 1, Status.BUDGET, ""
+    since, seemed = 0, -math.inf  # gains are looked at from here on; where it last seemed to have arrived
     for sweep in range(1, max_sweeps + 1):
         before = state
         for name, update in updates.items():
@@ -113,12 +114,16 @@ def ascend(
         current = risen
         if sweep >= next_look:
             next_look = sweep + 1 if sweep < _EACH else math.ceil(_GROWTH * sweep)
-            still = max(float(left(state)), 0.0) if left else remaining(gains, _NOISE * max(1.0, abs(current)))
+            noise = _NOISE * max(1.0, abs(current))
+            still = max(float(left(state)), 0.0) if left else remaining(gains[since:], noise)
             if report:
                 report(sweep, current)
             if still <= _SHARE * tolerance:
-                status = Status.ARRIVED
-                break
+                if left or current - seemed <= _SHARE * tolerance:
+                    status = Status.ARRIVED
+                    break
+                # Asked again, of later gains alone: behind large gains that shrink fast, small slow ones are not seen.
+                since, seemed, still, next_look = sweep, current, math.inf, sweep + 1
     if left and status is not Status.DIVERGED:
         still = max(float(left(state)), 0.0)
     return Ascent(state, status, still, len(elbos), _trace(elbos), message)
@@ -129,7 +134,8 @@ def remaining(gains: Sequence[float], noise: float = 0.0) -> float:
 
     The last third of the gains is cut in two halves: where the second is q times the first, what follows is the second
     times q / (1 - q). Since the third grows with the run, a part of the error that shrinks slowly is seen once the
-    faster parts are gone. What shrinks a hundred times more slowly than the run is long stays unseen.
+    faster parts are gone. What shrinks a hundred times more slowly than the run is long stays unseen. Where `ascend`
+    has nothing better, it asks twice, the second time of gains that came after the first answer.
 
     Args:
         gains: Of each sweep, in nats.

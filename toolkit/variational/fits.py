@@ -59,7 +59,9 @@ class Fit:
         log_evidence: The guide's own approximation of log p(x) in nats, where its algorithm has one, as expectation
             propagation has; it bounds nothing and has no known error. None otherwise.
         optima: The ELBO in nats of each distinct optimum that the starts led to, the reported one first; from SVI,
-            whose ends scatter, of the end of each start that was followed, whether at one optimum or not.
+            whose ends scatter, of the end of each start that was followed, whether at one optimum or not. For a point
+            mass, which has no ELBO, the log density log p(x, z) in the chart's constrained space.
+        reached: How many starts led to each of `optima`, where the guide's own algorithm counts them; empty otherwise.
         solver: What fitted it.
         why: Why that solver.
         traces: The course of the best start to each optimum; from SVI, of each start that the budget paid for.
@@ -81,6 +83,7 @@ class Fit:
     certificate: Certificate | None = None
     log_evidence: float | None = None
     optima: tuple[Estimate, ...] = ()
+    reached: tuple[int, ...] = ()
     solver: str = ""
     why: str = ""
     traces: tuple[Trace, ...] = ()

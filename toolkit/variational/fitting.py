@@ -207,7 +207,9 @@ def _by_itself(
         log_evidence=solved.log_evidence,
         solver=solved.solver or guide.name,
         why=solved.why,
-        traces=(solved.trace,) if solved.trace else (),
+        optima=tuple(Estimate(height, 0.0) for height in solved.optima),
+        reached=solved.reached,
+        traces=((solved.trace,) if solved.trace else ()) + solved.other_traces,
         cost=Cost(
             solved.compile_seconds,
             time.perf_counter() - begun - solved.compile_seconds,
@@ -223,7 +225,7 @@ def _by_itself(
         elbo = Estimate.of_mean(weights) if np.isfinite(weights).all() else Estimate(-math.inf, math.nan)
         if solved.elbo is not None:
             elbo = _agreed(solved.elbo, elbo, guide)
-        optima = (elbo,) if solved.status.has_optimum else ()
+        optima = fitted.optima or ((elbo,) if solved.status.has_optimum else ())
         fitted = replace(fitted, elbo=elbo, fresh_log_weights=weights, optima=optima)
     progress(f"fit {guide.name}", 1, 1, "done")
     return fitted

@@ -24,7 +24,7 @@ from toolkit.variational.guides import Guide
 from toolkit.variational.solvers.svi import Trace
 
 _KIND = "fit"
-_VERSION = 11
+_VERSION = 12
 """Part of every kept fit's name: raised when the same settings would no longer give the same fit."""
 
 
@@ -57,6 +57,7 @@ def keep_fit(storage: Storage, name: str, fit: Fit) -> None:
         "certificate": _certificate_as_dict(fit.certificate),
         "log_evidence": fit.log_evidence,
         "optima": fit.optima,
+        "reached": fit.reached,
         "solver": fit.solver,
         "why": fit.why,
         "invalid_steps": fit.invalid_steps,
@@ -91,6 +92,7 @@ def kept_fit(storage: Storage, name: str, model: Model, guide: Guide) -> Fit | N
         certificate=_certificate(meta["certificate"]),
         log_evidence=meta["log_evidence"],
         optima=tuple(Estimate(*optimum) for optimum in meta["optima"]),
+        reached=tuple(meta["reached"]),
         solver=meta["solver"],
         why=meta["why"],
         traces=tuple(

@@ -61,6 +61,10 @@ class Solved:
         certificate: How far the family's best may lie above; None where that is not known.
         elbo: The ELBO in nats, where the algorithm has it in closed form; it is held against fresh draws.
         log_evidence: The algorithm's own approximation of log p(x) in nats, which bounds nothing; None if it has none.
+        optima: What the algorithm raises, in nats, at each distinct optimum that its starts led to, the one behind
+            `params` first; empty if it does not tell optima apart.
+        reached: How many starts led to each of `optima`.
+        other_traces: The courses to the other optima.
         gradients: Gradients of the log density at one point each, or what took as long.
         compile_seconds: Spent on tracing and compiling.
         peak_bytes: What the largest program holds at once; 0 if not known.
@@ -75,6 +79,9 @@ class Solved:
     certificate: Certificate | None = None
     elbo: float | None = None
     log_evidence: float | None = None
+    optima: tuple[float, ...] = ()
+    reached: tuple[int, ...] = ()
+    other_traces: tuple[Trace, ...] = ()
     gradients: int = 0
     compile_seconds: float = 0.0
     peak_bytes: int = 0

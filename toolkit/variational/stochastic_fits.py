@@ -13,7 +13,7 @@ import numpy as np
 import numpyro
 from numpyro import handlers
 from numpyro.infer import Trace_ELBO
-from numpyro.infer.autoguide import AutoLaplaceApproximation
+from numpyro.infer.autoguide import AutoDelta, AutoLaplaceApproximation
 
 from toolkit.cost import Cost
 from toolkit.estimate import Estimate
@@ -133,7 +133,7 @@ def fit_by_svi(
     return replace(
         best,
         # The ends of starts: steps that scatter do not tell whether two of them are at one optimum.
-        optima=tuple(run.elbo for run in runs if run.elbo is not None),
+        optima=tuple(end for run in runs for end in run.optima),
         traces=tuple(trace for run in runs for trace in run.traces),
         invalid_steps=sum(run.invalid_steps for run in runs),
         cost=functools.reduce(operator.add, (run.cost for run in runs), cost),
@@ -194,13 +194,16 @@ def _run(
         params=params if status is not Status.DIVERGED else {},
         start={name: np.asarray(value) for name, value in starts.space.unravel(start.loc).items()},
     )
-    if not fitted.has_density:
-        return fitted, solution.compared
+    by_density = isinstance(built, AutoDelta | AutoLaplaceApproximation)
+    if by_density and status is Status.ARRIVED:  # what was climbed is the log density, and no ELBO
+        fitted = replace(fitted, status=Status.MATCHED)
     elbo, weights = solution.elbo, solution.log_weights
-    if isinstance(built, AutoLaplaceApproximation):  # what was climbed is the log density, not the Gaussian's ELBO
+    if not fitted.has_density:
+        return replace(fitted, optima=(elbo,) if fitted.usable else ()), solution.compared
+    if by_density:
         weights = fitted.log_weights(jax.random.fold_in(key, 1), _ELBO_DRAWS)
         elbo = Estimate.of_mean(weights)
-    return replace(fitted, elbo=elbo, fresh_log_weights=weights), solution.compared
+    return replace(fitted, elbo=elbo, optima=(elbo,), fresh_log_weights=weights), solution.compared
 
 
 def _working_guide(built: Any, chosen: Coordinates) -> Callable[..., Any]:
