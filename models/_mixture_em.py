@@ -108,10 +108,11 @@ class Mixture:
 
     def begin(self, rng: np.random.Generator) -> State:
         """A random start: as many rows as means, equal weights, and the data's own variances."""
-        rows = rng.choice(len(self.x), self.components, replace=False)
+        kinds = np.unique(self.x, axis=0)  # two means at one place would never part
+        rows = rng.choice(len(kinds), self.components, replace=len(kinds) < self.components)
         return {
             "weights": np.full(self.components, 1 / self.components),
-            "means": self.x[rows],
+            "means": kinds[rows],
             "variances": np.tile(self.x.var(axis=0), (self.components, 1)),
         }
 

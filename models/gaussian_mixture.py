@@ -87,7 +87,7 @@ def gaussian_mixture(
 
 
 def penguins() -> pd.DataFrame:
-    """The birds in their own units: `species`, `bill length`, `bill depth` and `flipper length` (mm), `body mass` (g)."""
+    """The birds in their own units: `species`, `bill length`, `bill depth`, `flipper length` (mm), `body mass` (g)."""
     return pd.read_csv(_FILE)
 
 
@@ -110,7 +110,7 @@ def dataset(*features: str) -> Dataset:
 def _penguins(features: Sequence[str]) -> Dataset:
     table = penguins().drop(columns="species")
     if unknown := [name for name in features if name not in table]:
-        raise ValueError(f"Expected features among {', '.join(table)}; got {', '.join(unknown)}.")
+        raise ValueError(f"Expected features among {', '.join(map(str, table))}; got {', '.join(unknown)}.")
     if len(set(features)) < len(features):
         raise ValueError(f"Expected each feature once; got {', '.join(features)}.")
     measured = table[list(features)]

@@ -46,6 +46,15 @@ DIVERGENT = 1.0
 """Tail index of - log q under p from which on its mean is infinite; above `TAIL_LIMIT` no draws at hand tell it."""
 
 
+POINT = "a point has no density: its entropy and ELBO are minus infinity, and KL(q || p) and KL(p || q) infinite"
+"""What `Gaps.table` says of a point mass in place of its gaps."""
+
+
+def is_point(fit: Any) -> bool:
+    """Whether a fit is a point mass, which can draw and has no density."""
+    return bool(fit.usable and not getattr(fit, "has_density", True))
+
+
 @dataclass(frozen=True, eq=False)
 class Gaps:
     """The split of the log evidence.
@@ -60,7 +69,8 @@ class Gaps:
             kl_pq, KL(p || q), with the tail index behind it and kl_pq_problem, why it is no number; tv_bound, what no
             probability may differ by more than, at 95 %; cdf_difference, the largest difference that was seen, and of
             which quantity; the decompositions expected_log_likelihood - kl_to_prior and energy + entropy (in the plain
-            chart's unconstrained space); problem, why something is missing. NaN or empty where unknown.
+            chart's unconstrained space; of a point mass the entropy is minus infinity); problem, why something is
+            missing. NaN or empty where unknown.
         drawn: Guide name to the draws of its latent sites that this rests on, `(draws, ...)` each.
     """
 
@@ -144,12 +154,15 @@ def _unknown(model: Model, sides: Sequence[_Side]) -> LogEvidence:
 def _side(
     model: Model, fit: Approximation, seen: Mapping[str, np.ndarray], shape: tuple[int, ...], *, key: jax.Array
 ) -> _Side:
-    if not (fit.usable and fit.status.has_optimum and fit.elbo):
+    point = is_point(fit)
+    if not (fit.usable and fit.status.has_optimum and (fit.elbo or point)):
         return _Side(fit, {}, None, None, 0.0, "")
     sites = (*model.latents, model.labels.by) if model.labels else model.latents
     try:
         with jax.enable_x64(True):
             drawn = fit.draw(key, _DRAWS, tuple(dict.fromkeys(sites)))
+        if point:
+            return _Side(fit, drawn, None, None, 0.0, POINT)
         if not isinstance(fit, Weighed) or fit.fresh_log_weights is None:
             return _Side(fit, drawn, None, None, 0.0, "its density is not known")
         if not model.labels:
@@ -194,8 +207,10 @@ def _row(
         "cdf_difference_quantity": "",
         "problem": side.problem,
     }
-    if not (fit.usable and fit.status.has_optimum and fit.elbo):
-        return row | {"problem": "the fit has no optimum"}
+    if not (fit.usable and fit.status.has_optimum and (fit.elbo or side.problem == POINT)):
+        return row | {"problem": side.problem or "the fit has no optimum"}
+    if fit.elbo is None:
+        return row | _decomposed(model, side, Estimate(-math.inf, 0.0))
     elbo = fit.elbo
     row |= {"elbo": elbo.value, "elbo_se": elbo.se, "labels": side.labels}
     below = _kl_qp(evidence, elbo)
@@ -283,7 +298,7 @@ def _decomposed(model: Model, side: _Side, elbo: Estimate) -> dict[str, float]:
         return {}
     energy = Estimate.of_mean(seen.log_density)
     found = {"energy": energy.value, "energy_se": energy.se, "entropy": elbo.value - energy.value}
-    if not model.flat_priors and isinstance(side.fit, Weighed):
+    if not model.flat_priors and (isinstance(side.fit, Weighed) or elbo.value == -math.inf):
         likelihood = Estimate.of_mean(seen.log_likelihood)
         found |= {
             "expected_log_likelihood": likelihood.value,

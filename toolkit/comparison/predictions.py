@@ -275,6 +275,8 @@ def _loss_columns(
 
 def _left_out_columns(source: Source, data: Data, found: LeaveOneOut | None, matched: int) -> dict[str, Any]:
     if found is None:
+        if all(np.ptp(values, axis=0).max(initial=0.0) == 0 for values in source.draws.values()):
+            return {"loo_problem": "a point has no density, which leave-one-out by its draws needs"}
         return {"loo_problem": "its density is not known, which leave-one-out by its draws needs"}
     row = {"khat": float(found.khat.max()), "unreliable": int(found.unreliable.sum()), "matched": matched}
     if source.log_ratios is not None and not found.khat.min() <= khat_limit(len(source.likelihoods)):

@@ -126,6 +126,8 @@ def _group(rows: pd.DataFrame, names: list[str], word: str, than: str) -> str:
         number = Estimate(worst["value"], worst["se"])
         return f"{word} (the 90 % interval of {worst['quantity']} holds {number} of {than})"
     values = of_kind["value"].to_numpy()
+    if widths and (values == 0).all():
+        return f"{'has' if len(names) == 1 else 'have'} no spread at all: the guide is a point there"
     low, high = of_kind.iloc[int(np.argmin(values))], of_kind.iloc[int(np.argmax(values))]
     worst = low if word in (NARROW, DOWN) else high
     measure = _measure(of_kind["metric"], widths)
@@ -186,6 +188,12 @@ def whose(rows: pd.DataFrame, certificate: Certificate | None, thresholds: Thres
     names = set(wrong["quantity"])
     if not names:
         return ""
+    widths = wrong.loc[wrong["metric"].isin(WIDTHS), "value"]
+    if len(widths) and (widths == 0).all():
+        moved = "" if wrong.loc[wrong["metric"].isin(LOCATIONS)].empty else (
+            "; where the point lies is its aim's, a maximum of the density, which moves with the coordinates"
+        )
+        return f"that there is no spread is the family's, whose members are points{moved}"
     if not climbs:
         return "its algorithm does not climb the ELBO: what is wrong is its approximation's, and no optimiser's"
     if certificate is None or not math.isfinite(certificate.limit):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from toolkit.comparison.gaps import NOT_CLIMBED
+from toolkit.comparison.gaps import NOT_CLIMBED, is_point
 from toolkit.comparison.sentences import at_most, climbs, whose
 from toolkit.comparison.verdicts import Thresholds, reach
 from toolkit.estimate import Estimate
@@ -27,7 +27,8 @@ GAP = Column(
 OPTIMA = Column(
     "optima",
     "To how many distinct optima the starts led, and how far apart in nats the best and the lowest are; the best one "
-    "is reported. SVI does not tell optima apart: there the starts are counted.",
+    "is reported. SVI does not tell optima apart: there the starts are counted. Of a point they are optima of the log "
+    "density.",
 )
 _LEVEL, _LEVEL_SES = 0.1, 3.0  # nats, what a fit is asked to arrive within by default; standard errors
 _LEAST_SHARE = 0.01  # of a posterior's mass, that is told of
@@ -48,6 +49,11 @@ def by_svi(fit: Any) -> bool:
     return bool(fit.solver == _SVI)
 
 
+def by_density(fit: Any) -> bool:
+    """Whether what rose is the log density and not an ELBO, since the guide is a point mass."""
+    return is_point(fit)
+
+
 def bounded(fit: Any) -> bool:
     """Whether there is a certificate that limits the fit's gap."""
     return fit.status.has_optimum and fit.certificate is not None and math.isfinite(fit.certificate.limit)
@@ -55,7 +61,7 @@ def bounded(fit: Any) -> bool:
 
 def no_optimum(fit: Any) -> str:
     """Why the fit has no ELBO, k-hat or optima to show, in two words; empty if it has."""
-    return "" if fit.status.has_optimum else _no_gap(fit)
+    return "a point" if by_density(fit) else "" if fit.status.has_optimum else _no_gap(fit)
 
 
 def optima_of(fit: Any) -> tuple[Estimate, ...]:
@@ -81,6 +87,8 @@ def _no_gap(fit: Any) -> str:
         return "no fit"
     if not fit.status.has_optimum:
         return "no optimum"
+    if by_density(fit):
+        return "a point"
     if not climbs(fit):
         return NOT_CLIMBED
     if fit.certificate is not None:
@@ -145,14 +153,15 @@ def optima_sentences(fits: Iterable[Any]) -> list[str]:
 
 def _optima_sentence(fit: Any) -> str:
     count, apart, ends = len(fit.optima), spread(fit.optima), sorted(fit.optima, reverse=True)
+    height = "log density" if by_density(fit) else "ELBO"
     heights = _joined([f"{end}".replace("-", "−", 1) for end in (ends if count < 5 else [ends[0], ends[-1]])])
     heights = heights if count < 5 else f"from {heights.replace(' and ', ' down to ')}"
     if by_svi(fit):
         return (
-            f"{fit.guide.name}: {count} starts ended {apart} nats apart (ELBO {heights}); whether at one optimum is "
-            "not known. The best one is reported; nothing is averaged."
+            f"{fit.guide.name}: {count} starts ended {apart} nats apart ({height} {heights}); whether at one optimum "
+            "is not known. The best one is reported; nothing is averaged."
         )
-    text = f"{fit.guide.name}: its starts led to {count} distinct optima, {apart} nats apart (ELBO {heights}). "
+    text = f"{fit.guide.name}: its starts led to {count} distinct optima, {apart} nats apart ({height} {heights}). "
     if fit.certificate is not None and fit.certificate.scope is Scope.GLOBAL:
         # The ELBO is concave there, so that there is one optimum.
         return f"{text}The family has only one here: the lower ones are climbs that ended short of it."
@@ -176,6 +185,8 @@ def _left_out(fit: Any) -> str:
     """
     if as_high(fit.optima) > 1:
         return ""
+    if by_density(fit):
+        return " How much of the posterior's mass lies at each, their heights do not say."
     heights = np.array([end.value for end in fit.optima])
     share = 1 - 1 / np.exp(heights - heights.max()).sum()
     if share < _LEAST_SHARE:

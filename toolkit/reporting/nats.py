@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from toolkit.comparison.gaps import POINT
 from toolkit.comparison.sentences import at_most
 from toolkit.estimate import Estimate
 from toolkit.reporting.contents import Block, Cell, Column, Section, Table
@@ -18,6 +19,8 @@ _LEAST_SE = 5e-4  # nats: no reader needs more decimals
 
 def nats(value: float, se: float = math.nan) -> str:
     """Nats with their error, no finer than thousandths."""
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
     if not math.isfinite(value):
         return "–"
     if not math.isfinite(se) or se < _LEAST_SE:
@@ -97,7 +100,7 @@ _PARTS = (
     Column("expected log likelihood", "E_q[log p(x | z)], in nats: how well the guide's draws fit the data."),
     Column("KL(q || prior)", "E_q[log q(z) - log p(z)], in nats: what the guide says beyond the prior."),
     Column("energy", "E_q[log p(x, z)], in nats, in the unconstrained space of the model as it is written."),
-    Column("entropy", "- E_q[log q(z)] in the same space, in nats: higher is wider."),
+    Column("entropy", "- E_q[log q(z)] in the same space, in nats: higher is wider; minus infinity for a point."),
 )
 
 
@@ -132,6 +135,7 @@ def room_section(gaps: Any, looks: Mapping[str, Look], fits: Sequence[Any] = ())
     """
     table = gaps.table.set_index("guide")
     rows = [name for name in looks if name in table.index and math.isfinite(table.loc[name, "elbo"])]
+    points = [name for name in looks if name in table.index and table.loc[name, "problem"] == POINT]
     blocks: list[Block] = [evidence_in_words(gaps.evidence), *own_evidence_sentences(fits, gaps.evidence)]
     if rows:
         blocks.append(
@@ -145,10 +149,11 @@ def room_section(gaps: Any, looks: Mapping[str, Look], fits: Sequence[Any] = ())
             f"{name}: KL(p || q) is {table.loc[name, 'kl_pq_problem']}." for name in rows if _told(table.loc[name])
         ]
         blocks += [f"{name}: {table.loc[name, 'problem']}." for name in rows if table.loc[name, "problem"]]
-        if table.loc[rows, "energy"].notna().any():
-            parts = tuple(_parts_row(name, table.loc[name], looks[name]) for name in rows)
-            blocks.append(Table("What the ELBO is made of, in nats", _PARTS, parts))
-    else:
+    blocks += [f"{name}: {POINT}." for name in points]
+    if table.loc[rows + points, "energy"].notna().any():
+        parts = tuple(_parts_row(name, table.loc[name], looks[name]) for name in looks if name in rows + points)
+        blocks.append(Table("What the ELBO is made of, in nats", _PARTS, parts))
+    if not rows:
         blocks.append("Left out: no fit has an ELBO that means anything.")
     return Section("room", "How much room is there, and whose is it?", tuple(blocks))
 
@@ -200,7 +205,7 @@ def _parts_row(name: str, row: pd.Series, look: Look) -> tuple[Cell, ...]:
     entropy = row.rename({"energy_se": "entropy_se"})
     return (
         Cell(name, place=look.place),
-        _estimated(row, "elbo"),
+        Cell("−∞") if row["problem"] == POINT else _estimated(row, "elbo"),
         _estimated(likelihood, "expected_log_likelihood"),
         _estimated(row, "kl_to_prior"),
         _estimated(row, "energy"),

@@ -87,7 +87,8 @@ def which_relations(comparison: Any, looks: Mapping[str, Look], against: str) ->
         blocks.append("Left out: with one quantity there are no pairs." if one else _LACKS_REFERENCE)
     else:
         blocks.append(pair_contours(comparison.pairs, comparison.sample, looks, against))
-        if any(name in comparison.correlations for name in looks):
+        known = [comparison.correlations[name] for name in looks if name in comparison.correlations]
+        if any(matrix.notna().any(axis=None) for matrix in known):  # a point has none
             blocks.append(correlation_matrices(comparison.correlations, looks, against))
     return Section("relations", "Which relations are lost?", tuple(blocks))
 

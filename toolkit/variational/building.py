@@ -18,6 +18,7 @@ from numpyro.distributions import biject_to
 from numpyro.infer import init_to_value
 from numpyro.infer.autoguide import (
     AutoContinuous,
+    AutoDelta,
     AutoDiagonalNormal,
     AutoGuide,
     AutoLowRankMultivariateNormal,
@@ -68,7 +69,7 @@ def _set_up(built: AutoGuide, arrays: Mapping[str, Any]) -> None:
     and for the Gaussian guides, which need no density here, it is masked meanwhile: that saves seconds.
     """
     program = built.model
-    if isinstance(built, _GAUSSIAN):
+    if isinstance(built, (*_GAUSSIAN, AutoDelta)):
         hidden = handlers.block(program, hide_fn=_is_observed)
         built.model = handlers.mask(hidden, mask=False)
     with handlers.block(), handlers.seed(rng_seed=0):

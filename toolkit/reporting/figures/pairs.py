@@ -155,7 +155,8 @@ def mass_levels(density: np.ndarray, masses: Sequence[float]) -> list[float]:
 
 def correlation_matrices(correlations: Mapping[str, pd.DataFrame], looks: Mapping[str, Look], against: str) -> Picture:
     """Correlation matrices of the reference and each guide; below each guide its difference from the reference."""
-    guides = [name for name in looks if name in correlations]
+    # A point has no correlations.
+    guides = [name for name in looks if name in correlations and correlations[name].notna().any(axis=None)]
     reference = correlations["reference"]
     worst = {name: (correlations[name] - reference).abs().max().max() for name in guides}
     chosen = sorted(guides, key=lambda name: -worst[name])[:_MATRICES]

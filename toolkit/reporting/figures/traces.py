@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from toolkit.comparison.sentences import climbs, ended
-from toolkit.reporting.arrival import bounded, by_svi, on_fixed_draws
+from toolkit.reporting.arrival import bounded, by_density, by_svi, on_fixed_draws
 from toolkit.reporting.contents import Picture
 from toolkit.reporting.figures.canvas import blank, plain, styled
 from toolkit.reporting.palette import SOFT, Look
@@ -44,8 +44,13 @@ def elbo_traces(fits: Sequence[Any], looks: Mapping[str, Look]) -> Picture:
         units = {_unit(fit) for fit in fits}
         several = "step, evaluation or sweep" if _SWEEPS in units else "step or evaluation"
         figure.supxlabel(units.pop() if len(units) == 1 else several, fontsize=9)
-        figure.supylabel("ELBO (nats)" if all(map(climbs, fits)) else "nats", fontsize=9)
-    return Picture("elbo_traces", figure, f"ELBO in the course of each fit. {'; '.join(said)}.", _reading(fits))
+        heights = dict.fromkeys(
+            "log density" if by_density(fit) else "ELBO" if climbs(fit) else "log evidence" for fit in fits
+        )
+        what = " or ".join(sorted(heights))
+        figure.supylabel(f"{what} (nats)", fontsize=9)
+    title = what if "ELBO" in heights else what.capitalize()
+    return Picture("elbo_traces", figure, f"{title} in the course of each fit. {'; '.join(said)}.", _reading(fits))
 
 
 def _unit(fit: Any) -> str:
@@ -90,6 +95,9 @@ def _reading(fits: Sequence[Any]) -> str:
             "On fixed draws a line ends a little off the grey one: above it by what the fit owes to its own draws, "
             "which it was fitted to, and to either side by the error that these few draws have. "
         )
+    points = [fit.guide.name for fit in fits if by_density(fit)]
+    if points:
+        words += f"For a point ({', '.join(points)}) it is the log density that rises, and there is no grey line. "
     if len(fixed) < len(fits):
         words += "Lines of steps that end flat and together have arrived."
     return f"{words.strip()} {said}".strip()
