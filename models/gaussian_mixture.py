@@ -80,8 +80,9 @@ def gaussian_mixture(
         variances = numpyro.sample("variances", dist.InverseGamma(VARIANCE_SHAPE, components ** (-2 / features)))
         means = numpyro.sample("means", dist.Normal(0.0, jnp.sqrt(variances / MEAN_WEIGHT)))
         sds = numpyro.deterministic("sds", jnp.sqrt(variances))
-    kinds = dist.Normal(means, sds).to_event(1)
-    mixture = dist.MixtureSameFamily(dist.Categorical(probs=weights), kinds)
+    # With an axis for rows, so that all that meets has one rank.
+    kinds = dist.Normal(means[None], sds[None]).to_event(1)
+    mixture = dist.MixtureSameFamily(dist.Categorical(probs=weights[None]), kinds)
     with numpyro.plate("row", rows):
         numpyro.sample("x", mixture, obs=x, infer={"event_dims": ["feature"]})
 
@@ -152,7 +153,7 @@ def simulate(
     orders = jax.vmap(lambda k: jax.random.permutation(k, components))(jax.random.split(of_order, features))
     means = distance * np.asarray(orders).T.astype(float)
     weights = np.asarray(jax.random.dirichlet(of_weights, jnp.full(components, CONCENTRATION)), float)
-    weights /= weights.sum()
+    weights = weights / weights.sum()
     kinds = np.asarray(jax.random.choice(of_kinds, components, (rows,), p=jnp.asarray(weights)))
     x = means[kinds] + np.asarray(jax.random.normal(of_noise, (rows, features)))
     centre, width = x.mean(axis=0), x.std(axis=0)
@@ -228,8 +229,6 @@ def _checked(data: Dataset, components: int) -> np.ndarray:
     x = np.asarray(data.arrays["x"], float)
     if x.ndim != 2 or min(x.shape) < 1:
         raise ValueError(f"Expected x as (row, feature); got shape {x.shape}.")
-    if not np.isfinite(x).all():
-        raise ValueError(f"Expected finite features; {(~np.isfinite(x)).sum()} of {x.size:,} are not: leave rows out.")
     if len(x) < components:
         raise ValueError(f"Expected at least as many rows as components; got {len(x)} and {components}.")
     mean, sd = x.mean(axis=0), x.std(axis=0)

@@ -85,6 +85,24 @@ def test_a_guide_on_an_outline_is_the_guide_on_the_model(
         np.testing.assert_allclose(one[site]["value"], message["value"], rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", ["map", "laplace"])
+def test_a_guide_of_points_on_an_outline_is_the_guide_on_the_model(
+    model: Model, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While they are fitted: where the parameters begin, and what is sampled there."""
+    space = latent_space(model)
+    start = space.unravel(np.random.default_rng(1).standard_normal(space.size))
+    guides = build_guide(model, find_guide(name), start), on_the_model(monkeypatch, model, name, start)
+    with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
+        one, other = (handlers.trace(handlers.seed(guide, 3)).get_trace(**model.arrays) for guide in guides)
+        losses = [float(guide._loss_fn({"auto_loc": space.ravel(start)})) for guide in guides if name == "laplace"]
+    assert list(one) == list(other)
+    for site, message in other.items():
+        assert one[site]["type"] == message["type"]
+        np.testing.assert_allclose(one[site]["value"], message["value"], rtol=1e-6, atol=1e-7)
+    assert np.ptp(losses) < 1e-6 if losses else name == "map"
+
+
 def test_a_model_with_parameters_of_its_own_has_no_outline() -> None:
     def learned(y: Any) -> None:
         width = numpyro.param("width", 1.0)

@@ -21,6 +21,7 @@ from numpyro.infer.autoguide import (
     AutoDelta,
     AutoDiagonalNormal,
     AutoGuide,
+    AutoLaplaceApproximation,
     AutoLowRankMultivariateNormal,
     AutoMultivariateNormal,
     AutoNormal,
@@ -40,6 +41,7 @@ _GAUSSIAN = (
     AutoBlockNormal,
     AutoChainNormal,
 )
+_ON_OUTLINE = (*_GAUSSIAN, AutoLaplaceApproximation, AutoDelta)
 
 
 def build_guide(model: Model, guide: Guide, start: Mapping[str, Any] | None = None) -> Callable[..., Any]:
@@ -49,7 +51,8 @@ def build_guide(model: Model, guide: Guide, start: Mapping[str, Any] | None = No
     if not isinstance(built, AutoGuide):
         return built
     with jax.enable_x64(True):
-        outline = _outline(program, model.arrays, start) if start is not None and isinstance(built, _GAUSSIAN) else None
+        readable = start is not None and isinstance(built, _ON_OUTLINE)
+        outline = _outline(program, model.arrays, start or {}) if readable else None
         if outline is not None:
             _set_up_on_outline(built, outline, model.arrays, start or {})
             return built
@@ -66,10 +69,10 @@ def _set_up(built: AutoGuide, arrays: Mapping[str, Any]) -> None:
     """Let an autoguide read the model's latent sites.
 
     NumPyro evaluates the density and its gradient there, operation by operation, to check the start; ours is checked,
-    and for the Gaussian guides, which need no density here, it is masked meanwhile: that saves seconds.
+    and for guides that need no density here, Gaussians and points, it is masked meanwhile: that saves seconds.
     """
     program = built.model
-    if isinstance(built, (*_GAUSSIAN, AutoDelta)):
+    if isinstance(built, _ON_OUTLINE):
         hidden = handlers.block(program, hide_fn=_is_observed)
         built.model = handlers.mask(hidden, mask=False)
     with handlers.block(), handlers.seed(rng_seed=0):
@@ -90,7 +93,7 @@ class _Latent:
 
 @dataclass(frozen=True)
 class _Outline:
-    """What a Gaussian autoguide reads of a model.
+    """What an autoguide reads of a model.
 
     Attributes:
         sites: Latent sites by name, and deterministic ones, of which nothing but the name is read.
@@ -163,10 +166,10 @@ def _is_latent(site: Mapping[str, Any]) -> bool:
 def _set_up_on_outline(
     built: AutoGuide, outline: _Outline, arrays: Mapping[str, Any], start: Mapping[str, Any]
 ) -> None:
-    """Let a Gaussian autoguide read an outline of its model instead of the model itself, and only trace it.
+    """Let an autoguide read an outline of its model instead of the model itself, and only trace it.
 
     NumPyro runs the model and its density there three times, operation by operation; each kind of operation is compiled
-    on its own, which takes seconds. Of all that, a Gaussian autoguide keeps names, shapes, supports and plates, and
+    on its own, which takes seconds. Of all that, a Gaussian or a point keeps names, shapes, supports and plates, and
     the values where it begins, which are known: they take the place of the traced ones.
     """
     program = built.model
@@ -179,7 +182,8 @@ def _set_up_on_outline(
             jax.eval_shape(lambda: built._setup_prototype(**arrays))
     built.model = program
     # Tracing has put the sites into alphabetical order; NumPyro's is the program's, and so is `Space`'s.
-    built._init_locs = {name: jnp.asarray(start[name]) for name in outline.values}
+    own = outline.values if isinstance(built, AutoDelta) else start  # a point's parameters are constrained
+    built._init_locs = {name: jnp.asarray(own[name]) for name in outline.values}
     if isinstance(built, AutoContinuous):
         built._init_latent = jnp.asarray(np.concatenate([np.ravel(start[name]) for name in built._init_locs]))
         shapes = built._unpack_latent.unpack_fn.keywords["shape_dict"]
