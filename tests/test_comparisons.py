@@ -357,11 +357,11 @@ def test_a_guide_that_raises_is_a_row(model: Model, truth: Reference) -> None:
     assert guides.loc["full_rank", "verdict"] == "right"
 
 
-def test_a_point_mass_is_too_narrow(model: Model, truth: Reference) -> None:
+def test_a_point_mass_has_no_spread(model: Model, truth: Reference) -> None:
     point = _named("map", np.zeros((3, 3)), has_density=False)
     row = compare(model, truth, [point], key=KEY).guides.loc["map"]
     assert (row["verdict"], row["worst_sd_ratio"], row["wrong"]) == ("wrong", 0.0, 4)
-    assert row["sentence"].startswith("no: 4 of 4 too narrow (sd 0 x the reference)")
+    assert row["sentence"].startswith("no: 4 of 4 have no spread at all: the guide is a point there")
 
 
 def test_a_shift_is_told_with_its_direction(model: Model, truth: Reference) -> None:
