@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 import models
-from toolkit import Estimate, default_storage, fit, study
+from toolkit import Dataset, Estimate, default_storage, fit, study
 from toolkit.reporting.arrival import optima_sentences
 
 parser = argparse.ArgumentParser(description="What does the entropy of a guide buy?")
@@ -38,6 +38,15 @@ settings = {
     **(quick if options.quick else {}),
 }
 
+
+def flippers(birds: int) -> Dataset:
+    """So many birds, chosen at random, standardised anew."""
+    data = curated.dataset()
+    chosen = np.random.default_rng(options.seed).permutation(len(data.arrays["x"]))[:birds]
+    x = data.arrays["x"][np.sort(chosen)]
+    return replace(data, arrays={"x": (x - x.mean(axis=0)) / x.std(axis=0)})
+
+
 # %% [markdown]
 # ## One posterior, four answers
 # `em` and `map` are points, found by different means; `laplace` is a Gaussian around a point, `mean_field` the best
@@ -46,7 +55,10 @@ settings = {
 # %%
 guides = ["em", "laplace", "mean_field"] if options.quick else ["em", "map", "laplace", "mean_field"]
 done = study(
-    curated.model(), guides=guides, focus=["means[component 1, flipper length]", "weights[component 1]"], **settings
+    curated.model(flippers(120 if options.quick else 342)),
+    guides=guides,
+    focus=["means[component 1, flipper length]", "weights[component 1]"],
+    **settings,
 )
 report = done.write(options.out / "entropy_matters")
 comparison = done.comparison
@@ -94,11 +106,7 @@ print(costs.round(3).to_string())
 # %%
 def lost_with(birds: int) -> Estimate:
     """What EM loses in predicting as many new birds as it has seen."""
-    data = curated.dataset()
-    chosen = np.random.default_rng(options.seed).choice(len(data.arrays["x"]), birds, replace=False)
-    x = data.arrays["x"][chosen]
-    x = (x - x.mean(axis=0)) / x.std(axis=0)
-    few = study(curated.model(replace(data, arrays={"x": x})), guides=["em"], **settings)
+    few = study(curated.model(flippers(birds)), guides=["em"], **settings)
     row = few.comparison.predictions.scores.set_index("source").loc["em"]
     print(f"{birds} birds: {Estimate(row['loss'], row['loss_se'])} nats lost; {few.reference.status.value}")
     return Estimate(float(row["loss"]), float(row["loss_se"]))
