@@ -14,6 +14,7 @@ from toolkit.variational.certificates import Certificate, Scope
 
 LOCATIONS, WIDTHS = ("shift", "median_shift"), ("sd_ratio", "spread_ratio")
 _MOST_TIMES = 50  # as many draws: nobody draws more to learn on which side of a threshold a number lies
+_BY_DENSITY = ("AutoDelta", "AutoLaplaceApproximation")  # which sit at a mode
 NARROW, WIDE, UP, DOWN = "too narrow", "too wide", "shifted up", "shifted down"
 
 
@@ -22,9 +23,15 @@ def climbs(fit: Any) -> bool:
     return bool(getattr(fit.guide, "climbs", True))
 
 
+def seeks_elbo(fit: Any) -> bool:
+    """Whether a high ELBO was the aim; False for moments that were matched and for a mode of the density as well."""
+    by_density = not getattr(fit, "has_density", True) or getattr(fit.guide, "label", "") in _BY_DENSITY
+    return climbs(fit) and not (fit.usable and by_density)
+
+
 def ended(fit: Any) -> str:
     """How a fit ended, as the sentence that a reader sees."""
-    return fit.status.sentence(climbs=climbs(fit))
+    return fit.status.sentence(climbs=seeks_elbo(fit))
 
 
 def directions(rows: pd.DataFrame) -> list[str]:
@@ -190,8 +197,10 @@ def whose(rows: pd.DataFrame, certificate: Certificate | None, thresholds: Thres
         return ""
     widths = wrong.loc[wrong["metric"].isin(WIDTHS), "value"]
     if len(widths) and (widths == 0).all():
-        moved = "" if wrong.loc[wrong["metric"].isin(LOCATIONS)].empty else (
-            "; where the point lies is its aim's, a maximum of the density, which moves with the coordinates"
+        moved = (
+            ""
+            if wrong.loc[wrong["metric"].isin(LOCATIONS)].empty
+            else ("; where the point lies is its aim's, a maximum of the density, which moves with the coordinates")
         )
         return f"that there is no spread is the family's, whose members are points{moved}"
     if not climbs:

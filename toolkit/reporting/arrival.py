@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from toolkit.comparison.gaps import NOT_CLIMBED, is_point
-from toolkit.comparison.sentences import at_most, climbs, whose
+from toolkit.comparison.sentences import at_most, climbs, seeks_elbo, whose
 from toolkit.comparison.verdicts import Thresholds, reach
 from toolkit.estimate import Estimate
 from toolkit.reporting.contents import Cell, Column
@@ -89,7 +89,7 @@ def _no_gap(fit: Any) -> str:
         return "no optimum"
     if by_density(fit):
         return "a point"
-    if not climbs(fit):
+    if not seeks_elbo(fit):
         return NOT_CLIMBED
     if fit.certificate is not None:
         return "no finite limit"
@@ -214,7 +214,7 @@ def whose_sentences(fits: Iterable[Any], table: pd.DataFrame, thresholds: Thresh
     """For each guide with wrong quantities, whether that is the family's or may be the optimiser's, and by what."""
     said = []
     for fit in fits:
-        clause = whose(table[table["guide"] == fit.guide.name], fit.certificate, thresholds, climbs=climbs(fit))
+        clause = whose(table[table["guide"] == fit.guide.name], fit.certificate, thresholds, climbs=seeks_elbo(fit))
         if clause:
             said.append(f"{fit.guide.name}: {clause}.{_in_sds(fit) if bounded(fit) else ''}")
     return said

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from toolkit.comparison.sentences import climbs, whose
+from toolkit.comparison.sentences import seeks_elbo, whose
 from toolkit.reporting.contents import Answer
 from toolkit.reporting.palette import Look
 from toolkit.reporting.tables import seconds
@@ -47,7 +47,9 @@ def answers(study: Any, looks: Mapping[str, Look]) -> tuple[Answer, ...]:
     cost = study.reference.cost.seconds if study.reference.origin.startswith("NUTS") else math.nan
     table, thresholds = study.comparison.table, study.comparison.thresholds
     clauses = {
-        fit.guide.name: whose(table[table["guide"] == fit.guide.name], fit.certificate, thresholds, climbs=climbs(fit))
+        fit.guide.name: whose(
+            table[table["guide"] == fit.guide.name], fit.certificate, thresholds, climbs=seeks_elbo(fit)
+        )
         for fit in study.fits
     }
     return tuple(

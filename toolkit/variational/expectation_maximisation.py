@@ -90,7 +90,7 @@ class ExpectationMaximisation:
         return Solved(
             # AutoDelta's own names of its parameters.
             {f"{name}_auto_loc": best.state[name] for name in problem.space.names},
-            Status.MATCHED if best.status is Status.ARRIVED else best.status,
+            best.status,
             _told(optima, self.starts),
             solver="expectation_maximisation",
             why=why,

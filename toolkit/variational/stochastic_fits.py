@@ -195,8 +195,6 @@ def _run(
         start={name: np.asarray(value) for name, value in starts.space.unravel(start.loc).items()},
     )
     by_density = isinstance(built, AutoDelta | AutoLaplaceApproximation)
-    if by_density and status is Status.ARRIVED:  # what was climbed is the log density, and no ELBO
-        fitted = replace(fitted, status=Status.MATCHED)
     elbo, weights = solution.elbo, solution.log_weights
     if not fitted.has_density:
         return replace(fitted, optima=(elbo,) if fitted.usable else ()), solution.compared
