@@ -111,7 +111,7 @@ class ExpectationMaximisation:
         aside = {name: (1 - _ASIDE) * first.state[name] + _ASIDE * other for name, other in self.begin(rng).items()}
         second = self._ascend(aside, problem.tolerance, sweeps - first.sweeps)
         total = first.sweeps + second.sweeps
-        if not second.elbo > first.elbo:
+        if not second.elbo > first.elbo + _SAME * problem.tolerance:  # back where it was
             return replace(first, sweeps=total)
         courses = first.trace, second.trace
         steps = np.r_[courses[0].steps, first.sweeps + courses[1].steps]

@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import Transform
 
 from toolkit.comparison.verdicts import Thresholds
 from toolkit.reporting.contents import Picture
@@ -18,6 +19,7 @@ from toolkit.reporting.figures.canvas import MANY_MARKS, blank, plain, ratio_axi
 from toolkit.reporting.palette import LINE, RIGHT, Look
 
 _LABELLED = 3
+_EDGE = 0.04  # of a panel's height: where dots without a place on the log scale lie
 
 
 def overview(
@@ -41,7 +43,7 @@ def overview(
         if axes[0, 0].get_xscale() == "linear":
             # As many ticks as fit: matplotlib would first lay out the panels with the ticks of wider ones.
             most = {1: 7, 2: 4}.get(columns, 3)
-            axes[0, 0].xaxis.set_major_locator(MaxNLocator(most, steps=[1, 2, 5, 10], min_n_ticks=3))
+            axes[0, 0].xaxis.set_major_locator(MaxNLocator(most, steps=[1, 2, 4, 5, 10], min_n_ticks=3))
         for panel, name in zip(axes.flat, looks, strict=False):
             _panel(panel, frame.xs(name), looks[name], thresholds)
             panel.set_title(plain(name), color=looks[name].text.light)
@@ -110,16 +112,31 @@ def _panel(axes: Axes, own: Any, look: Look, thresholds: Thresholds, *, bars: bo
     many = len(own) > MANY_MARKS // 3
     if bars:
         _error_bars(axes, own, color=look.mark.light, alpha=0.45 if not many else 0.15, rasterized=many)
-    axes.plot(
-        own["shift"],
-        own["ratio"],
-        look.shape,
-        color=look.mark.light,
-        markersize=4.2 if not many else 3,
-        markeredgewidth=0,
-        alpha=0.85 if not many else 0.5,
-        rasterized=many,
+    zero = (own["ratio"] == 0).to_numpy()
+    # No log scale has a place for 0: such dots lie along the lower edge.
+    places = (
+        (own[~zero], own.loc[~zero, "ratio"], axes.transData),
+        (own[zero], np.full(zero.sum(), _EDGE), _along(axes)),
     )
+    for rows, height, transform in places:
+        axes.plot(
+            rows["shift"],
+            height,
+            look.shape,
+            color=look.mark.light,
+            markersize=4.2 if not many else 3,
+            markeredgewidth=0,
+            alpha=0.85 if not many else 0.5,
+            rasterized=many,
+            transform=transform,
+        )
+    if zero.any():
+        axes.text(0.03, 2.2 * _EDGE, "sd ratio 0:", transform=axes.transAxes, fontsize=8, color=look.text.light)
+
+
+def _along(axes: Axes) -> Transform:
+    """Shifts across, and shares of the panel's height up."""
+    return axes.get_xaxis_transform()
 
 
 def _error_bars(axes: Axes, own: Any, **options: Any) -> None:
@@ -148,8 +165,9 @@ def _number_worst(axes: Axes, own: Any, look: Look) -> None:
     for i, (shift, ratio) in enumerate(zip(worst["shift"], worst["ratio"], strict=True), start=1):
         axes.annotate(
             str(i),
-            (shift, ratio),
+            (shift, ratio if ratio > 0 else _EDGE),
             (5, 4),
+            xycoords="data" if ratio > 0 else _along(axes),
             textcoords="offset points",
             fontsize=8,
             fontweight="bold",
