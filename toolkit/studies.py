@@ -277,7 +277,7 @@ class _Work:
     def fitted(self, guide: Guide, smaller: tuple[Fit, ...]) -> Fit:
         """The fit, or a fit that says why there is none: another guide's work must not be lost to this one's error."""
         try:
-            starts = 1 if guide.solve else self._starts(guide.chart or self.model.chart)
+            starts = 1 if guide.solve and not guide.from_gaussian else self._starts(guide.chart or self.model.chart)
             with _timed(self.stages, f"fit {guide.name}"):
                 fitted = fit(
                     self.model,

@@ -31,6 +31,7 @@ from numpyro.infer.util import constrain_fn
 from toolkit.modelling.model import Model
 from toolkit.variational.block_guides import AutoBlockNormal
 from toolkit.variational.chain_guides import AutoChainNormal
+from toolkit.variational.flow_guides import AutoFlow
 from toolkit.variational.guides import Guide
 
 _GAUSSIAN = (
@@ -41,7 +42,7 @@ _GAUSSIAN = (
     AutoBlockNormal,
     AutoChainNormal,
 )
-_ON_OUTLINE = (*_GAUSSIAN, AutoLaplaceApproximation, AutoDelta)
+_ON_OUTLINE = (*_GAUSSIAN, AutoLaplaceApproximation, AutoDelta, AutoFlow)
 
 
 def build_guide(model: Model, guide: Guide, start: Mapping[str, Any] | None = None) -> Callable[..., Any]:

@@ -18,6 +18,7 @@ from numpyro.infer import autoguide
 
 from toolkit.modelling.space import Space
 from toolkit.variational.block_guides import AutoBlockNormal
+from toolkit.variational.flow_guides import AutoFlow
 from toolkit.variational.gaussians import best_factor, best_low_rank, inverse_factor
 from toolkit.variational.guides import default_rank
 from toolkit.variational.starts import DENSE_LIMIT, Start
@@ -45,6 +46,8 @@ class Coordinates:
 def coordinates(guide: Any, space: Space) -> Coordinates | None:
     """The coordinates for a Gaussian autoguide whose Gaussian is its own to choose; None for any other guide.
 
+    Of a flow they are those of the Gaussian at which it begins; its networks keep their own parameters.
+
     Args:
         guide: An autoguide that has been set up on its model.
         space: The model's latent sites in the guide's chart.
@@ -52,7 +55,7 @@ def coordinates(guide: Any, space: Space) -> Coordinates | None:
     kind = type(guide)  # exactly these: a subclass may give the parameters another meaning
     if kind in (autoguide.AutoNormal, autoguide.AutoDiagonalNormal):
         return _diagonal(guide, space)
-    if kind is autoguide.AutoMultivariateNormal:
+    if kind is autoguide.AutoMultivariateNormal or (isinstance(guide, AutoFlow) and space.size <= DENSE_LIMIT):
         return _dense(guide, space.size)
     if kind is autoguide.AutoLowRankMultivariateNormal:
         return _low_rank(guide, space.size)

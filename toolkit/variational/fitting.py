@@ -33,12 +33,12 @@ from toolkit.variational.failures import describe_edge
 from toolkit.variational.fits import Fit
 from toolkit.variational.gaussian_fits import FIXED_DRAWS, NATURAL_GRADIENT, can_be_pinned, fit_gaussian, parameters
 from toolkit.variational.gaussians import DENSE_LIMIT, RankGain, rank_by_gain
-from toolkit.variational.guides import BY_GAIN, Guide, default_rank, find_guide
+from toolkit.variational.guides import BY_GAIN, FULL_RANK, GUIDES, Guide, default_rank, find_guide
 from toolkit.variational.minibatches import Minibatch, find_minibatch
 from toolkit.variational.nesting import contains
 from toolkit.variational.own_solvers import Problem, Solved
 from toolkit.variational.starts import Starts, find_starts
-from toolkit.variational.stochastic_fits import Prepared, fit_by_svi
+from toolkit.variational.stochastic_fits import Prepared, fit_by_svi, start_at
 from toolkit.variational.tails import find_level_edge, flat_coordinates
 
 AUTO, SVI = "auto", "svi"
@@ -83,8 +83,9 @@ def fit(
             any guide), or `"auto"`, which chooses and says why.
         starts: How many dispersed searches for a mode to begin with, or their result (`find_starts`), which several
             guides may share.
-        smaller: Fits of the same model; a Gaussian guide is not left below those of families that it contains. Fits of
-            other families are passed over, and SVI passes over all.
+        smaller: Fits of the same model; a Gaussian guide is not left below those of families that it contains, and a
+            flow or a mixture begins at the full-rank Gaussian among them, or at one of its own. Fits of other families
+            are passed over, and SVI passes over all.
         prepared: The result of `prepare` for this model and guide, where the solver is SVI; made here if None.
         elbo_draws: Fresh draws behind the ELBO of a guide that is not fitted by SVI, and behind its log weights, from
             which k-hat is had. If None, as many as make the ELBO's standard error a tenth of the tolerance, from 1,024
@@ -142,8 +143,9 @@ def fit(
                 f"Expected starts of this model in chart '{chart}'; got starts in chart '{starts.chart}', with the "
                 f"sites {', '.join(starts.space.names)}: find them with chart='{chart}'."
             )
-        if guide.solve:
-            return _by_itself(model, guide, guide.solve, space, key, tolerance, max_gradients, elbo_draws, progress)
+        if guide.solve and not guide.from_gaussian:
+            problem = _problem(model, guide, space, key, tolerance, max_gradients, progress)
+            return _by_itself(problem, guide, guide.solve, key, elbo_draws)
         if isinstance(starts, int):
             starts = find_starts(model, key=branch(key, 0), chart=chart, count=starts)
         guide, columns = _with_columns(guide, starts, tolerance)
@@ -169,6 +171,19 @@ def fit(
             )
         if batch:
             batch.verify(model, chart, space, starts.points[0].loc)
+        if guide.from_gaussian and not batch:
+            gaussian = _gaussian(model, guide, starts, smaller, key, tolerance, budget // 2, progress)
+            if not any(gaussian is other for other in smaller):
+                cost, budget = cost + gaussian.cost, max(budget - gaussian.cost.gradient_evaluations, 0)
+            if not (gaussian.usable and gaussian.status.has_optimum):
+                told = f"at the Gaussian at which it would begin{gaussian.message and ': '}{gaussian.message}"
+                return Fit(guide, model, gaussian.status, told, cost=cost, solver=gaussian.solver, why=gaussian.why)
+            if guide.solve:
+                problem = replace(_problem(model, guide, space, key, tolerance, budget, progress), starts=starts)
+                fitted = _by_itself(replace(problem, gaussian=gaussian), guide, guide.solve, key, elbo_draws)
+                return replace(fitted, cost=cost + fitted.cost)
+            starts = replace(starts, points=(start_at(gaussian, space),))
+            why = f"{why}; it begins at the best Gaussian, whose ELBO is {gaussian.elbo} nats"
         if chosen == SVI:
             fitted = fit_by_svi(model, guide, starts, prepared, batch, key, tolerance, budget, progress)
         else:
@@ -181,23 +196,48 @@ def fit(
     return replace(fitted, cost=cost + fitted.cost, solver=chosen, why=why)
 
 
-def _by_itself(
+def _gaussian(
     model: Model,
     guide: Guide,
-    solve: Callable[[Problem], Solved],
-    space: Space,
+    starts: Starts,
+    smaller: Sequence[Fit],
     key: jax.Array,
     tolerance: float,
     budget: int,
-    elbo_draws: int | None,
     progress: Progress,
 ) -> Fit:
-    """The fit of a guide that brings its own algorithm, with the ELBO of what that has found."""
-    begun = time.perf_counter()
-    chart = guide.chart or model.chart
+    """The best full-rank Gaussian in a guide's chart: the panel's own, or else one that is fitted here."""
+    if starts.space.size > DENSE_LIMIT:
+        raise ValueError(
+            f"Expected at most {DENSE_LIMIT:,} dimensions for '{guide.name}', which begins at a full-rank Gaussian; got "
+            f"{starts.space.size:,}: take low_rank."
+        )
+    wanted = GUIDES[FULL_RANK] if guide.chart is None else GUIDES[FULL_RANK].in_chart(guide.chart)
+    known = [one for one in smaller if one.guide.family == FULL_RANK and one.chart == starts.chart]
+    if known:
+        return known[0]
+    own = jax.random.fold_in(key, 2)
+    return fit(
+        model, wanted, key=own, tolerance=tolerance, max_gradients=max(budget, 1), starts=starts, progress=progress
+    )
+
+
+def _problem(
+    model: Model, guide: Guide, space: Space, key: jax.Array, tolerance: float, budget: int, progress: Progress
+) -> Problem:
+    """What a guide's own algorithm is given."""
     built = build_guide(model, guide, space.unravel(np.zeros(space.size)))
+    chart = guide.chart or model.chart
+    return Problem(model, chart, space, built, jax.random.fold_in(key, 0), tolerance, budget, progress)
+
+
+def _by_itself(
+    problem: Problem, guide: Guide, solve: Callable[[Problem], Solved], key: jax.Array, elbo_draws: int | None
+) -> Fit:
+    """The fit of a guide that brings its own algorithm, with the ELBO of what that has found."""
+    begun, model, space = time.perf_counter(), problem.model, problem.space
     with np.errstate(over="ignore", invalid="ignore"):  # a run-off ends where floating-point numbers do
-        solved = solve(Problem(model, chart, space, built, jax.random.fold_in(key, 0), tolerance, budget, progress))
+        solved = solve(problem)
     fitted = Fit(
         guide,
         model,
@@ -216,7 +256,7 @@ def _by_itself(
             solved.gradients,
             solved.peak_bytes,
         ),
-        autoguide=built,
+        autoguide=problem.program,
         params=solved.params,
         start=space.unravel(np.zeros(space.size)),
     )
@@ -227,7 +267,7 @@ def _by_itself(
             elbo = _agreed(solved.elbo, elbo, guide)
         optima = fitted.optima or ((elbo,) if solved.status.has_optimum else ())
         fitted = replace(fitted, elbo=elbo, fresh_log_weights=weights, optima=optima)
-    progress(f"fit {guide.name}", 1, 1, "done")
+    problem.progress(f"fit {guide.name}", 1, 1, "done")
     return fitted
 
 

@@ -14,6 +14,7 @@ from toolkit.variational.block_guides import BLOCKS, COUPLED, AutoBlockNormal
 from toolkit.variational.chain_fits import solve_chain
 from toolkit.variational.chain_guides import CHAIN, AutoChainNormal
 from toolkit.variational.expectation_propagation import solve_ep
+from toolkit.variational.flow_guides import AutoBNAF, AutoIAF
 
 if TYPE_CHECKING:
     from toolkit.modelling.model import Model
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 Build = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-LOW_RANK, BY_GAIN = "low_rank", "low_rank_auto"
+LOW_RANK, BY_GAIN, FULL_RANK = "low_rank", "low_rank_auto", "full_rank"
 _RANKED = re.compile(rf"{LOW_RANK}_([1-9]\d*)")
 
 
@@ -42,6 +43,8 @@ class Guide:
             moments: then how far the family's highest ELBO lies above is not asked.
         solve: The algorithm that finds a member, where the guide brings its own, such as coordinate ascent
             (`toolkit.variational.own_solvers`); None where the solvers of `fit` do.
+        from_gaussian: Whether its fit begins at the best full-rank Gaussian, which it contains: that of the panel, or
+            else one that is fitted before it.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Guide:
     rank: int | None = None
     solve: Callable[[Problem], Solved] | None = None
     climbs: bool = True
+    from_gaussian: bool = False
 
     @property
     def title(self) -> str:
@@ -104,6 +108,9 @@ def _structured(structure: str, contains: tuple[str, ...]) -> Guide:
     return Guide(structure, build, contains, label=AutoBlockNormal.__name__)
 
 
+_IN_FULL_RANK = (CHAIN, "coupled", "blocks", "low_rank", "mean_field", "diagonal", "laplace", "ep")
+_IN_RICHER = (FULL_RANK, *_IN_FULL_RANK)
+
 GUIDES: dict[str, Guide] = {
     guide.name: guide
     for guide in (
@@ -113,17 +120,13 @@ GUIDES: dict[str, Guide] = {
         _structured(BLOCKS, ("mean_field", "diagonal")),
         _structured(COUPLED, ("blocks", "mean_field", "diagonal")),
         Guide(CHAIN, AutoChainNormal, ("mean_field", "diagonal"), label=AutoChainNormal.__name__, solve=solve_chain),
-        _auto(
-            "full_rank",
-            "AutoMultivariateNormal",
-            (CHAIN, "coupled", "blocks", "low_rank", "mean_field", "diagonal", "laplace", "ep"),
-        ),
+        _auto(FULL_RANK, "AutoMultivariateNormal", _IN_FULL_RANK),
         replace(_auto("ep", "AutoMultivariateNormal"), solve=solve_ep, climbs=False),
         _auto("map", "AutoDelta"),
         _auto("laplace", "AutoLaplaceApproximation"),
         _auto("diagonal", "AutoDiagonalNormal"),
-        _auto("iaf", "AutoIAFNormal"),
-        _auto("bnaf", "AutoBNAFNormal"),
+        Guide("iaf", AutoIAF, _IN_RICHER, label=AutoIAF.__name__, from_gaussian=True),
+        Guide("bnaf", AutoBNAF, _IN_RICHER, label=AutoBNAF.__name__, from_gaussian=True),
         _auto("dais", "AutoDAIS"),
     )
 }

@@ -15,10 +15,9 @@ from toolkit.variational.block_guides import AutoBlockNormal
 from toolkit.variational.certificates import Scope
 from toolkit.variational.chain_guides import AutoChainNormal
 from toolkit.variational.fits import Fit
-from toolkit.variational.guides import BY_GAIN, LOW_RANK, Guide, default_rank
+from toolkit.variational.guides import BY_GAIN, FULL_RANK, LOW_RANK, Guide, default_rank
 
 _SE_LIMIT = 3.0
-_FULL_RANK = "full_rank"
 _GAUSSIANS = (
     AutoBlockNormal.__name__,
     AutoChainNormal.__name__,
@@ -62,9 +61,10 @@ def contains(larger: Guide, smaller: Guide, model: Model) -> bool:
         return False
     if larger.family == smaller.family == LOW_RANK:
         return _columns(larger, model) > _columns(smaller, model)
-    if larger.family == _FULL_RANK and smaller.label in _GAUSSIANS:
+    inside = {name.partition("@")[0] for name in larger.contains}
+    if smaller.label in _GAUSSIANS and FULL_RANK in inside | {larger.family}:
         return True
-    return smaller.family in {name.partition("@")[0] for name in larger.contains}
+    return smaller.family in inside
 
 
 def _columns(guide: Guide, model: Model) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -20,6 +20,10 @@ from toolkit.progress import Progress, silent
 from toolkit.status import Status
 from toolkit.variational.certificates import Certificate
 from toolkit.variational.solvers.svi import Trace
+
+if TYPE_CHECKING:
+    from toolkit.variational.fits import Fit
+    from toolkit.variational.starts import Starts
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +39,8 @@ class Problem:
         tolerance: In nats: a gain that is no longer worth a step.
         max_gradients: The budget, in gradients of the log density at one point each.
         progress: Called between pieces of work.
+        starts: The modes that searches led to, for a guide with `from_gaussian`; None for others.
+        gaussian: The best full-rank Gaussian, usable, for such a guide; None for others.
     """
 
     model: Model
@@ -45,6 +51,8 @@ class Problem:
     tolerance: float
     max_gradients: int
     progress: Progress = silent
+    starts: Starts | None = None
+    gaussian: Fit | None = None
 
 
 @dataclass(frozen=True, eq=False)

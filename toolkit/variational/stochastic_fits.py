@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import numpyro
+import scipy.linalg
 from numpyro import handlers
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.autoguide import AutoDelta, AutoLaplaceApproximation
@@ -18,7 +20,7 @@ from numpyro.infer.autoguide import AutoDelta, AutoLaplaceApproximation
 from toolkit.cost import Cost
 from toolkit.estimate import Estimate
 from toolkit.modelling.model import Model
-from toolkit.modelling.space import latent_space
+from toolkit.modelling.space import Space, latent_space
 from toolkit.progress import Progress
 from toolkit.status import Status
 from toolkit.variational.autoguides import gaussian_form
@@ -27,15 +29,18 @@ from toolkit.variational.coordinates import Coordinates, coordinates
 from toolkit.variational.density import LogDensity
 from toolkit.variational.failures import Failure, describe_edge, find_failure
 from toolkit.variational.fits import Fit
+from toolkit.variational.flow_guides import AutoFlow
 from toolkit.variational.gaussians import Frame, Quadratic
 from toolkit.variational.guides import Guide
 from toolkit.variational.minibatches import Minibatch
 from toolkit.variational.objectives import StickTheLandingELBO
+from toolkit.variational.solvers.rounds import optimise_in_rounds
 from toolkit.variational.solvers.svi import BLOCK, Programs, Solution, lower_programs, optimise
 from toolkit.variational.starts import DENSE_LIMIT, Start, Starts
 from toolkit.variational.tails import find_heavy_tail, find_level_edge, flat_coordinates
 
 _PARTICLES = 8
+_FLOW_PARTICLES = 32  # a flow's gradient cannot stick to its landing where its inverse is dear or not known
 _FIRST_STEP = 0.01  # of Adam, where nothing is known of the parameters' scales
 # In the working coordinates: at most a twentieth of a posterior sd, and in d dimensions so much over sqrt(d), since the
 # noise of steps costs about d step^2 / 2 nats. Where the curvature is known, most of the way lies behind.
@@ -79,7 +84,7 @@ def prepare(model: Model, guide: Guide, *, minibatch: Minibatch | None = None) -
         anywhere = Start(np.zeros(space.size), None, 0.0, 0.0, is_mode=False)
         given = _given(model, minibatch) | {"frame": chosen.frame(anywhere)}
         working = _working_guide(built, chosen)
-        loss = StickTheLandingELBO(_PARTICLES)
+        loss = Trace_ELBO(_FLOW_PARTICLES) if isinstance(built, AutoFlow) else StickTheLandingELBO(_PARTICLES)
         program = _program(model, guide, minibatch)
         compiled = lower_programs(program, working, loss, given, jax.random.PRNGKey(0), minibatch)
     return Prepared(model, guide, chosen, minibatch, functools.cache(compiled))
@@ -109,8 +114,9 @@ def fit_by_svi(
         programs = prepared.programs()
         cost = Cost(programs.compile_seconds, peak_bytes=programs.peak_bytes)
     share = minibatch.share if minibatch else 1.0
-    points = starts.points[: max(1, int(max_gradients / (_PARTICLES * BLOCK * share)))]
-    max_steps = int(max_gradients / (_PARTICLES * len(points) * share))
+    particles = prepared.programs().particles if prepared else _PARTICLES
+    points = starts.points[: max(1, int(max_gradients / (particles * BLOCK * share)))]
+    max_steps = int(max_gradients / (particles * len(points) * share))
     outcomes = [
         _run(
             model,
@@ -165,11 +171,14 @@ def _run(
         programs, compiling = prepared.programs(), 0.0
         widest = _FIRST_STEP_UNKNOWN if start.precision is None else _FIRST_STEP_WHITENED
         step_size = min(_FIRST_STEP_OF_SD, widest / starts.space.size**0.5)
+        if isinstance(built, AutoFlow):
+            step_size = min(_FIRST_STEP, step_size)
     else:
         program, working = _program(model, guide, minibatch), _without_frame(built)
         programs = lower_programs(program, working, Trace_ELBO(_PARTICLES), given, key, minibatch)()
         compiling, step_size = programs.compile_seconds, _FIRST_STEP
-    solution = optimise(
+    climb = optimise_in_rounds if isinstance(built, AutoFlow) else optimise
+    solution = climb(
         programs, given, key=key, step_size=step_size, tolerance=tolerance, max_steps=max_steps, report=report
     )
     params = jax.device_get(programs.constrain(solution.params))
@@ -202,6 +211,16 @@ def _run(
         weights = fitted.log_weights(jax.random.fold_in(key, 1), _ELBO_DRAWS)
         elbo = Estimate.of_mean(weights)
     return replace(fitted, elbo=elbo, optima=(elbo,), fresh_log_weights=weights), solution.compared
+
+
+def start_at(gaussian: Fit, space: Space) -> Start:
+    """The start at a full-rank Gaussian that was fitted."""
+    form = gaussian_form(gaussian.autoguide, space)
+    assert form is not None
+    member = form.member(gaussian.params)
+    assert member.factor is not None
+    inverse = scipy.linalg.solve_triangular(member.factor, np.eye(space.size), lower=True)
+    return Start(member.loc, inverse.T @ inverse, gaussian.elbo.value if gaussian.elbo else math.nan, math.nan, False)
 
 
 def _working_guide(built: Any, chosen: Coordinates) -> Callable[..., Any]:

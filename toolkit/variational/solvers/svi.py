@@ -247,16 +247,16 @@ def optimise(
     best = programs.svi.optim.get_params(state.optim_state)
     best_weights = np.asarray(programs.check(check_key, best, given))
     for cut in range(_CUTS + 1):
-        state = _with_step_size(programs.svi, state, step_size / 4**cut, best)
+        state = with_step_size(programs.svi, state, step_size / 4**cut, best)
         before, idle = best_weights, 0
         while idle < patience and steps + programs.block_steps <= max_steps:
             state, average, losses, skipped = programs.block(state, given)
             values = -np.asarray(losses)
             steps += programs.block_steps
             invalid += int(skipped)
-            course.append((steps, *_block_mean(values)))
+            course.append((steps, *block_mean(values)))
             weights = np.asarray(programs.check(check_key, average, given))
-            gain = _gain(weights, best_weights)
+            gain = paired_gain(weights, best_weights)
             if gain.value > 0:
                 best, best_weights = average, weights
             idle = 0 if gain.value > max(worth, 2 * gain.se) else idle + 1
@@ -276,44 +276,44 @@ def optimise(
     fresh = np.concatenate(
         [np.asarray(programs.weigh(jax.random.fold_in(key, 2 + i), best, given)) for i in range(checks)]
     )
-    finite = _sound(fresh)
+    finite = sound(fresh)
     if programs.share < 1:
         best_weights = np.asarray(programs.weigh(check_key, best, given))
     spent = math.ceil(steps * programs.particles * programs.share)
     cost = Cost(0.0, time.perf_counter() - begun, spent, programs.peak_bytes)
     elbo = Estimate.of_mean(fresh) if finite else Estimate(-math.inf, math.nan)
     trace = Trace(*np.array(course, dtype=float).reshape(-1, 3).T.copy())
-    compared = float(best_weights.mean()) if finite and _sound(best_weights) else -math.inf
+    compared = float(best_weights.mean()) if finite and sound(best_weights) else -math.inf
     return Solution(best, elbo, compared, fresh, arrived and finite, exhausted, trace, invalid, cost)
 
 
-def _gain(weights: np.ndarray, before: np.ndarray) -> Estimate:
+def paired_gain(weights: np.ndarray, before: np.ndarray) -> Estimate:
     """By how much the ELBO rose, from log weights on common draws."""
-    if not _sound(weights):
+    if not sound(weights):
         return Estimate(-math.inf, 0.0)
-    if not _sound(before):
+    if not sound(before):
         return Estimate(math.inf, 0.0)
     return Estimate.of_mean(weights - before)
 
 
 def _level(before: np.ndarray, best: np.ndarray, last: np.ndarray, tolerance: float) -> bool:
     """Whether a step size neither raised the ELBO nor holds it down, from log weights on common draws."""
-    changes = _gain(best, before), _gain(best, last)
+    changes = paired_gain(best, before), paired_gain(best, last)
     return all(abs(c.value) < tolerance / 5 and abs(c.value) + 2 * c.se < tolerance for c in changes)
 
 
-def _sound(weights: np.ndarray) -> bool:
+def sound(weights: np.ndarray) -> bool:
     """Whether log weights are finite and of a size that float64 can still tell apart."""
     return bool(np.isfinite(weights).all()) and float(weights.std()) < 1e8
 
 
-def _block_mean(values: np.ndarray) -> tuple[float, float]:
+def block_mean(values: np.ndarray) -> tuple[float, float]:
     """Mean and standard error of a block's finite ELBO estimates, which are independent given the iterates."""
     finite = values[np.isfinite(values) & (np.abs(values) < 1e100)]
     return Estimate.of_mean(finite) if finite.size > 1 else Estimate(math.nan, math.nan)
 
 
-def _with_step_size(svi: SVI, state: Any, step_size: float, params: Params) -> Any:
+def with_step_size(svi: SVI, state: Any, step_size: float, params: Params) -> Any:
     """The state with another step size, continued from the given iterate with fresh moments."""
     count, (_, inner) = svi.optim.init(params)
     hyperparams = dict(
