@@ -20,7 +20,7 @@ from targets import SCALES, divergence, five, pair, skewed, skewed_best, skewed_
 
 from toolkit import Dataset, Fit, Guide, Model, Status, fit
 from toolkit.variational.block_guides import AutoBlockNormal
-from toolkit.variational.certificates import SETS, Bounded, Scope, _certificate, bound_gap
+from toolkit.variational.certificates import SETS, Bounded, Scope, bound_gap, certificate_of
 from toolkit.variational.density import LogDensity
 from toolkit.variational.draws import branch, generator, matched_draws
 from toolkit.variational.gaussians import Diagonal, Family, Frame, LowRank, Quadratic, Triangular
@@ -38,7 +38,7 @@ BUDGET = 3_000_000
 
 @pytest.mark.parametrize("gains", [[0.1, 0.3, 0.2, 0.5], [1.0, 1.2], [0.02] * 4])
 def test_the_limit_is_students(gains: list[float]) -> None:
-    certificate = _certificate(np.array(gains), Scope.LOCAL, 512)
+    certificate = certificate_of(np.array(gains), Scope.LOCAL, 512)
     mean, se = np.mean(gains), scipy.stats.sem(gains)
     expected = scipy.stats.t(len(gains) - 1, mean, se).ppf(0.95) if se > 1e-12 else mean
     assert certificate.limit == pytest.approx(expected, rel=1e-9)
@@ -55,7 +55,7 @@ def test_the_limit_covers_the_mean_as_often_as_it_says() -> None:
 
 @pytest.mark.parametrize("broken", [math.inf, math.nan, -math.inf])
 def test_a_gain_that_is_no_number_leaves_no_bound(broken: float) -> None:
-    certificate = _certificate(np.array([0.1, broken, 0.2, 0.3]), Scope.LOCAL, 256)
+    certificate = certificate_of(np.array([0.1, broken, 0.2, 0.3]), Scope.LOCAL, 256)
     assert certificate.limit == math.inf
     assert certificate.gap.value == math.inf
 

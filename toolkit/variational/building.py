@@ -33,6 +33,7 @@ from toolkit.variational.block_guides import AutoBlockNormal
 from toolkit.variational.chain_guides import AutoChainNormal
 from toolkit.variational.flow_guides import AutoFlow
 from toolkit.variational.guides import Guide
+from toolkit.variational.mixture_guides import AutoMixtureNormal
 
 _GAUSSIAN = (
     AutoNormal,
@@ -42,7 +43,8 @@ _GAUSSIAN = (
     AutoBlockNormal,
     AutoChainNormal,
 )
-_ON_OUTLINE = (*_GAUSSIAN, AutoLaplaceApproximation, AutoDelta, AutoFlow)
+# They need names, shapes and supports of a model, and not its density.
+_ON_OUTLINE = (*_GAUSSIAN, AutoLaplaceApproximation, AutoDelta, AutoFlow, AutoMixtureNormal)
 
 
 def build_guide(model: Model, guide: Guide, start: Mapping[str, Any] | None = None) -> Callable[..., Any]:

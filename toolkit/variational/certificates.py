@@ -152,7 +152,7 @@ def bound_gap(
             return Bounded(None, np.array(gains), tuple(ends))
     # What is known of how much a climb has left when it is cut short is known from below.
     reached = scope if all(end.arrived for end in ends) else Scope.ESTIMATE
-    return Bounded(_certificate(np.array(gains), reached, draws), np.array(gains), tuple(ends))
+    return Bounded(certificate_of(np.array(gains), reached, draws), np.array(gains), tuple(ends))
 
 
 def estimate_gap[At, S: Slope](rule: Rule[At, S], at: At, *, key: Key, draws: int, sets: int = SETS) -> Certificate:
@@ -177,14 +177,15 @@ def estimate_gap[At, S: Slope](rule: Rule[At, S], at: At, *, key: Key, draws: in
         )
         finite = math.isfinite(first.elbo) and math.isfinite(second.elbo)
         gaps.append(rule.decrement(at, first, second) if finite else math.inf)
-    certificate = _certificate(np.array(gaps), Scope.ESTIMATE, draws)
+    certificate = certificate_of(np.array(gaps), Scope.ESTIMATE, draws)
     # Noise makes an estimate negative, but so far below zero only once in 100,000.
     if certificate.gap.value < -stats.t.ppf(1 - _NEGATIVE, sets - 1) * certificate.gap.se:
         return replace(certificate, gap=Estimate(math.inf, math.nan), limit=math.inf)
     return certificate
 
 
-def _certificate(gains: np.ndarray, scope: Scope, draws: int) -> Certificate:
+def certificate_of(gains: np.ndarray, scope: Scope, draws: int) -> Certificate:
+    """The certificate from what climbs gained, in nats, (sets,), each on a set of so many draws."""
     gap = Estimate.of_mean(gains) if np.isfinite(gains).all() else Estimate(math.inf, math.nan)
     reach = stats.t.ppf(_LEVEL, len(gains) - 1) * gap.se
     limit = gap.value + reach if math.isfinite(gap.value) else math.inf

@@ -15,6 +15,7 @@ from toolkit.variational.chain_fits import solve_chain
 from toolkit.variational.chain_guides import CHAIN, AutoChainNormal
 from toolkit.variational.expectation_propagation import solve_ep
 from toolkit.variational.flow_guides import AutoBNAF, AutoIAF
+from toolkit.variational.mixture_guides import AutoMixtureNormal
 
 if TYPE_CHECKING:
     from toolkit.modelling.model import Model
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 Build = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 LOW_RANK, BY_GAIN, FULL_RANK = "low_rank", "low_rank_auto", "full_rank"
+MIXTURE = "mixture"
 _RANKED = re.compile(rf"{LOW_RANK}_([1-9]\d*)")
+_COUNTED = re.compile(rf"{MIXTURE}_([1-9]\d*)")
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,14 @@ class Guide:
     def family(self) -> str:
         """The name without chart and rank."""
         name = self.name.partition("@")[0]
-        return LOW_RANK if name == BY_GAIN or _RANKED.fullmatch(name) else name
+        if name == BY_GAIN or _RANKED.fullmatch(name):
+            return LOW_RANK
+        return MIXTURE if _COUNTED.fullmatch(name) else name
+
+    @property
+    def components(self) -> int | None:
+        """Of a mixture whose name says it; None for other guides, and where the modes decide."""
+        return self.solve.components if isinstance(self.solve, _Mixture) else None
 
     @property
     def is_named(self) -> bool:
@@ -99,6 +109,18 @@ class _Ranked:
         return autoguide.AutoLowRankMultivariateNormal(fn, rank=self.rank)
 
 
+@dataclass(frozen=True)
+class _Mixture:
+    """Fits a mixture of Gaussians, for `Guide.solve`; two of as many components are equal."""
+
+    components: int | None = None
+
+    def __call__(self, problem: Problem) -> Solved:
+        from toolkit.variational.mixture_fits import fit_mixture  # which knows fits, and these know guides
+
+        return fit_mixture(problem, self.components)
+
+
 def _auto(name: str, class_name: str, contains: tuple[str, ...] = (), **options: Any) -> Guide:
     return Guide(name, partial(getattr(autoguide, class_name), **options), contains, label=class_name)
 
@@ -125,6 +147,14 @@ GUIDES: dict[str, Guide] = {
         _auto("map", "AutoDelta"),
         _auto("laplace", "AutoLaplaceApproximation"),
         _auto("diagonal", "AutoDiagonalNormal"),
+        Guide(
+            MIXTURE,
+            AutoMixtureNormal,
+            _IN_RICHER,
+            label=AutoMixtureNormal.__name__,
+            solve=_Mixture(),
+            from_gaussian=True,
+        ),
         Guide("iaf", AutoIAF, _IN_RICHER, label=AutoIAF.__name__, from_gaussian=True),
         Guide("bnaf", AutoBNAF, _IN_RICHER, label=AutoBNAF.__name__, from_gaussian=True),
         _auto("dais", "AutoDAIS"),
@@ -133,7 +163,8 @@ GUIDES: dict[str, Guide] = {
 """The guides that can be asked for by name; `DEFAULT_GUIDES` are the default panel.
 
 Also `low_rank_<columns>`, such as `low_rank_8`; `low_rank` has NumPyro's default, about the square root of the
-dimension, `low_rank_auto` as many columns as gain something.
+dimension, `low_rank_auto` as many columns as gain something. And `mixture_<components>`, such as `mixture_3`; `mixture`
+has as many as there are modes, and at least two.
 """
 
 DEFAULT_GUIDES = ("mean_field", "low_rank", "full_rank")
@@ -162,11 +193,19 @@ def find_guide(guide: str | Guide, model: Model | None = None) -> Guide:
             "Guide('mine', lambda fn: AutoNormal(fn))."
         )
     name, _, chart = guide.partition("@")
-    ranked = _RANKED.fullmatch(name)
+    ranked, counted = _RANKED.fullmatch(name), _COUNTED.fullmatch(name)
     known = GUIDES | {own.name: own for own in (model.guides if model else ())}
-    if name not in known and not ranked:
-        raise ValueError(f"Expected a guide's name, one of {', '.join(known)}, or {LOW_RANK}_<columns>; got '{name}'.")
-    found = replace(GUIDES[LOW_RANK].of_rank(int(ranked[1])), name=name) if ranked else known[name]
+    if name not in known and not ranked and not counted:
+        raise ValueError(
+            f"Expected a guide's name, one of {', '.join(known)}, {LOW_RANK}_<columns> or {MIXTURE}_<components>; got "
+            f"'{name}'."
+        )
+    if ranked:
+        found = replace(GUIDES[LOW_RANK].of_rank(int(ranked[1])), name=name)
+    elif counted:
+        found = replace(GUIDES[MIXTURE], name=name, solve=_Mixture(int(counted[1])))
+    else:
+        found = known[name]
     if guide.endswith("@"):
         raise ValueError(f"Expected a chart's name behind the @ of '{guide}'; got none: leave the @ out.")
     return found.in_chart(chart) if chart else found

@@ -15,7 +15,7 @@ from toolkit.variational.block_guides import AutoBlockNormal
 from toolkit.variational.certificates import Scope
 from toolkit.variational.chain_guides import AutoChainNormal
 from toolkit.variational.fits import Fit
-from toolkit.variational.guides import BY_GAIN, FULL_RANK, LOW_RANK, Guide, default_rank
+from toolkit.variational.guides import BY_GAIN, FULL_RANK, LOW_RANK, MIXTURE, Guide, default_rank
 
 _SE_LIMIT = 3.0
 _GAUSSIANS = (
@@ -61,6 +61,8 @@ def contains(larger: Guide, smaller: Guide, model: Model) -> bool:
         return False
     if larger.family == smaller.family == LOW_RANK:
         return _columns(larger, model) > _columns(smaller, model)
+    if larger.family == smaller.family == MIXTURE:
+        return (larger.components or 0) > (smaller.components or math.inf)
     inside = {name.partition("@")[0] for name in larger.contains}
     if smaller.label in _GAUSSIANS and FULL_RANK in inside | {larger.family}:
         return True

@@ -40,7 +40,7 @@ from toolkit.variational.starts import DENSE_LIMIT, Start, Starts
 from toolkit.variational.tails import find_heavy_tail, find_level_edge, flat_coordinates
 
 _PARTICLES = 8
-_FLOW_PARTICLES = 32  # a flow's gradient cannot stick to its landing where its inverse is dear or not known
+_FLOW_PARTICLES = 32  # where the inverse is dear or unknown, a gradient cannot stick to its landing
 _FIRST_STEP = 0.01  # of Adam, where nothing is known of the parameters' scales
 # In the working coordinates: at most a twentieth of a posterior sd, and in d dimensions so much over sqrt(d), since the
 # noise of steps costs about d step^2 / 2 nats. Where the curvature is known, most of the way lies behind.

@@ -19,7 +19,16 @@ import numpy as np
 
 from toolkit.cost import Cost
 from toolkit.estimate import Estimate
-from toolkit.variational.solvers.svi import Params, Programs, Solution, Trace, block_mean, paired_gain, sound, with_step_size
+from toolkit.variational.solvers.svi import (
+    Params,
+    Programs,
+    Solution,
+    Trace,
+    block_mean,
+    paired_gain,
+    sound,
+    with_step_size,
+)
 
 _FIRST_STEPS = 1_000  # of the first round
 _WORTH = 0.2  # of the tolerance: a round's gain for which another one is run

@@ -1,0 +1,445 @@
+"""The fit of a mixture of Gaussians: stratified draws held fixed, a quasi-Newton method, a bound on what is left.
+
+The ELBO of q = sum over k of w_k N(m_k, L_k L_k') is a sum over components,
+
+    ELBO  =  sum over k of  w_k  E[ log p(z) - log q(z) ],   z = m_k + L_k eps,   eps ~ N(0, I),
+
+so that with as many draws for each component nothing is drawn by chance but eps: the weights have an exact gradient, and
+locations and factors that of draws which move with them. On draws held fixed this is a smooth function with a maximum to
+find. Each component begins at a mode of its own: at the Gaussian that grew there, with the weight that its evidence gives
+it. Where there are fewer modes than components, the heaviest component is split in two.
+
+The bound is that of `toolkit.variational.certificates`: climbs from the fit on draws that it has not seen. It speaks of
+the optimum that they reach, and of no other number of components.
+
+References:
+    Miller, Foti & Adams (2017), Variational boosting: iteratively refining posterior approximations, ICML, section 3.
+    Arenz, Neumann & Zhong (2018), Efficient gradient-free variational inference using policy search, ICML; and (2022),
+    A unified perspective on natural gradient variational inference with Gaussian mixture models, TMLR.
+    Lin, Khan & Schmidt (2019), Fast and simple natural-gradient variational inference with mixture of exponential-family
+    approximations, ICML.
+    Roeder, Wu & Duvenaud (2017), Sticking the landing, section 3.2 (stratified draws of a mixture).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.linalg import solve_triangular
+from jax.scipy.special import logsumexp
+from scipy.optimize import OptimizeResult, minimize
+from scipy.special import log_softmax
+
+from toolkit.status import Status
+from toolkit.threads import threads_for
+from toolkit.variational.autoguides import gaussian_form
+from toolkit.variational.certificates import SETS, Certificate, Scope, certificate_of
+from toolkit.variational.density import LogDensity
+from toolkit.variational.draws import Key, branch, generator, matched_draws, power_of_two
+from toolkit.variational.gaussian_fits import Proof
+from toolkit.variational.gaussians import inverse_factor
+from toolkit.variational.own_solvers import Problem, Solved
+from toolkit.variational.solvers.svi import Trace
+
+_FIRST_DRAWS, _MOST_DRAWS = 512, 8_192  # for each component
+_DRAWS_A_DIMENSION = 8
+_TIMES = 4  # as many draws in a round as in the one before: those of its certificate together
+_PIECE = 256  # draws of a component whose densities are computed at once
+_EVALUATIONS = 300  # of a climb, at most
+_SCREENED = 40  # evaluations from each split that is tried
+_SPLITS, _AXES, _ANY = 3, 32, 8  # splits that are climbed from, of so many axes and other directions that are tried
+_APART = 0.6  # sds of the component that is split between its location and those of its halves
+_RESIDUAL = 0.01  # of the tolerance, that a climb may leave
+_NEGLIGIBLE = 1e-4  # weight of a mode that gets no component
+_NEAR = 1.0  # sds between a start and the panel's Gaussian that lies at the same mode
+_MOST_COMPONENTS = 50
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A mixture of Gaussians in unconstrained space.
+
+    Attributes:
+        log_weights: Shape (component,), of weights that sum to one.
+        locs: Shape (component, size).
+        factors: Shape (component, size, size), lower triangular with a positive diagonal.
+    """
+
+    log_weights: np.ndarray
+    locs: np.ndarray
+    factors: np.ndarray
+
+    @property
+    def components(self) -> int:
+        """How many there are."""
+        return len(self.log_weights)
+
+    @property
+    def size(self) -> int:
+        """Of an unconstrained vector."""
+        return int(self.locs.shape[1])
+
+    def params(self, prefix: str = "auto") -> dict[str, np.ndarray]:
+        """The parameters of `AutoMixtureNormal`."""
+        parts = {"weights": np.exp(self.log_weights), "locs": self.locs, "scale_trils": self.factors}
+        return {f"{prefix}_{name}": value for name, value in parts.items()}
+
+
+class StratifiedELBO:
+    """The ELBO in nats of mixtures near one, as a function of dimensionless parameters, on draws that do not change.
+
+    The parameters are zero at that mixture and measured by it: a component's location and factor by its own factor, and
+    everything by the root of its weight, so that the curvature is about one where components lie apart.
+
+    Args:
+        density: Log p(x, z).
+        around: The mixture.
+        draws: For each component, a multiple of 256.
+        key: Random key.
+    """
+
+    def __init__(self, density: LogDensity, around: Mixture, draws: int, *, key: Key) -> None:
+        self.density, self.around = density, around
+        base = [matched_draws(draws, around.size, key=branch(key, k)) for k in range(around.components)]
+        self._pieces = np.stack(base).reshape(around.components, -1, _PIECE, around.size).swapaxes(0, 1)
+        weights = np.exp(around.log_weights)
+        self._frame = {
+            "log_weights": around.log_weights,
+            "locs": around.locs,
+            "factors": around.factors,
+            "units": 1 / np.sqrt(np.maximum(weights, _NEGLIGIBLE)),
+        }
+
+    @property
+    def parameters(self) -> int:
+        """How many there are."""
+        count, size = self.around.components, self.around.size
+        return count * (1 + 2 * size + size * (size - 1) // 2)
+
+    def __call__(self, x: np.ndarray) -> tuple[float, np.ndarray]:
+        """ELBO and its gradient (parameters,); -inf where a draw's log density or gradient is not finite."""
+        total, slope = 0.0, np.zeros_like(x)
+        for base in self._pieces:
+            points = np.asarray(_points(x, self._frame, base))
+            with np.errstate(over="ignore", invalid="ignore"):
+                values, gradients = self.density.over(points.reshape(-1, self.around.size))
+            if not (np.isfinite(values).all() and np.isfinite(gradients).all()):
+                return -np.inf, np.zeros_like(x)
+            elbo, by = _elbo_and_slope(
+                x, self._frame, base, values.reshape(points.shape[:2]), gradients.reshape(points.shape)
+            )
+            total += float(elbo)
+            slope += np.asarray(by)
+        elbo, slope = total / len(self._pieces), slope / len(self._pieces)
+        return (elbo, slope) if np.isfinite(elbo) and np.isfinite(slope).all() else (-np.inf, np.zeros_like(x))
+
+    def mixture(self, x: np.ndarray) -> Mixture:
+        """The mixture with these parameters."""
+        log_weights, locs, factors = (np.asarray(part) for part in _placed(x, self._frame))
+        return Mixture(log_weights, locs, factors)
+
+
+@dataclass(frozen=True)
+class Ascent:
+    """Where a climb ended: the parameters, its ELBO in nats at its beginning and end, and what it may have left there.
+
+    `course` is the ELBO at each evaluation; `arrived` whether no more than the residual asked for is left.
+    """
+
+    x: np.ndarray
+    begun: float
+    elbo: float
+    left: float
+    arrived: bool
+    course: np.ndarray
+
+
+def ascend(objective: StratifiedELBO, *, residual: float, max_evaluations: int = _EVALUATIONS) -> Ascent:
+    """The best mixture on fixed draws, by L-BFGS from the one that the parameters are measured by.
+
+    Args:
+        objective: ELBO and gradient.
+        residual: In nats: it ends when both its last step and the gradient's square, which is what is left where the
+            curvature is one, are below it.
+        max_evaluations: The most evaluations.
+    """
+    course = list[float]()
+    best: tuple[float, np.ndarray, np.ndarray] = (-np.inf, np.zeros(objective.parameters), np.zeros(0))
+    height = -np.inf
+
+    def loss(x: np.ndarray) -> tuple[float, np.ndarray]:
+        nonlocal best
+        if len(course) >= max_evaluations:  # SciPy looks only between line searches
+            raise _Enough
+        elbo, gradient = objective(x)
+        course.append(elbo)
+        if elbo > best[0]:
+            best = elbo, x.copy(), gradient
+        return (-elbo, -gradient) if np.isfinite(elbo) else (1e300, np.zeros_like(x))
+
+    gained = np.inf
+
+    def looked(intermediate_result: OptimizeResult) -> None:
+        nonlocal height, gained
+        gained, height = best[0] - height, best[0]
+        if gained < residual and float(best[2] @ best[2]) < residual:
+            raise StopIteration
+
+    begin = np.zeros(objective.parameters)
+    options = {"maxcor": 30, "maxfun": max_evaluations, "maxiter": max_evaluations, "ftol": 0.0, "gtol": 0.0}
+    with np.errstate(over="ignore", invalid="ignore"), suppress(_Enough):
+        minimize(loss, begin, jac=True, method="L-BFGS-B", callback=looked, options=options)
+    elbo, x, gradient = best
+    left = max(float(gradient @ gradient), gained if np.isfinite(gained) else 0.0) if gradient.size else np.inf
+    return Ascent(x, course[0], elbo, left, left <= residual, np.array(course))
+
+
+class _Enough(Exception):  # noqa: N818 - no error: what SciPy's `minimize` has no other word for
+    """The climb need go no further."""
+
+
+def fit_mixture(problem: Problem, components: int | None = None) -> Solved:
+    """The best mixture of Gaussians that climbs from the modes lead to, for `Guide.solve`.
+
+    Args:
+        problem: The model, its starts and its best full-rank Gaussian.
+        components: How many; as many as there are modes, but at least two, if None.
+
+    Raises:
+        ValueError: There are more than 50 components.
+    """
+    if components is not None and components > _MOST_COMPONENTS:
+        raise ValueError(f"Expected at most {_MOST_COMPONENTS} components of a mixture; got {components}.")
+    density = LogDensity(problem.model, problem.chart)
+    begun, compiled = time.perf_counter(), density.compile_seconds
+    with threads_for(density.size):
+        found = _found(problem, density, components)
+    del begun
+    why = f"on fixed draws of each component the ELBO is a smooth function, which has a maximum to find; {found.words}"
+    return Solved(
+        found.mixture.params(problem.program.prefix),
+        found.proof.status,
+        found.proof.message,
+        solver="stratified_draws",
+        why=why,
+        trace=Trace(np.arange(1.0, len(found.course) + 1), found.course, np.full(len(found.course), np.nan)),
+        certificate=found.proof.certificate,
+        gradients=density.evaluations,
+        compile_seconds=compiled,
+        peak_bytes=density.peak_bytes,
+    )
+
+
+@dataclass(frozen=True)
+class _Found:
+    mixture: Mixture
+    proof: Proof
+    course: np.ndarray
+    words: str
+
+
+def _found(problem: Problem, density: LogDensity, components: int | None) -> _Found:
+    """The mixture, its certificate, the ELBO at each evaluation, and where it began."""
+    modes = _modes(problem)
+    wanted = components or max(2, modes.components)
+    kept = np.argsort(-modes.log_weights)[:wanted]
+    mixture = Mixture(log_softmax(modes.log_weights[kept]), modes.locs[kept], modes.factors[kept])
+    words = f"{modes.components} mode{'s were' if modes.components > 1 else ' was'} found"
+    key, residual = problem.key, _RESIDUAL * problem.tolerance
+    draws = min(max(_FIRST_DRAWS, power_of_two(_DRAWS_A_DIMENSION * density.size)), _MOST_DRAWS)
+    courses = list[np.ndarray]()
+
+    def report(stage: str, elbo: float) -> None:
+        problem.progress("fit mixture", density.evaluations, problem.max_gradients, f"{stage}, ELBO {elbo:.2f}")
+
+    while mixture.components < wanted:
+        mixture, course = _split(density, mixture, draws, residual, key=branch(key, 10 + mixture.components))
+        courses.append(course)
+    proof = Proof(None, Status.BUDGET, "")
+    for number in range(4):
+        own = branch(key, 100 + number)
+        objective = StratifiedELBO(density, mixture, draws, key=branch(own, 0))
+        end = ascend(objective, residual=residual)
+        courses.append(end.course)
+        report("climbing", end.elbo)
+        mixture = objective.mixture(end.x)
+        mixture = _not_below(density, mixture, problem, draws, key=branch(own, 1))
+        each = (1 + SETS) * len(end.course)
+        certificate = _bound(density, mixture, draws, residual, key=branch(own, 2), report=report)
+        enough = certificate is not None and certificate.limit < problem.tolerance
+        proof = Proof(certificate)
+        if enough:
+            break
+        left = problem.max_gradients - density.evaluations
+        if _TIMES * draws > _MOST_DRAWS:
+            proof = Proof(certificate, Status.TOO_FEW_DRAWS, f"{draws:,} draws of each component do not pin more")
+            break
+        draws *= _TIMES
+        if each * draws * mixture.components > left:
+            told = f"of the budget {max(left, 0):,} gradients are left, which do not suffice"
+            proof = Proof(certificate, Status.BUDGET, told)
+            break
+    mixture = _heaviest_first(mixture)
+    weights = ", ".join(f"{weight:.3g}" for weight in np.exp(mixture.log_weights))
+    words += f", {mixture.components} component{'s' if mixture.components > 1 else ''} of weight {weights}"
+    return _Found(mixture, proof, np.concatenate(courses), words)
+
+
+def _heaviest_first(mixture: Mixture) -> Mixture:
+    order = np.argsort(-mixture.log_weights)
+    return Mixture(mixture.log_weights[order], mixture.locs[order], mixture.factors[order])
+
+
+def _modes(problem: Problem) -> Mixture:
+    """The Gaussians that grew from each mode, weighted by their evidence; at the best one's, the panel's Gaussian."""
+    assert problem.starts is not None
+    assert problem.gaussian is not None
+    form = gaussian_form(problem.gaussian.autoguide, problem.space)
+    assert form is not None
+    best = form.member(problem.gaussian.params)
+    assert best.factor is not None
+    known = [
+        (start.elbo, start.loc, inverse_factor(start.precision))
+        for start in problem.starts.points
+        if start.precision is not None and np.isfinite(start.elbo)
+    ]
+    apart = [float(np.sum(np.linalg.solve(best.factor, loc - best.loc) ** 2)) for _, loc, _ in known]
+    height = problem.gaussian.elbo.value if problem.gaussian.elbo else max(elbo for elbo, _, _ in known)
+    others = [one for one, square in zip(known, apart, strict=True) if square > _NEAR**2]
+    members = [(height, best.loc, best.factor), *others]
+    log_weights = log_softmax([elbo for elbo, _, _ in members])
+    kept = log_weights > np.log(_NEGLIGIBLE)
+    return Mixture(
+        log_softmax(log_weights[kept]),
+        np.stack([loc for (_, loc, _), keep in zip(members, kept, strict=True) if keep]),
+        np.stack([factor for (_, _, factor), keep in zip(members, kept, strict=True) if keep]),
+    )
+
+
+def _split(
+    density: LogDensity, mixture: Mixture, draws: int, residual: float, *, key: Key
+) -> tuple[Mixture, np.ndarray]:
+    """The mixture with its heaviest component split along a direction that raises the ELBO most, after a short climb.
+
+    The halves together have the mean and covariance of the whole.
+    """
+    size, heaviest = mixture.size, int(np.argmax(mixture.log_weights))
+    rng = generator(key)
+    directions = [np.eye(size)[axis] for axis in range(min(size, _AXES))]
+    directions += [one / np.linalg.norm(one) for one in rng.standard_normal((_ANY, size))]
+    tried = []
+    for direction in directions:
+        halves = _halved(mixture, heaviest, direction)
+        objective = StratifiedELBO(density, halves, _PIECE, key=branch(key, 0))
+        tried.append((objective(np.zeros(objective.parameters))[0], halves))
+    tried.sort(key=lambda one: -one[0])
+    ends = []
+    for _, halves in tried[:_SPLITS]:
+        objective = StratifiedELBO(density, halves, draws, key=branch(key, 1))
+        end = ascend(objective, residual=residual, max_evaluations=_SCREENED)
+        ends.append((end.elbo, objective.mixture(end.x), end.course))
+    _, best, course = max(ends, key=lambda one: one[0])
+    return best, course
+
+
+def _halved(mixture: Mixture, which: int, direction: np.ndarray) -> Mixture:
+    """The mixture with a component split in two along a direction (size,) of length one in its own sds."""
+    loc, factor = mixture.locs[which], mixture.factors[which]
+    shift = _APART * factor @ direction
+    shrunk = np.eye(mixture.size) + (np.sqrt(1 - _APART**2) - 1) * np.outer(direction, direction)
+    root = np.linalg.qr((factor @ shrunk).T, mode="r").T
+    root = root * np.sign(np.diag(root))
+    log_weights, locs, factors = mixture.log_weights.copy(), mixture.locs.copy(), mixture.factors.copy()
+    log_weights[which] -= np.log(2)
+    locs[which], factors[which] = loc - shift, root
+    return Mixture(
+        np.append(log_weights, log_weights[which]),
+        np.concatenate([locs, (loc + shift)[None]]),
+        np.concatenate([factors, root[None]]),
+    )
+
+
+def _not_below(density: LogDensity, mixture: Mixture, problem: Problem, draws: int, *, key: Key) -> Mixture:
+    """The mixture, or the full-rank Gaussian as one of equal components where that has the higher ELBO on new draws."""
+    assert problem.gaussian is not None
+    form = gaussian_form(problem.gaussian.autoguide, problem.space)
+    assert form is not None
+    best = form.member(problem.gaussian.params)
+    assert best.factor is not None
+    count = mixture.components
+    alike = Mixture(np.full(count, -np.log(count)), np.tile(best.loc, (count, 1)), np.tile(best.factor, (count, 1, 1)))
+    heights = []
+    for one in (mixture, alike):
+        objective = StratifiedELBO(density, one, draws, key=key)
+        heights.append(objective(np.zeros(objective.parameters))[0])
+    return mixture if heights[0] >= heights[1] else alike
+
+
+def _bound(
+    density: LogDensity,
+    mixture: Mixture,
+    draws: int,
+    residual: float,
+    *,
+    key: Key,
+    report: Callable[[str, float], None],
+) -> Certificate | None:
+    """What climbs from the mixture gain on draws that it has not seen; None where no draws have a finite density."""
+    gains, arrived = [], True
+    for number in range(SETS):
+        objective = StratifiedELBO(density, mixture, draws, key=branch(key, number))
+        end = ascend(objective, residual=residual)
+        if not np.isfinite(end.begun):
+            return None
+        gains.append(end.elbo - end.begun + max(end.left, residual))
+        arrived = arrived and end.arrived
+        report(f"bounding, {number + 1} of {SETS}", end.begun)
+    return certificate_of(np.array(gains), Scope.LOCAL if arrived else Scope.ESTIMATE, draws * mixture.components)
+
+
+def _placed(x: Any, frame: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Log weights, locations and factors of the mixture with these parameters."""
+    count, size = frame["locs"].shape
+    below = size * (size - 1) // 2
+    logits, shifts, diagonals, lower = jnp.split(x, np.cumsum([count, count * size, count * size]))
+    units = frame["units"][:, None]
+    log_weights = jax.nn.log_softmax(frame["log_weights"] + frame["units"] * logits)
+    turned = jnp.zeros((count, size, size)).at[:, *np.tril_indices(size, -1)].set(lower.reshape(count, below) * units)
+    scales = jnp.exp(diagonals.reshape(count, size) * units)
+    turned = turned + scales[:, :, None] * jnp.identity(size)[None]
+    locs = frame["locs"] + jnp.einsum("kij,kj->ki", frame["factors"], shifts.reshape(count, size) * units)
+    return log_weights, locs, frame["factors"] @ turned
+
+
+@jax.jit
+def _points(x: Any, frame: dict[str, Any], base: Any) -> Any:
+    """Draws (component, draw, size) of each component."""
+    _, locs, factors = _placed(x, frame)
+    return locs[:, None, :] + jnp.einsum("kij,knj->kni", factors, base)
+
+
+@jax.jit
+@partial(jax.value_and_grad)
+def _elbo_and_slope(x: Any, frame: dict[str, Any], base: Any, values: Any, gradients: Any) -> Any:
+    """The ELBO on these draws, given log p and its gradient at them."""
+    log_weights, locs, factors = _placed(x, frame)
+    points = locs[:, None, :] + jnp.einsum("kij,knj->kni", factors, base)
+    log_p = values + (gradients * (points - jax.lax.stop_gradient(points))).sum(-1)
+    count, draws, size = points.shape
+    flat = points.reshape(count * draws, size)
+
+    def log_normal(loc: Any, factor: Any) -> Any:
+        white = solve_triangular(factor, (flat - loc[None]).T, lower=True)
+        return -0.5 * (white**2).sum(0) - jnp.log(jnp.diagonal(factor)).sum() - 0.5 * size * jnp.log(2 * jnp.pi)
+
+    each = log_weights[:, None] + jax.vmap(log_normal)(locs, factors)
+    log_q = logsumexp(each, axis=0).reshape(count, draws)
+    return (jnp.exp(log_weights)[:, None] * (log_p - log_q)).mean(1).sum()
