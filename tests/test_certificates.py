@@ -49,7 +49,7 @@ def test_the_limit_is_students(gains: list[float]) -> None:
 
 def test_the_limit_covers_the_mean_as_often_as_it_says() -> None:
     gains = 1 + 0.3 * np.random.default_rng(0).standard_normal((4_000, SETS))
-    covered = np.mean([_certificate(row, Scope.LOCAL, 256).limit >= 1 for row in gains])
+    covered = np.mean([certificate_of(row, Scope.LOCAL, 256).limit >= 1 for row in gains])
     assert abs(covered - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 4_000)
 
 

@@ -209,8 +209,8 @@ def _gaussian(
     """The best full-rank Gaussian in a guide's chart: the panel's own, or else one that is fitted here."""
     if starts.space.size > DENSE_LIMIT:
         raise ValueError(
-            f"Expected at most {DENSE_LIMIT:,} dimensions for '{guide.name}', which begins at a full-rank Gaussian; got "
-            f"{starts.space.size:,}: take low_rank."
+            f"Expected at most {DENSE_LIMIT:,} dimensions for '{guide.name}', which begins at a full-rank Gaussian; "
+            f"got {starts.space.size:,}: take low_rank."
         )
     wanted = GUIDES[FULL_RANK] if guide.chart is None else GUIDES[FULL_RANK].in_chart(guide.chart)
     known = [one for one in smaller if one.guide.family == FULL_RANK and one.chart == starts.chart]

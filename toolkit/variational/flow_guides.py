@@ -7,7 +7,8 @@ begins, and the family contains every Gaussian: what a flow can gain is then a m
     IAF   y = m(x) + exp(s(x)) x, with m_i and s_i of the coordinates before i alone. The last layer begins at zero: the
           identity is a member, exactly.
     BNAF  y = (1 - g) x + g h(x), with h a network that is monotone in x_i and takes only the coordinates before i
-          besides. Its gate g lies strictly between 0 and 1: the identity is approached as g goes to 0, and not a member.
+          besides. Its gate g lies strictly between 0 and 1: the identity is approached as g goes to 0, and is
+          no member.
 
 References:
     Rezende & Mohamed (2015), Variational inference with normalizing flows, ICML.

@@ -4,10 +4,10 @@ The ELBO of q = sum over k of w_k N(m_k, L_k L_k') is a sum over components,
 
     ELBO  =  sum over k of  w_k  E[ log p(z) - log q(z) ],   z = m_k + L_k eps,   eps ~ N(0, I),
 
-so that with as many draws for each component nothing is drawn by chance but eps: the weights have an exact gradient, and
-locations and factors that of draws which move with them. On draws held fixed this is a smooth function with a maximum to
-find. Each component begins at a mode of its own: at the Gaussian that grew there, with the weight that its evidence gives
-it. Where there are fewer modes than components, the heaviest component is split in two.
+so that with as many draws for each component nothing is drawn by chance but eps: the weights have an exact gradient,
+and locations and factors that of draws which move with them. On draws held fixed this is a smooth function with a
+maximum to find. Each component begins at a mode of its own: at the Gaussian that grew there, with the weight that its
+evidence gives it. Where there are fewer modes than components, the heaviest component is split in two.
 
 The bound is that of `toolkit.variational.certificates`: climbs from the fit on draws that it has not seen. It speaks of
 the optimum that they reach, and of no other number of components.
@@ -16,14 +16,13 @@ References:
     Miller, Foti & Adams (2017), Variational boosting: iteratively refining posterior approximations, ICML, section 3.
     Arenz, Neumann & Zhong (2018), Efficient gradient-free variational inference using policy search, ICML; and (2022),
     A unified perspective on natural gradient variational inference with Gaussian mixture models, TMLR.
-    Lin, Khan & Schmidt (2019), Fast and simple natural-gradient variational inference with mixture of exponential-family
-    approximations, ICML.
+    Lin, Khan & Schmidt (2019), Fast and simple natural-gradient variational inference with mixture of
+    exponential-family approximations, ICML.
     Roeder, Wu & Duvenaud (2017), Sticking the landing, section 3.2 (stratified draws of a mixture).
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -219,10 +218,9 @@ def fit_mixture(problem: Problem, components: int | None = None) -> Solved:
     if components is not None and components > _MOST_COMPONENTS:
         raise ValueError(f"Expected at most {_MOST_COMPONENTS} components of a mixture; got {components}.")
     density = LogDensity(problem.model, problem.chart)
-    begun, compiled = time.perf_counter(), density.compile_seconds
+    compiled = density.compile_seconds
     with threads_for(density.size):
         found = _found(problem, density, components)
-    del begun
     why = f"on fixed draws of each component the ELBO is a smooth function, which has a maximum to find; {found.words}"
     return Solved(
         found.mixture.params(problem.program.prefix),
@@ -252,7 +250,7 @@ def _found(problem: Problem, density: LogDensity, components: int | None) -> _Fo
     wanted = components or max(2, modes.components)
     kept = np.argsort(-modes.log_weights)[:wanted]
     mixture = Mixture(log_softmax(modes.log_weights[kept]), modes.locs[kept], modes.factors[kept])
-    words = f"{modes.components} mode{'s were' if modes.components > 1 else ' was'} found"
+    words = f"the starts led to {modes.components} place{'s' if modes.components > 1 else ''}"
     key, residual = problem.key, _RESIDUAL * problem.tolerance
     draws = min(max(_FIRST_DRAWS, power_of_two(_DRAWS_A_DIMENSION * density.size)), _MOST_DRAWS)
     courses = list[np.ndarray]()
@@ -289,7 +287,7 @@ def _found(problem: Problem, density: LogDensity, components: int | None) -> _Fo
             break
     mixture = _heaviest_first(mixture)
     weights = ", ".join(f"{weight:.3g}" for weight in np.exp(mixture.log_weights))
-    words += f", {mixture.components} component{'s' if mixture.components > 1 else ''} of weight {weights}"
+    words += f", and it has {mixture.components} component{'s' if mixture.components > 1 else ''}, of weight {weights}"
     return _Found(mixture, proof, np.concatenate(courses), words)
 
 

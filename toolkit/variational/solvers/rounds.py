@@ -1,4 +1,4 @@
-"""Stochastic optimisation of networks: rounds, each as long as all before it together, with steps that decay to nothing.
+"""Stochastic optimisation of networks in rounds, each as long as all before it together, with steps that decay.
 
 A network's ELBO rises by fits and starts, and a block of steps without a gain says little. Here a round ends at the
 average of its last, short steps; the next one begins there with long steps again (warm restarts: Loshchilov & Hutter
