@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -134,11 +135,12 @@ def test_a_climb_that_is_cut_short_says_so() -> None:
     assert whole.elbo > short.elbo > short.begun
 
 
+@pytest.mark.slow
 def test_a_skewed_posterior_gains_by_each_component() -> None:
     model = line()
     names = ("full_rank", "mixture", "mixture_3")
     fits = {name: fit(model, name, key=KEY, starts=2) for name in names}
-    for smaller, larger in zip(names, names[1:], strict=False):
+    for smaller, larger in pairwise(names):
         assert fits[larger].elbo.value > fits[smaller].elbo.value - 3 * fits[larger].elbo.se - 0.1
 
 
@@ -189,6 +191,8 @@ def test_the_guide_works_on_its_own() -> None:
         "auto_locs": (2, 2),
         "auto_scale_trils": (2, 2, 2),
     }
-    drawn = built.sample_posterior(KEY, params, sample_shape=(5,))
+    with jax.numpy_rank_promotion("allow"):  # NumPyro's own draws of many rely on it
+        drawn = built.sample_posterior(KEY, params, sample_shape=(5,))
+        densities = built.get_posterior(params).log_prob(drawn["z"])
     assert drawn["z"].shape == (5, 2)
-    assert bool(jnp.isfinite(built.get_posterior(params).log_prob(drawn["z"])).all())
+    assert bool(jnp.isfinite(densities).all())
