@@ -168,7 +168,7 @@ def test_what_it_contains() -> None:
 
 def test_misuse_is_told() -> None:
     model = pair()
-    with pytest.raises(ValueError, match="low_rank_<columns> or mixture_<components>; got 'mixture_0'"):
+    with pytest.raises(ValueError, match="mixture_<components> or low_rank_<columns>; got 'mixture_0'"):
         fit(model, "mixture_0", key=KEY)
     with pytest.raises(ValueError, match="Expected at most 50 components of a mixture; got 60"):
         fit(model, "mixture_60", key=KEY, starts=1)

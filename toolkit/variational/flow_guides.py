@@ -43,6 +43,7 @@ from numpyro.nn.auto_reg_nn import AutoregressiveNN
 from numpyro.nn.block_neural_arn import BlockNeuralAutoregressiveNN
 
 _LEAST_HIDDEN = 24  # units of a hidden layer: in two dimensions two, NumPyro's own choice, hardly bend anything
+_SMALL = 16  # dimensions up to which a block network's step takes about a millisecond at NumPyro's own width
 _GATE = -4.0  # of a logit: a flow that begins so moves draws by about a fiftieth of a sd
 _STEPS, _ENOUGH = 400, 1e-10  # of a numerical inverse, and the error at which it is one
 
@@ -166,7 +167,8 @@ class AutoBNAF(AutoFlow):
     Args:
         model: A NumPyro callable.
         num_flows: Layers of the flow.
-        hidden_factors: Units of each hidden layer for each coordinate.
+        hidden_factors: Units of each hidden layer for each coordinate; two layers of eight, or of four beyond 16
+            dimensions, if None.
         **options: Those of `AutoFlow`.
     """
 
@@ -175,16 +177,17 @@ class AutoBNAF(AutoFlow):
         model: Callable[..., Any],
         *,
         num_flows: int = 1,
-        hidden_factors: Sequence[int] = (8, 8),
+        hidden_factors: Sequence[int] | None = None,
         **options: Any,
     ) -> None:
-        self._hidden_factors = tuple(hidden_factors)
+        self._hidden_factors = hidden_factors
         super().__init__(model, num_flows=num_flows, **options)
 
     def _layer(self, number: int) -> Transform:
         size = self.latent_dim
         with jax.ensure_compile_time_eval():  # its masks are constants, and no work of each step
-            network = BlockNeuralAutoregressiveNN(size, self._hidden_factors, "gated")
+            factors = list(self._hidden_factors or 2 * [8 if size <= _SMALL else 4])
+            network = BlockNeuralAutoregressiveNN(size, factors, "gated")
         begun = _begun_at(network, number, _monotone)
         return BlockNeuralAutoregressiveTransform(numpyro.module(f"{self.prefix}_arn__{number}", begun, (size,)))
 

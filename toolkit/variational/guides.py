@@ -197,7 +197,7 @@ def find_guide(guide: str | Guide, model: Model | None = None) -> Guide:
     known = GUIDES | {own.name: own for own in (model.guides if model else ())}
     if name not in known and not ranked and not counted:
         raise ValueError(
-            f"Expected a guide's name, one of {', '.join(known)}, {LOW_RANK}_<columns> or {MIXTURE}_<components>; got "
+            f"Expected a guide's name, one of {', '.join(known)}, {MIXTURE}_<components> or {LOW_RANK}_<columns>; got "
             f"'{name}'."
         )
     if ranked:

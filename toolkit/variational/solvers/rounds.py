@@ -30,8 +30,8 @@ from toolkit.variational.solvers.svi import (
     with_step_size,
 )
 
-_FIRST_STEPS = 1_000  # of the first round
-_WORTH = 0.2  # of the tolerance: a round's gain for which another one is run
+_FIRST_STEPS = 2_000  # of the first round
+_WORTH = 0.2, 0.5  # of the tolerance: a round's gain for which another one is run; the second where steps are long
 _LAST = 0.01  # of the first step size, which the last block of a round comes near
 _CHECKS = 4  # sets of common draws behind a round's gain
 _FRESH = 8  # sets of draws behind the ELBO
@@ -58,8 +58,8 @@ def optimise_in_rounds(
         key: For the steps and for the checks, which use draws that no step has seen.
         step_size: Adam's first in each round, in the units of the parameters; a quarter of it after a round that ended
             lower than the one before.
-        tolerance: In nats: it has arrived where a round's gain is below a fifth of it, and below all of it with two
-            standard errors; the first round does not count.
+        tolerance: In nats: it has arrived where a round's gain is below a fifth of it (half of it where steps are long),
+            and below all of it with two standard errors; the first round does not count.
         max_steps: The budget; no round is begun that would exceed it.
         report: Called after each block with the steps taken, how many there will be if no further round pays, and the
             block's mean ELBO.
@@ -78,6 +78,7 @@ def optimise_in_rounds(
     invalid, steps, worse, longest = 0, 0, 0, step_size
     blocks = -(-_FIRST_STEPS // programs.block_steps)
     arrived = exhausted = False
+    worth = tolerance * _WORTH[programs.long_steps]
     while not arrived and worse <= _WORSE:
         if steps + blocks * programs.block_steps > max_steps:
             exhausted = True
@@ -94,13 +95,13 @@ def optimise_in_rounds(
             report(steps, steps + (blocks - number - 1) * programs.block_steps, course[-1][1])
         weights = checked(average)
         gained = paired_gain(weights, best_weights)
-        if not gained.value > -_WORTH * tolerance:
+        if not gained.value > -worth:
             # Steps so long that they lead away say nothing of what shorter ones would gain.
             worse, longest = worse + 1, longest / 4
             continue
         worse = 0
         repeated = steps > blocks * programs.block_steps  # a first round has nothing before it that it could repeat
-        arrived = repeated and gained.value < _WORTH * tolerance and gained.value + 2 * gained.se < tolerance
+        arrived = repeated and gained.value < worth and gained.value + 2 * gained.se < tolerance
         if gained.value > 0:
             best, best_weights = average, weights
         blocks = max(blocks, steps // programs.block_steps)
@@ -108,7 +109,8 @@ def optimise_in_rounds(
         [np.asarray(programs.weigh(jax.random.fold_in(key, 2_000 + i), best, given)) for i in range(_FRESH)]
     )
     finite = sound(fresh)
-    cost = Cost(0.0, time.perf_counter() - begun, steps * programs.particles, programs.peak_bytes)
+    spent = math.ceil(steps * programs.particles * programs.share)
+    cost = Cost(0.0, time.perf_counter() - begun, spent, programs.peak_bytes)
     return Solution(
         best,
         Estimate.of_mean(fresh) if finite else Estimate(-math.inf, math.nan),
