@@ -10,6 +10,8 @@ import numpy as np
 from numpyro.infer import autoguide
 
 from toolkit.modelling.space import Space
+from toolkit.variational.amortised_fits import Amortised, AmortisedMember, amortised_member
+from toolkit.variational.amortised_guides import AutoAmortisedNormal
 from toolkit.variational.block_guides import AutoBlockNormal, gaussian_from, params_from
 from toolkit.variational.gaussians import Diagonal, Family, Frame, LowRank, Member, Triangular
 from toolkit.variational.guides import default_rank
@@ -27,6 +29,8 @@ class GaussianForm:
         member: The member with the autoguide's parameters.
         concave: Whether the ELBO is concave in location and factor where the posterior is log-concave.
         full: Whether every Gaussian is a member.
+        around: A family that contains this one, where to shift or stretch a coordinate leads out of this one; None
+            where it does not. What a fit without an optimum is told by, is looked for there.
     """
 
     family: Callable[[Frame], Family]
@@ -34,6 +38,7 @@ class GaussianForm:
     member: Callable[[Mapping[str, Any]], Member]
     concave: bool = True
     full: bool = False
+    around: Callable[[Frame], Family] | None = None
 
 
 def gaussian_form(guide: Any, space: Space) -> GaussianForm | None:
@@ -59,6 +64,8 @@ def gaussian_form(guide: Any, space: Space) -> GaussianForm | None:
         )
     if kind is AutoBlockNormal:
         return _blocks(guide)
+    if kind is AutoAmortisedNormal:
+        return _amortised(guide)
     return None
 
 
@@ -121,3 +128,22 @@ def _blocks(guide: AutoBlockNormal) -> GaussianForm:
 
     pattern = None if blocks.full else blocks.pattern
     return GaussianForm(lambda frame: Triangular(frame, order, pattern), params, member, full=blocks.full)
+
+
+def _amortised(guide: AutoAmortisedNormal) -> GaussianForm:
+    """Both directions for amortised branches, whose members know their parameters."""
+
+    def params(member: Member) -> Params:
+        if not isinstance(member, AmortisedMember) or member.params is None:
+            raise ValueError("Expected a Gaussian with amortised branches; got another, which no weights give.")  # noqa: TRY004
+        return dict(member.params)
+
+    order, blocks = np.array(guide.blocks.order), guide.blocks
+    pattern = None if blocks.full else blocks.pattern
+    return GaussianForm(
+        lambda frame: Amortised(frame, guide),
+        params,
+        lambda found: amortised_member(guide, found),
+        concave=False,
+        around=lambda frame: Triangular(frame, order, pattern),
+    )

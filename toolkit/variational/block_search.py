@@ -268,8 +268,14 @@ class _Probe:
         return slope
 
 
-def _gradient(program: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], space: Space) -> Gradient:
-    """Of the log density at an unconstrained vector, compiled in the precision that is set."""
+def log_density_of_program(
+    program: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], space: Space
+) -> tuple[Callable[[Any, Any], Any], dict[Any, Any]]:
+    """Log p(x, z) as a function of an unconstrained vector (size,) and arrays, and the arrays.
+
+    Raises:
+        ValueError: JAX is tracing the program's arguments.
+    """
     given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(given)):
         raise ValueError(
@@ -283,6 +289,12 @@ def _gradient(program: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappin
         positional, named = tuple(filled[i] for i in range(len(args))), {name: filled[name] for name in kwargs}
         return -potential_energy(handlers.seed(program, rng_seed=0), positional, named, space.unravel(vector))
 
+    return log_density, arrays
+
+
+def _gradient(program: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], space: Space) -> Gradient:
+    """Of the log density at an unconstrained vector, compiled in the precision that is set."""
+    log_density, arrays = log_density_of_program(program, args, kwargs, space)
     dtype = jnp.result_type(float)
     with handlers.block():
         compiled = jax.jit(jax.grad(log_density)).lower(np.zeros(space.size, dtype), arrays).compile(QUICK)

@@ -113,7 +113,8 @@ def find_failure(
         found = _flat_nearby(density, member, quadratic)
         if found:
             return found
-        if not (suspected or _is_suspicious(density, form, member, key=branch(key, 0))):
+        # A family that no stretch stays in has no zero slope along one at its best.
+        if not (suspected or (form.around is None and _is_suspicious(density, form, member, key=branch(key, 0)))):
             return None
         return (
             _flat_anywhere(density, member)
@@ -360,7 +361,8 @@ def _running_off(density: LogDensity, form: GaussianForm, member: Member, *, key
     first, sds = member, _sds(member)
     # What low rank can gain full rank can, without columns that run off by themselves.
     family: Callable[[Frame], Family]
-    family = Triangular if member.factor is not None and density.size <= _DENSE and not form.concave else form.family
+    whole = member.factor is not None and density.size <= _DENSE and not form.concave
+    family = Triangular if whole else form.around or form.family
     for number in range(1, _STAGES + 1):
         stage = _stage(density, family, member, key=branch(key, number))
         if stage is None:

@@ -24,6 +24,7 @@ from toolkit.modelling.space import Space, latent_space
 from toolkit.progress import Progress, silent
 from toolkit.status import Status
 from toolkit.threads import threads_for
+from toolkit.variational.amortised_guides import AutoAmortisedNormal
 from toolkit.variational.autoguides import GaussianForm, gaussian_form
 from toolkit.variational.block_guides import AutoBlockNormal
 from toolkit.variational.building import build_guide
@@ -380,6 +381,8 @@ def _gain_in_words(chosen: RankGain, tolerance: float) -> str:
 
 def _structure(built: Any, guide: Guide, space: Space) -> str:
     """What the report says of a guide's blocks or columns; empty for families that have neither."""
+    if isinstance(built, AutoAmortisedNormal):
+        return f"; {built.words}"
     if isinstance(built, AutoBlockNormal):
         return f"; {built.blocks.words}"
     if isinstance(built, AutoLowRankMultivariateNormal):

@@ -57,6 +57,7 @@ _NATURAL_DRAWS = 1_024
 _SCREENED = 80  # evaluations from each start; the proof goes on from the best one
 _DECREMENT_DRAWS = 4_096
 _ROUNDS = 8
+_RECENTRINGS = 4  # of a family that depends on its frame
 _RESIDUAL = 0.01  # of the tolerance, that a climb may leave as far as is known; five times as much held less often
 _OPTIMISM = 0.4  # of the tolerance, that a certificate may be too high by: what draws are enough for
 _LEARNED = 60  # pairs of steps that a certificate's climbs are told of
@@ -205,6 +206,8 @@ def fit_gaussian(
     best = _not_below(
         density, form, optima[0], smaller, solver, key=branch(key, 1_000), tolerance=tolerance, left=left, report=report
     )
+    if form.around is not None:
+        best = _recentred(density, form, best, key=branch(key, 1_007), tolerance=tolerance, left=left, report=report)
     others = [one for one in optima if one is not best and _stays_lower(one, best)]
     optima = (best, *(one for one in others if not _is_same(one, best)))
     before = density.evaluations
@@ -608,6 +611,56 @@ def _not_below(
             looked = _looked_at(density, family, x, around, best.trace, key=branch(own, 4), draws=_COMPARED_DRAWS)
             best = replace(looked, arrived=False, left=math.inf, steps=None)
     return best
+
+
+def _recentred(
+    density: LogDensity,
+    form: GaussianForm,
+    best: Optimum,
+    *,
+    key: Key,
+    tolerance: float,
+    left: Callable[[], int],
+    report: Report,
+) -> Optimum:
+    """The optimum of a family that depends on its frame, climbed anew with the frame at what was found before.
+
+    Until that gains no more; what was found stays where the last one is no better.
+    """
+    for number in range(_RECENTRINGS):
+        own = branch(key, number)
+        known = next(iter(_own_quadratic(best.member)), None)
+        if known is None or known.precision.ndim == 1 or left() < _first_draws(best.family):
+            break
+        frame = Frame.of(best.member.loc, known.precision)
+        family = form.family(frame)
+        found = _climbed(
+            density,
+            form,
+            family,
+            np.zeros(family.parameters),
+            known,
+            key=branch(own, 0),
+            tolerance=tolerance,
+            budget=left(),
+            most=EVALUATIONS,
+            report=report,
+        )
+        gain = _lead(density, found, best, key=branch(own, 1))
+        if gain.value > 0:
+            best = replace(found, trace=_trace(np.concatenate([best.trace.elbo, found.trace.elbo])))
+        if not gain.value > _SMALL * tolerance + 2 * gain.se:
+            break
+    return best
+
+
+def _lead(density: LogDensity, one: Optimum, other: Optimum, *, key: Key) -> Estimate:
+    """How far one optimum lies above another, which may be of a family of another frame, on common base draws."""
+    base = matched_draws(_COMPARED_DRAWS, one.family.base, key=key)
+    first, second = (FixedDrawsELBO(density, at.family, at.quadratic, base).each(at.x) for at in (one, other))
+    with np.errstate(invalid="ignore"):
+        gain = first - second
+    return Estimate.of_mean(gain) if is_sound(gain) else Estimate(-math.inf, math.nan)
 
 
 def _at_rest(form: GaussianForm, member: Member, around: Quadratic) -> Gaussian | Fitted:

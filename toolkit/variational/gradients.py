@@ -227,7 +227,7 @@ def _place(
 def _moved(model: Model, guide: Guide, found: GuideGradients, sds: float) -> dict[str, Any]:
     """The guide's parameters with every location moved by so many of its own sds."""
     form = gaussian_form(found.program, latent_space(model, guide.chart or model.chart))
-    if form is None or not math.isfinite(sds):
+    if form is None or form.around is not None or not math.isfinite(sds):
         raise ValueError(
             f"Expected a Gaussian guide and a finite number of sds to move it by; got '{guide.name}' and {sds}: give "
             "the parameters themselves instead."

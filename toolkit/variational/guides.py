@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpyro.infer import autoguide
 
+from toolkit.variational.amortised_guides import AutoAmortisedNormal
 from toolkit.variational.block_guides import BLOCKS, COUPLED, AutoBlockNormal
 from toolkit.variational.chain_fits import solve_chain
 from toolkit.variational.chain_guides import CHAIN, AutoChainNormal
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 Build = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 LOW_RANK, BY_GAIN, FULL_RANK = "low_rank", "low_rank_auto", "full_rank"
-MIXTURE = "mixture"
+MIXTURE, AMORTISED = "mixture", "amortised"
 _RANKED = re.compile(rf"{LOW_RANK}_([1-9]\d*)")
 _COUNTED = re.compile(rf"{MIXTURE}_([1-9]\d*)")
 
@@ -130,7 +131,7 @@ def _structured(structure: str, contains: tuple[str, ...]) -> Guide:
     return Guide(structure, build, contains, label=AutoBlockNormal.__name__)
 
 
-_IN_FULL_RANK = (CHAIN, "coupled", "blocks", "low_rank", "mean_field", "diagonal", "laplace", "ep")
+_IN_FULL_RANK = (CHAIN, "coupled", AMORTISED, "blocks", "low_rank", "mean_field", "diagonal", "laplace", "ep")
 _IN_RICHER = (FULL_RANK, *_IN_FULL_RANK)
 
 GUIDES: dict[str, Guide] = {
@@ -140,7 +141,8 @@ GUIDES: dict[str, Guide] = {
         _auto(LOW_RANK, "AutoLowRankMultivariateNormal", ("mean_field", "diagonal")),
         _auto(BY_GAIN, "AutoLowRankMultivariateNormal", ("mean_field", "diagonal")),
         _structured(BLOCKS, ("mean_field", "diagonal")),
-        _structured(COUPLED, ("blocks", "mean_field", "diagonal")),
+        Guide(AMORTISED, AutoAmortisedNormal, label=AutoAmortisedNormal.__name__),
+        _structured(COUPLED, (AMORTISED, "blocks", "mean_field", "diagonal")),
         Guide(CHAIN, AutoChainNormal, ("mean_field", "diagonal"), label=AutoChainNormal.__name__, solve=solve_chain),
         _auto(FULL_RANK, "AutoMultivariateNormal", _IN_FULL_RANK),
         replace(_auto("ep", "AutoMultivariateNormal"), solve=solve_ep, climbs=False),

@@ -11,6 +11,7 @@ from toolkit.estimate import Estimate
 from toolkit.modelling.model import Model
 from toolkit.modelling.space import latent_space
 from toolkit.status import Status
+from toolkit.variational.amortised_guides import AutoAmortisedNormal
 from toolkit.variational.block_guides import AutoBlockNormal
 from toolkit.variational.certificates import Scope
 from toolkit.variational.chain_guides import AutoChainNormal
@@ -18,10 +19,8 @@ from toolkit.variational.fits import Fit
 from toolkit.variational.guides import BY_GAIN, FULL_RANK, LOW_RANK, MIXTURE, Guide, default_rank
 
 _SE_LIMIT = 3.0
-_GAUSSIANS = (
-    AutoBlockNormal.__name__,
-    AutoChainNormal.__name__,
-)  # the class of guides that a user may name as he likes
+# The classes of guides that a user may name as he likes.
+_GAUSSIANS = (AutoBlockNormal.__name__, AutoChainNormal.__name__, AutoAmortisedNormal.__name__)
 
 
 def check_nesting(fits: Sequence[Fit], tolerance: float = 0.1) -> tuple[Fit, ...]:

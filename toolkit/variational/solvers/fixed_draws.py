@@ -88,11 +88,12 @@ class Units:
     """
 
     def __init__(self, family: Family, x: np.ndarray, quadratic: Quadratic) -> None:
-        self._shifts, self._root = family.size, None
+        self._shifts, self._root = 0, None
         self._secants = list[tuple[np.ndarray, np.ndarray]]()
         bent = family.bend(x, quadratic) if family.parameters <= MOST_PARAMETERS else None
         if bent is None or not np.isfinite(bent).all():
             return
+        self._shifts = family.parameters - len(bent)
         for least in _LEAST_BENDS:
             try:
                 self._root = scipy.linalg.cholesky(bent + least * np.eye(len(bent)), check_finite=False)

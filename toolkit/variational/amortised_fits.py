@@ -1,0 +1,177 @@
+"""The amortised family as the Gaussian solvers see it, and a fitted function carried over to other units."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+
+from toolkit.variational.amortised_guides import AutoAmortisedNormal
+from toolkit.variational.gaussians import Frame, Member, Quadratic, inverse_factor
+
+_LOG_2PI = float(np.log(2 * np.pi))
+_ROOT_2 = float(np.sqrt(2.0))
+
+
+@dataclass(frozen=True)
+class AmortisedMember(Member):
+    """A Gaussian with amortised branches.
+
+    Attributes:
+        params: The autoguide's parameters, the constants among them.
+    """
+
+    params: Mapping[str, Any] | None = None
+
+
+class Amortised:
+    """The Gaussians with amortised branches, for the solvers of Gaussian families (`gaussians.Family`).
+
+    The shared coordinates have a location and a Cholesky factor measured by the frame's margin of them, as in
+    `Triangular`; then come the weights, from those at which each branch is what the unit's summary at the frame says.
+    Where the posterior is Gaussian that is the optimum, and the ELBO's curvature in all that the function gives is one.
+
+    Args:
+        frame: What the parameters are measured with, and where units are summed up.
+        guide: The autoguide, set up on its model.
+    """
+
+    def __init__(self, frame: Frame, guide: AutoAmortisedNormal) -> None:
+        self._guide, blocks = guide, guide.blocks
+        self.size = self.base = blocks.size
+        self.shared = blocks.shared
+        self._order = np.array(blocks.order)
+        own = self._order[: self.shared]
+        self._loc = frame.loc[own]
+        covariance = np.diag(frame.factor**2) if frame.factor.ndim == 1 else frame.factor @ frame.factor.T
+        self._root = np.linalg.cholesky(covariance[np.ix_(own, own)])
+        self.constants = guide.constants_at(frame.loc, self._root)
+        self._below = np.tril_indices(self.shared, -1)
+        self._begin = guide.begin
+        self.parameters = 2 * self.shared + len(self._below[0]) + len(self._begin)
+
+    def member(self, x: np.ndarray) -> AmortisedMember:
+        """The Gaussian of these parameters."""
+        with jax.enable_x64(True):
+            found = self._programs[0](x, self.constants)
+        loc, ordered, *own = (np.asarray(part) for part in found)
+        prefix = self._guide.prefix
+        params = dict(zip((f"{prefix}_loc", f"{prefix}_scale_tril", f"{prefix}_weights"), own, strict=True))
+        return _as_member(self._order, loc, ordered, {**params, **self.constants})
+
+    undrawn = member
+
+    def near(self, member: Member) -> np.ndarray:
+        """The parameters of a member of this family, with these constants.
+
+        Raises:
+            ValueError: It is a member of another.
+        """
+        prefix = self._guide.prefix
+        known = isinstance(member, AmortisedMember) and member.params is not None
+        if not known or any((member.params[name] != value).any() for name, value in self.constants.items()):
+            raise ValueError("Expected a Gaussian with amortised branches around this reference; got another.")
+        loc, scale_tril, weights = (np.asarray(member.params[f"{prefix}_{n}"]) for n in ("loc", "scale_tril", "weights"))
+        triangle = scipy.linalg.solve_triangular(self._root, scale_tril, lower=True)
+        shift = scipy.linalg.solve_triangular(self._root, loc - self._loc, lower=True)
+        log_diagonal = _ROOT_2 * np.log(np.diag(triangle))
+        return np.concatenate([shift, log_diagonal, triangle[self._below], weights - self._begin])
+
+    def points(self, member: Member, base: np.ndarray) -> np.ndarray:
+        """Draws."""
+        assert member.factor is not None
+        return member.loc + base @ member.factor.T
+
+    def scores(self, member: Member, base: np.ndarray) -> np.ndarray:
+        """Minus the gradient of log q at the draws."""
+        scores = np.empty_like(base)
+        scores[:, self._order] = scipy.linalg.solve_triangular(self._ordered(member), base.T, lower=True, trans="T").T
+        return scores
+
+    def pull(self, x: np.ndarray, member: Member, base: np.ndarray, gradients: np.ndarray) -> np.ndarray:
+        """The gradient of a mean over draws."""
+        ordered = gradients[:, self._order]
+        return self._pulled(x, ordered.mean(0), ordered.T @ base / len(base))
+
+    def mean(self, members: Sequence[np.ndarray]) -> np.ndarray:
+        """Parameters in the middle: of climbs from one place, whose networks have not changed places."""
+        return np.mean(members, axis=0)
+
+    def entropy(self, member: Member) -> float:
+        """In nats."""
+        return float(np.log(np.diag(self._ordered(member))).sum()) + 0.5 * self.size * (1 + _LOG_2PI)
+
+    def exact(self, x: np.ndarray, member: Member, quadratic: Quadratic) -> tuple[float, np.ndarray]:
+        """Entropy plus the mean of a quadratic."""
+        assert member.factor is not None
+        value, by_loc = quadratic.at_one(member.loc)
+        pulled = quadratic.times(member.factor.T).T
+        value += self.entropy(member) - 0.5 * float(np.einsum("ij,ij->", member.factor, pulled))
+        by_factor = -pulled[self._order] + np.diag(1 / np.diag(self._ordered(member)))
+        return value, self._pulled(x, by_loc[self._order], by_factor)
+
+    def bend(self, x: np.ndarray, quadratic: Quadratic) -> np.ndarray:
+        """Minus the Hessian behind the shifts, where what the function gives has curvature one (Gauss-Newton)."""
+        weights = x[self.parameters - len(self._begin) :]
+        with jax.enable_x64(True):
+            bent = np.asarray(self._programs[2](weights, self.constants))
+        rest = self.parameters - self.shared - len(weights)
+        return scipy.linalg.block_diag(np.eye(rest), bent)
+
+    def _pulled(self, x: np.ndarray, by_loc: np.ndarray, by_factor: np.ndarray) -> np.ndarray:
+        with jax.enable_x64(True):
+            return np.asarray(self._programs[1](x, self.constants, by_loc, by_factor))
+
+    def _ordered(self, member: Member) -> np.ndarray:
+        assert member.factor is not None
+        return member.factor[self._order]
+
+    @functools.cached_property
+    def _programs(self) -> tuple[Callable[..., Any], ...]:
+        """The member of parameters, the gradient pulled back to them, and the weights' curvature."""
+        guide, root, at, first, below = self._guide, self._root, self._loc, self._begin, self._below
+        ends = np.cumsum([self.shared, self.shared, len(below[0])])
+
+        def member(x: Any, constants: Any) -> tuple[Any, ...]:
+            shift, log_diagonal, under, more = jnp.split(x, ends)
+            loc, weights = at + root @ shift, first + more
+            scale_tril = root @ jnp.diag(jnp.exp(log_diagonal / _ROOT_2)).at[below].set(under)
+            return *guide.place(loc, scale_tril, weights, constants), loc, scale_tril, weights
+
+        def pulled(x: Any, constants: Any, by_loc: Any, by_factor: Any) -> Any:
+            _, back = jax.vjp(lambda x: member(x, constants)[:2], x)
+            return back((by_loc, by_factor))[0]
+
+        def bent(more: Any, constants: Any) -> Any:
+            pieces, found = np.cumsum([branch.weights for branch in guide.branches])[:-1], []
+            for run, (branch, weights) in enumerate(zip(guide.branches, jnp.split(first + more, pieces), strict=True)):
+                standard = constants[f"{guide.prefix}_features_{run}"]
+                features = constants[f"{guide.prefix}_units_{run}"][:, -branch.outputs :]
+                white = (features - standard[0]) * standard[1]
+                slopes = jax.jacobian(branch)(weights, white).reshape(-1, branch.weights)
+                found.append(slopes.T @ slopes)
+            return jax.scipy.linalg.block_diag(*found) if found else jnp.zeros((0, 0))
+
+        return jax.jit(member), jax.jit(pulled), jax.jit(bent)
+
+
+def amortised_member(guide: AutoAmortisedNormal, params: Mapping[str, Any]) -> AmortisedMember:
+    """The Gaussian with the autoguide's parameters."""
+    with jax.enable_x64(True):
+        loc, scale_tril, weights = (jnp.asarray(params[f"{guide.prefix}_{n}"]) for n in ("loc", "scale_tril", "weights"))
+        placed = guide.place(loc, scale_tril, weights, params)
+    ordered, factor = (np.asarray(part) for part in placed)
+    return _as_member(np.array(guide.blocks.order), ordered, factor, dict(params))
+
+
+def _as_member(order: np.ndarray, loc: np.ndarray, ordered: np.ndarray, params: Mapping[str, Any]) -> AmortisedMember:
+    """A member from a location and a factor in the order of the blocks."""
+    own, factor = np.empty_like(loc), np.empty_like(ordered)
+    own[order], factor[order] = loc, ordered
+    return AmortisedMember(own, factor=factor, params=params)

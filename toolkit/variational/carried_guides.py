@@ -1,0 +1,82 @@
+"""A fitted amortised guide for other data: branches of units that the fit has not seen, without fitting."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from toolkit.status import Status
+from toolkit.variational.amortised_guides import AutoAmortisedNormal
+from toolkit.variational.fits import Fit
+from toolkit.variational.guides import AMORTISED, Guide
+from toolkit.variational.own_solvers import Problem, Solved
+
+
+def carried(fitted: Fit) -> Guide:
+    """A guide that is fitted to no data: it applies what an amortised fit has learned to the units of any dataset.
+
+    q(shared) and the function are the fit's. Each unit's branch is what the function gives for that unit's own data,
+    be it one that the fit has seen, one that it has not, or a known one with more rows. `fit(model, carried(fitted),
+    key=key)` therefore costs a few derivatives of the log density; what its ELBO lacks to that of a new fit is the
+    price of not fitting. Rows of a new unit do not move q(shared): for that the guide is fitted anew.
+
+    Args:
+        fitted: A fit of `amortised`, or of another guide made by `AutoAmortisedNormal`.
+
+    Returns:
+        The guide; its models must have the fit's shared coordinates and sites, and may have any number of units.
+
+    Raises:
+        ValueError: The fit has no parameters, or is of another family.
+    """
+    if not isinstance(fitted.autoguide, AutoAmortisedNormal) or not fitted.usable:
+        raise ValueError(
+            f"Expected a fit of '{AMORTISED}' that has parameters; got one of '{fitted.guide.name}', "
+            f"{fitted.status.value}."
+        )
+    return Guide(
+        f"{fitted.guide.name.partition('@')[0]}_carried",
+        fitted.guide.build,
+        chart=fitted.chart,
+        label=fitted.guide.label,
+        solve=_Carried(fitted),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Carried:
+    """The algorithm of a carried guide: it evaluates the fitted function."""
+
+    fitted: Fit
+
+    def __call__(self, problem: Problem) -> Solved:
+        """The fit's parameters, with the constants of the problem's own units.
+
+        Raises:
+            ValueError: The model's shared coordinates or sites are not those of the fit.
+        """
+        guide, known = problem.program, self.fitted.autoguide
+        here, there = (
+            (one.blocks.shared, [(run.size, run.sites, run.plate) for run in one.blocks.runs]) for one in (guide, known)
+        )
+        if here != there:
+            raise ValueError(
+                f"Expected a model with the structure of the fit, {known.blocks.words}; '{problem.model.name}' on "
+                f"'{problem.model.dataset.name}' has {guide.blocks.words}."
+            )
+        prefix, params = known.prefix, self.fitted.params
+        names = {part: f"{prefix}_reference_{part}" for part in ("loc", "tril", "units")}
+        before = guide.summaries.evaluations
+        constants = guide.constants({part: np.asarray(params[name]) for part, name in names.items()}, params)
+        free = {f"{prefix}_{name}": params[f"{prefix}_{name}"] for name in ("loc", "scale_tril", "weights")}
+        return Solved(
+            {**free, **constants},
+            Status.MATCHED,
+            solver="carried",
+            why=(
+                f"nothing is fitted: shared coordinates and function are those of the fit to "
+                f"'{self.fitted.model.dataset.name}', and each unit's branch is had from its own data"
+            ),
+            gradients=guide.summaries.evaluations - before,
+        )
