@@ -121,8 +121,9 @@ def test_the_summary_alone_is_the_branch_of_a_gaussian_posterior_whatever_the_re
     reference = np.tril(rng.normal(size=(shared, shared)), -1) + np.diag(rng.uniform(0.5, 2, shared))
     with jax.enable_x64(True):
         constants = guide.constants_at(rng.normal(size=len(mean)), reference)
-        params = {"auto_loc": mean[own], "auto_scale_tril": np.linalg.cholesky(covariance), "auto_weights": guide.begin}
-        member = amortised_member(guide, {**params, **constants})
+        free = {"loc": mean[own], "scale_tril": np.linalg.cholesky(covariance), "weights": guide.begin}
+        params = {f"auto_{name}": value for name, value in (constants | free).items()}
+        member = amortised_member(guide, params)
     np.testing.assert_allclose(member.loc, mean, atol=1e-9)
     np.testing.assert_allclose(member.covariance() @ precision, np.eye(len(mean)), atol=1e-9)
 
@@ -131,14 +132,14 @@ def test_a_gaussian_hierarchy_has_no_gap_and_blocks_lack_what_algebra_says() -> 
     _, precision, evidence = exact("plain")
     amortised, blocks = (fit(conjugate(), name, key=KEY) for name in ("amortised", "blocks"))
     assert amortised.status is blocks.status is Status.ARRIVED
-    assert abs(amortised.elbo.value - evidence) < 3 * amortised.elbo.se + 1e-6
+    assert abs(amortised.elbo.value - evidence) < 3 * amortised.elbo.se + amortised.gap_limit
     # KL from the best block-diagonal Gaussian, whose precision has the posterior's blocks.
     structure = blocks.autoguide.blocks
     ordered = precision[np.ix_(structure.order, structure.order)]
     ends = np.cumsum([structure.shared, *structure.sizes])
     parts = [ordered[a:b, a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
     lacking = 0.5 * (sum(np.linalg.slogdet(part)[1] for part in parts) - np.linalg.slogdet(precision)[1])
-    assert lacking > 1.0
+    assert lacking > 0.3
     assert abs(evidence - blocks.elbo.value - lacking) < 5 * blocks.elbo.se + blocks.gap_limit
 
 
@@ -256,7 +257,7 @@ def test_parameters_do_not_grow_with_units() -> None:
     assert len(small.begin) == len(large.begin) == Branch(1, 2, 2).weights
     free = 2 + 3 + Branch(1, 2, 2).weights
     assert f"{free} parameters for any number of units" in small.words
-    assert fit_of("amortised").why.endswith(small.words)
+    assert fit_of("amortised").why.endswith(fit_of("amortised").autoguide.words)
 
 
 # -- fits -------------------------------------------------------------------------------------------------------------
@@ -291,7 +292,9 @@ def test_the_fits_own_density_is_that_of_its_draws() -> None:
     posterior = amortised.autoguide.get_posterior(amortised.params)
     np.testing.assert_allclose(posterior.covariance_matrix, member.covariance(), rtol=1e-5, atol=1e-6)
     median = amortised.autoguide.median(amortised.params)
-    np.testing.assert_allclose(np.exp(member.loc[latent_space(amortised.model).names.index("sd")]), median["sd"], rtol=1e-5)
+    np.testing.assert_allclose(
+        np.exp(member.loc[latent_space(amortised.model).names.index("sd")]), median["sd"], rtol=1e-5
+    )
 
 
 def test_larger_families_are_not_left_below_it() -> None:
@@ -324,6 +327,7 @@ def test_without_units_it_is_the_full_rank() -> None:
     assert fitted.elbo.value == pytest.approx(evidence, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_svi_moves_the_free_parameters_alone() -> None:
     model = counted_once(12)
     guide = AutoAmortisedNormal(model.bound(), init_scale=0.3)

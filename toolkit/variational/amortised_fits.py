@@ -5,15 +5,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
-from toolkit.variational.amortised_guides import AutoAmortisedNormal
-from toolkit.variational.gaussians import Frame, Member, Quadratic, inverse_factor
+from toolkit.variational.amortised_guides import FREE, AutoAmortisedNormal, Layout
+from toolkit.variational.gaussians import Frame, Member, Quadratic
 
 _LOG_2PI = float(np.log(2 * np.pi))
 _ROOT_2 = float(np.sqrt(2.0))
@@ -54,16 +54,18 @@ class Amortised:
         self.constants = guide.constants_at(frame.loc, self._root)
         self._below = np.tril_indices(self.shared, -1)
         self._begin = guide.begin
+        self._programs = _programs(guide.layout)
+        self._held = {**self.constants, "loc": self._loc, "root": self._root, "begin": self._begin}
         self.parameters = 2 * self.shared + len(self._below[0]) + len(self._begin)
 
     def member(self, x: np.ndarray) -> AmortisedMember:
         """The Gaussian of these parameters."""
         with jax.enable_x64(True):
-            found = self._programs[0](x, self.constants)
+            found = self._programs.member(x, self._held)
         loc, ordered, *own = (np.asarray(part) for part in found)
         prefix = self._guide.prefix
-        params = dict(zip((f"{prefix}_loc", f"{prefix}_scale_tril", f"{prefix}_weights"), own, strict=True))
-        return _as_member(self._order, loc, ordered, {**params, **self.constants})
+        params = dict(zip(FREE, own, strict=True)) | self.constants
+        return _as_member(self._order, loc, ordered, {f"{prefix}_{name}": value for name, value in params.items()})
 
     undrawn = member
 
@@ -74,10 +76,10 @@ class Amortised:
             ValueError: It is a member of another.
         """
         prefix = self._guide.prefix
-        known = isinstance(member, AmortisedMember) and member.params is not None
-        if not known or any((member.params[name] != value).any() for name, value in self.constants.items()):
+        params = member.params if isinstance(member, AmortisedMember) else None
+        if params is None or any((params[f"{prefix}_{n}"] != value).any() for n, value in self.constants.items()):
             raise ValueError("Expected a Gaussian with amortised branches around this reference; got another.")
-        loc, scale_tril, weights = (np.asarray(member.params[f"{prefix}_{n}"]) for n in ("loc", "scale_tril", "weights"))
+        loc, scale_tril, weights = (np.asarray(params[f"{prefix}_{n}"]) for n in FREE)
         triangle = scipy.linalg.solve_triangular(self._root, scale_tril, lower=True)
         shift = scipy.linalg.solve_triangular(self._root, loc - self._loc, lower=True)
         log_diagonal = _ROOT_2 * np.log(np.diag(triangle))
@@ -120,54 +122,59 @@ class Amortised:
         """Minus the Hessian behind the shifts, where what the function gives has curvature one (Gauss-Newton)."""
         weights = x[self.parameters - len(self._begin) :]
         with jax.enable_x64(True):
-            bent = np.asarray(self._programs[2](weights, self.constants))
+            bent = np.asarray(self._programs.bent(weights, self._held))
         rest = self.parameters - self.shared - len(weights)
         return scipy.linalg.block_diag(np.eye(rest), bent)
 
     def _pulled(self, x: np.ndarray, by_loc: np.ndarray, by_factor: np.ndarray) -> np.ndarray:
         with jax.enable_x64(True):
-            return np.asarray(self._programs[1](x, self.constants, by_loc, by_factor))
+            return np.asarray(self._programs.pulled(x, self._held, by_loc, by_factor))
 
     def _ordered(self, member: Member) -> np.ndarray:
         assert member.factor is not None
         return member.factor[self._order]
 
-    @functools.cached_property
-    def _programs(self) -> tuple[Callable[..., Any], ...]:
-        """The member of parameters, the gradient pulled back to them, and the weights' curvature."""
-        guide, root, at, first, below = self._guide, self._root, self._loc, self._begin, self._below
-        ends = np.cumsum([self.shared, self.shared, len(below[0])])
 
-        def member(x: Any, constants: Any) -> tuple[Any, ...]:
-            shift, log_diagonal, under, more = jnp.split(x, ends)
-            loc, weights = at + root @ shift, first + more
-            scale_tril = root @ jnp.diag(jnp.exp(log_diagonal / _ROOT_2)).at[below].set(under)
-            return *guide.place(loc, scale_tril, weights, constants), loc, scale_tril, weights
+class _Programs(NamedTuple):
+    """Compiled for a layout: the member of parameters, a gradient pulled back to them, and the weights' curvature."""
 
-        def pulled(x: Any, constants: Any, by_loc: Any, by_factor: Any) -> Any:
-            _, back = jax.vjp(lambda x: member(x, constants)[:2], x)
-            return back((by_loc, by_factor))[0]
+    member: Callable[..., Any]
+    pulled: Callable[..., Any]
+    bent: Callable[..., Any]
 
-        def bent(more: Any, constants: Any) -> Any:
-            pieces, found = np.cumsum([branch.weights for branch in guide.branches])[:-1], []
-            for run, (branch, weights) in enumerate(zip(guide.branches, jnp.split(first + more, pieces), strict=True)):
-                standard = constants[f"{guide.prefix}_features_{run}"]
-                features = constants[f"{guide.prefix}_units_{run}"][:, -branch.outputs :]
-                white = (features - standard[0]) * standard[1]
-                slopes = jax.jacobian(branch)(weights, white).reshape(-1, branch.weights)
-                found.append(slopes.T @ slopes)
-            return jax.scipy.linalg.block_diag(*found) if found else jnp.zeros((0, 0))
 
-        return jax.jit(member), jax.jit(pulled), jax.jit(bent)
+@functools.lru_cache(maxsize=32)
+def _programs(layout: Layout) -> _Programs:
+    """The programs, which serve every frame: what they hold (`held`) is an argument."""
+    below = np.tril_indices(layout.shared, -1)
+    ends = np.cumsum([layout.shared, layout.shared, len(below[0])])
+
+    def member(x: Any, held: Any) -> tuple[Any, ...]:
+        shift, log_diagonal, under, more = jnp.split(x, ends)
+        loc, weights = held["loc"] + held["root"] @ shift, held["begin"] + more
+        scale_tril = held["root"] @ jnp.diag(jnp.exp(log_diagonal / _ROOT_2)).at[below].set(under)
+        return *layout.place(loc, scale_tril, weights, held), loc, scale_tril, weights
+
+    def pulled(x: Any, held: Any, by_loc: Any, by_factor: Any) -> Any:
+        _, back = jax.vjp(lambda x: member(x, held)[:2], x)
+        return back((by_loc, by_factor))[0]
+
+    def bent(more: Any, held: Any) -> Any:
+        found = []
+        for run, (branch, weights) in enumerate(zip(layout.branches, layout.split(held["begin"] + more), strict=True)):
+            slopes = jax.jacobian(branch)(weights, layout.features(run, held)).reshape(-1, branch.weights)
+            found.append(slopes.T @ slopes)
+        return jax.scipy.linalg.block_diag(*found) if found else jnp.zeros((0, 0))
+
+    return _Programs(jax.jit(member), jax.jit(pulled), jax.jit(bent))
 
 
 def amortised_member(guide: AutoAmortisedNormal, params: Mapping[str, Any]) -> AmortisedMember:
     """The Gaussian with the autoguide's parameters."""
     with jax.enable_x64(True):
-        loc, scale_tril, weights = (jnp.asarray(params[f"{guide.prefix}_{n}"]) for n in ("loc", "scale_tril", "weights"))
-        placed = guide.place(loc, scale_tril, weights, params)
-    ordered, factor = (np.asarray(part) for part in placed)
-    return _as_member(np.array(guide.blocks.order), ordered, factor, dict(params))
+        free = [jnp.asarray(params[f"{guide.prefix}_{name}"]) for name in FREE]
+        loc, factor = (np.asarray(part) for part in jax.jit(guide.layout.place)(*free, guide.constants_of(params)))
+    return _as_member(np.array(guide.blocks.order), loc, factor, dict(params))
 
 
 def _as_member(order: np.ndarray, loc: np.ndarray, ordered: np.ndarray, params: Mapping[str, Any]) -> AmortisedMember:

@@ -31,6 +31,7 @@ References:
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,9 @@ from toolkit.variational.unit_summaries import Units, UnitSummaries
 
 HIDDEN = 2
 """Units of the hidden layer, unless asked for otherwise."""
+
+FREE = ("loc", "scale_tril", "weights")
+"""Parameters that are fitted; the others are what is known of the units."""
 
 _ROOT_2 = float(np.sqrt(2.0))  # a log scale's curvature is 2: in these units it is 1
 
@@ -92,17 +96,84 @@ class Branch:
         constant, gain, inner, threshold, outer = jnp.split(
             weights, np.cumsum([outputs, outputs, hidden * outputs, hidden])
         )
-        layer = jnp.tanh(features @ inner.reshape(hidden, outputs).T + threshold)
-        return constant + gain * features + layer @ outer.reshape(hidden, outputs)
+        layer = jnp.tanh(features @ inner.reshape(hidden, outputs).T + threshold[None])
+        return constant[None] + gain[None] * features + layer @ outer.reshape(hidden, outputs)
 
     def parts(self, given: Any) -> tuple[Any, Any, Any]:
-        """d (units, size), T (units, size, size) and K (units, size, shared), from what it gives."""
+        """The shift d (units, size), T (units, size, size) and K (units, size, shared), from what it gives."""
         size, rows_columns = self.size, np.tril_indices(self.size, -1)
         ends = np.cumsum([size, size, len(rows_columns[0])])
         shift, log_diagonal, below, slope = jnp.split(given, ends, axis=1)
-        triangle = jnp.exp(log_diagonal / _ROOT_2)[..., None] * jnp.eye(size)
+        triangle = jnp.exp(log_diagonal / _ROOT_2)[..., None] * jnp.eye(size)[None]
         triangle = triangle.at[:, rows_columns[0], rows_columns[1]].set(below)
         return shift, triangle, slope.reshape(-1, size, self.shared)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The shape of the family, all that its programs are compiled for; hashable.
+
+    Attributes:
+        shared: Shared coordinates.
+        branches: For each run of blocks its function.
+        counts: And how many units it has.
+    """
+
+    shared: int
+    branches: tuple[Branch, ...]
+    counts: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Unconstrained coordinates."""
+        return self.shared + sum(branch.size * count for branch, count in zip(self.branches, self.counts, strict=True))
+
+    @property
+    def weights(self) -> int:
+        """Of all runs."""
+        return sum(branch.weights for branch in self.branches)
+
+    @property
+    def constants(self) -> tuple[str, ...]:
+        """Names of what is held: the reference's parts, and for each run its units and what standardises features."""
+        runs = range(len(self.branches))
+        reference = tuple(f"reference_{part}" for part in ("loc", "tril", "units"))
+        return (*reference, *(f"{name}_{run}" for run in runs for name in ("units", "features")))
+
+    def split(self, weights: Any) -> list[Any]:
+        """The weights of each run."""
+        begins = np.cumsum([0, *(branch.weights for branch in self.branches)])
+        return [weights[begins[run] : begins[run + 1]] for run in range(len(self.branches))]
+
+    def features(self, run: int, constants: Mapping[str, Any]) -> Any:
+        """What the function of a run is given, standardised, (units, features)."""
+        standard = constants[f"features_{run}"]
+        raw = constants[f"units_{run}"][:, -self.branches[run].outputs :]
+        return (raw - standard[:1]) * standard[1:]
+
+    def place(self, loc: Any, scale_tril: Any, weights: Any, constants: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Location (size,) and Cholesky factor (size, size), both in the order of the blocks."""
+        shared, reference = self.shared, constants["reference_tril"]
+        factor = jnp.zeros((self.size, self.size), jnp.result_type(loc)).at[:shared, :shared].set(jnp.tril(scale_tril))
+        away = solve_triangular(reference, loc - constants["reference_loc"], lower=True)
+        relative = solve_triangular(reference, jnp.tril(scale_tril), lower=True)
+        locs, begin = [loc], shared
+        for run, (branch, own) in enumerate(zip(self.branches, self.split(weights), strict=True)):
+            k = branch.size
+            units = constants[f"units_{run}"]
+            centre, spread, slope = (
+                units[:, a:b] for a, b in itertools.pairwise(np.cumsum([0, k, k * k, k * shared]).tolist())
+            )
+            spread, slope = spread.reshape(-1, k, k), slope.reshape(-1, k, shared)
+            shift, triangle, more = branch.parts(branch(own, self.features(run, constants)))
+            white = jnp.einsum("nks,s->nk", slope, away) + shift
+            locs.append((centre + jnp.einsum("nij,nj->ni", spread, white)).ravel())
+            coupled = jnp.einsum("nij,njs->nis", spread, jnp.einsum("nks,st->nkt", slope, relative) + more)
+            rows = begin + np.arange(len(units) * k).reshape(-1, k)
+            factor = factor.at[rows, :shared].set(coupled)
+            factor = factor.at[rows[:, :, None], rows[:, None, :]].set(jnp.einsum("nij,njk->nik", spread, triangle))
+            begin += rows.size
+        return jnp.concatenate(locs), factor
 
 
 class AutoAmortisedNormal(AutoBlockNormal):
@@ -124,7 +195,7 @@ class AutoAmortisedNormal(AutoBlockNormal):
 
     Attributes:
         blocks: The structure in use, once the guide has seen the model.
-        branches: For each run of blocks its function.
+        layout: How many units there are, and their function.
 
     Raises:
         ValueError: `hidden` is negative, or what `AutoBlockNormal` raises.
@@ -147,25 +218,27 @@ class AutoAmortisedNormal(AutoBlockNormal):
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
         space = Space(tuple(self._init_locs), tuple(jnp.shape(value) for value in self._init_locs.values()))
-        self.branches = tuple(Branch(run.size, self.blocks.shared, self.hidden) for run in self.blocks.runs)
+        runs, shared = self.blocks.runs, self.blocks.shared
+        branches = tuple(Branch(run.size, shared, self.hidden) for run in runs)
+        self.layout = Layout(shared, branches, tuple(run.count for run in runs))
         self.summaries = UnitSummaries(self._program, args, kwargs, space, self.blocks)
-        self._began = None
+        self._began: dict[str, np.ndarray] | None = None
 
     @property
     def words(self) -> str:
         """What the report says of the family, without a full stop."""
-        if not self.branches:
+        if not self.layout.branches:
             return self.blocks.words
         shared = self.blocks.shared
-        free = shared + shared * (shared + 1) // 2 + sum(branch.weights for branch in self.branches)
-        network = f"a network with {self.hidden} hidden units beside it" if self.hidden else "no network"
+        free = shared + shared * (shared + 1) // 2 + self.layout.weights
+        network = f"a network with {self.hidden} hidden units" if self.hidden else "no network"
         return (
-            f"{self.blocks.words}; each branch by one function of its unit's mode and curvature, constants and gains and "
-            f"{network}: {free:,} parameters for any number of units"
+            f"{self.blocks.words}; each branch by one function of its unit's mode and curvature (constants, "
+            f"gains, {network}): {free:,} parameters for any number of units"
         )
 
     def constants_at(self, vector: np.ndarray, scale_tril: np.ndarray) -> dict[str, np.ndarray]:
-        """The parameters that are not free, for the units of the data that the guide was set up on.
+        """The parameters that are not free, without the prefix, for the units of the data that the guide was set up on.
 
         Args:
             vector: An unconstrained point, (size,): the reference's location, and where units are looked for.
@@ -183,44 +256,18 @@ class AutoAmortisedNormal(AutoBlockNormal):
             reference: Its parts.
             features: Constants of another guide, by whose units features are standardised; by these units' own if None.
         """
-        found = {f"{self.prefix}_reference_{part}": np.asarray(value) for part, value in reference.items()}
+        found = {f"reference_{part}": np.asarray(value) for part, value in reference.items()}
         summed = self.summaries.at(reference["loc"], reference["tril"], reference["units"])
         for run, (units, local) in enumerate(zip(summed, self.summaries.split(reference["units"]), strict=True)):
-            found[f"{self.prefix}_units_{run}"] = np.concatenate([units.packed, units.features(local)], axis=1)
-            name = f"{self.prefix}_features_{run}"
+            found[f"units_{run}"] = np.concatenate([units.packed, units.features(local)], axis=1)
+            name = f"features_{run}"
             found[name] = np.asarray(features[name]) if features is not None else _standard(units, local)
         return found
-
-    def place(self, loc: Any, scale_tril: Any, weights: Any, constants: Mapping[str, Any]) -> tuple[Any, Any]:
-        """Location (size,) and Cholesky factor (size, size), both in the order of the blocks."""
-        size, shared = self.blocks.size, self.blocks.shared
-        factor = jnp.zeros((size, size)).at[:shared, :shared].set(jnp.tril(scale_tril))
-        reference = constants[f"{self.prefix}_reference_tril"]
-        away = solve_triangular(reference, loc - constants[f"{self.prefix}_reference_loc"], lower=True)
-        relative = solve_triangular(reference, jnp.tril(scale_tril), lower=True)
-        locs, begin = [loc], shared
-        pieces = jnp.split(weights, np.cumsum([branch.weights for branch in self.branches])[:-1])
-        for run, branch in enumerate(self.branches):
-            units, standard = (constants[f"{self.prefix}_{name}_{run}"] for name in ("units", "features"))
-            k = branch.size
-            centre, spread, slope, features = jnp.split(
-                units, np.cumsum([k, k * k, k * shared]), axis=1
-            )
-            spread, slope = spread.reshape(-1, k, k), slope.reshape(-1, k, shared)
-            shift, triangle, more = branch.parts(branch(pieces[run], (features - standard[0]) * standard[1]))
-            white = slope @ away + shift
-            locs.append((centre + jnp.einsum("nij,nj->ni", spread, white)).ravel())
-            rows = begin + np.arange(len(units) * k)
-            factor = factor.at[rows, :shared].set((spread @ (slope @ relative + more)).reshape(-1, shared))
-            own = rows.reshape(-1, k)
-            factor = factor.at[own[:, :, None], own[:, None, :]].set(spread @ triangle)
-            begin = rows[-1] + 1
-        return jnp.concatenate(locs), factor
 
     @functools.cached_property
     def begin(self) -> np.ndarray:
         """First weights, of all runs: those at which every branch is what the unit's summary says."""
-        return np.concatenate([np.empty(0), *(branch.begin(run) for run, branch in enumerate(self.branches))])
+        return np.concatenate([np.empty(0), *(branch.begin(run) for run, branch in enumerate(self.layout.branches))])
 
     def _get_posterior(self) -> BlockNormal:
         prefix, shared = self.prefix, self.blocks.shared
@@ -232,11 +279,11 @@ class AutoAmortisedNormal(AutoBlockNormal):
             constraint=constraints.lower_cholesky,
         )
         weights = numpyro.param(f"{prefix}_weights", lambda _: jnp.asarray(self.begin))
-        names = [f"{prefix}_reference_{part}" for part in ("loc", "tril", "units")]
-        names += [f"{prefix}_{name}_{run}" for run in range(len(self.branches)) for name in ("units", "features")]
         constants = {
-            name: jax.lax.stop_gradient(numpyro.param(name, lambda _, name=name: jnp.asarray(self._first[name])))
-            for name in names
+            name: jax.lax.stop_gradient(
+                numpyro.param(f"{prefix}_{name}", lambda _, name=name: jnp.asarray(self._first[name]))
+            )
+            for name in self.layout.constants
         }
         return self._placed(loc, scale_tril, weights, constants)
 
@@ -250,10 +297,15 @@ class AutoAmortisedNormal(AutoBlockNormal):
 
     def get_posterior(self, params: Mapping[str, Any]) -> BlockNormal:
         """The multivariate normal of an unconstrained vector in NumPyro's order."""
-        return self._placed(*(params[f"{self.prefix}_{name}"] for name in ("loc", "scale_tril", "weights")), params)
+        loc, scale_tril, weights = (params[f"{self.prefix}_{name}"] for name in FREE)
+        return self._placed(loc, scale_tril, weights, self.constants_of(params))
+
+    def constants_of(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Of the guide's parameters those that are not free, without the prefix."""
+        return {name: params[f"{self.prefix}_{name}"] for name in self.layout.constants}
 
     def _placed(self, loc: Any, scale_tril: Any, weights: Any, constants: Mapping[str, Any]) -> BlockNormal:
-        ordered, factor = self.place(loc, scale_tril, weights, constants)
+        ordered, factor = self.layout.place(loc, scale_tril, weights, constants)
         return BlockNormal(ordered[np.asarray(self.blocks.places)], factor, self.blocks.order)
 
     def median(self, params: Mapping[str, Any]) -> dict[str, Any]:

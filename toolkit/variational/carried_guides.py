@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from toolkit.status import Status
-from toolkit.variational.amortised_guides import AutoAmortisedNormal
+from toolkit.variational.amortised_guides import FREE, AutoAmortisedNormal
 from toolkit.variational.fits import Fit
 from toolkit.variational.guides import AMORTISED, Guide
 from toolkit.variational.own_solvers import Problem, Solved
@@ -66,12 +66,12 @@ class _Carried:
                 f"'{problem.model.dataset.name}' has {guide.blocks.words}."
             )
         prefix, params = known.prefix, self.fitted.params
-        names = {part: f"{prefix}_reference_{part}" for part in ("loc", "tril", "units")}
+        held = {name: np.asarray(value) for name, value in known.constants_of(params).items()}
         before = guide.summaries.evaluations
-        constants = guide.constants({part: np.asarray(params[name]) for part, name in names.items()}, params)
-        free = {f"{prefix}_{name}": params[f"{prefix}_{name}"] for name in ("loc", "scale_tril", "weights")}
+        constants = guide.constants({part: held[f"reference_{part}"] for part in ("loc", "tril", "units")}, held)
         return Solved(
-            {**free, **constants},
+            {f"{prefix}_{name}": params[f"{prefix}_{name}"] for name in FREE}
+            | {f"{guide.prefix}_{name}": value for name, value in constants.items()},
             Status.MATCHED,
             solver="carried",
             why=(
