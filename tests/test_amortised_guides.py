@@ -91,9 +91,9 @@ def exact(chart: str) -> tuple[np.ndarray, np.ndarray, float]:
 
     with jax.enable_x64(True):
         zero = jnp.zeros(space.size)
-        precision = -np.asarray(jax.hessian(log_density)(zero))
-        mean = np.linalg.solve(precision, np.asarray(jax.grad(log_density)(zero)))
-        top = float(log_density(mean))
+        precision = -np.asarray(jax.jit(jax.hessian(log_density))(zero))
+        mean = np.linalg.solve(precision, np.asarray(jax.jit(jax.grad(log_density))(zero)))
+        top = float(jax.jit(log_density)(mean))
     evidence = top + 0.5 * space.size * np.log(2 * np.pi) - 0.5 * np.linalg.slogdet(precision)[1]
     return mean, precision, evidence
 
