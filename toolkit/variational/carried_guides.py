@@ -72,7 +72,7 @@ class _Carried:
         return Solved(
             {f"{prefix}_{name}": params[f"{prefix}_{name}"] for name in FREE}
             | {f"{guide.prefix}_{name}": value for name, value in constants.items()},
-            Status.MATCHED,
+            Status.ARRIVED,
             solver="carried",
             why=(
                 f"nothing is fitted: shared coordinates and function are those of the fit to "
