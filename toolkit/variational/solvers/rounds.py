@@ -58,8 +58,8 @@ def optimise_in_rounds(
         key: For the steps and for the checks, which use draws that no step has seen.
         step_size: Adam's first in each round, in the units of the parameters; a quarter of it after a round that ended
             lower than the one before.
-        tolerance: In nats: it has arrived where a round's gain is below a fifth of it (half where steps are long), and below
-            all of it with two standard errors; the first round does not count.
+        tolerance: In nats: it has arrived where a round's gain is below a fifth of it (half where steps are long)
+            and below all of it with two standard errors; the first round does not count.
         max_steps: The budget; no round is begun that would exceed it.
         report: Called after each block with the steps taken, how many there will be if no further round pays, and the
             block's mean ELBO.
