@@ -41,6 +41,7 @@ def carried(fitted: Fit) -> Guide:
         chart=fitted.chart,
         label=fitted.guide.label,
         solve=_Carried(fitted),
+        climbs=False,
     )
 
 
