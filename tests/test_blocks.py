@@ -705,7 +705,7 @@ def test_the_families_contain_one_another() -> None:
     blocks, coupling = GUIDES["blocks"], GUIDES["coupled"]
     assert (blocks.name, coupling.name) == ("blocks", "coupled")
     assert set(blocks.contains) == {"mean_field", "diagonal"}
-    assert set(coupling.contains) == {"mean_field", "diagonal", "blocks"}
+    assert set(coupling.contains) == {"mean_field", "diagonal", "blocks", "amortised"}
     assert blocks.title == "blocks (AutoBlockNormal)"
     model = conjugate()
     for guide, expected in ((blocks, False), (coupling, True)):

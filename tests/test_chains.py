@@ -18,7 +18,7 @@ from scipy import stats
 
 import models
 from toolkit import Dataset, Model, Status, fit
-from toolkit.variational.chain_fits import ChainGaussian, _columns, _precision_of, frame_of, member, parameters
+from toolkit.variational.chain_density import ChainGaussian, _columns, frame_of, member, parameters, precision_of
 from toolkit.variational.chain_guides import AutoChainNormal, ChainNormal, chain_params
 from toolkit.variational.chain_search import find_chain, pattern_from, pattern_products
 from toolkit.variational.chains import (
@@ -110,7 +110,7 @@ def test_every_operation_is_that_of_the_dense_matrix(chain: Chain) -> None:
     vectors = np.random.default_rng(1).normal(size=(5, chain.places))
     parts = chain.split(jnp.asarray(vectors))
     close(cholesky(patterned(chain, precision)), factor)
-    close(_precision_of(factor), patterned(chain, precision))
+    close(precision_of(factor), patterned(chain, precision))
     close(covariances(factor), patterned(chain, covariance))
     np.testing.assert_allclose(flat(whitened(factor, *parts)), vectors @ lower, atol=1e-12)
     np.testing.assert_allclose(flat(coloured(factor, *parts)), np.linalg.solve(lower.T, vectors.T).T, atol=1e-12)
@@ -145,13 +145,14 @@ def test_in_a_frame_the_elbo_bends_by_about_one_in_every_direction(chain: Chain)
     """KL from the frame's own Gaussian: in whitened parameters its Hessian is one, two on the factor's diagonal."""
     factor = random_factor(chain)
     loc = jnp.zeros(chain.size)
-    frame = frame_of(chain, ChainGaussian(loc, factor, _precision_of(factor)))
+    precision = precision_of(factor)
+    frame = frame_of(chain, ChainGaussian(loc, factor, precision))
 
     def divergence(x: Any) -> Any:
         moved, other = member(chain, frame, x)
         apart = chain.split(chain.into_places(moved))
         squares = sum(jnp.square(part).sum() for part in whitened(factor, *apart))
-        spread = inner(_precision_of(factor), covariances(other))
+        spread = inner(precision, covariances(other))
         return 0.5 * (squares + spread) + half_log_determinant(other)
 
     slope, steps = jax.jit(jax.grad(divergence)), 1e-5 * np.eye(parameters(chain))
@@ -273,6 +274,47 @@ def test_the_axis_may_be_named() -> None:
         find_chain(a_model(plates), along="week")
 
 
+def test_every_axis_is_tried_and_plates_are_told_apart() -> None:
+    def panel(y: Any) -> None:
+        with numpyro.plate("subject", 3):
+            x = numpyro.sample("x", dist.GaussianRandomWalk(jnp.ones(3), len(y)))
+        numpyro.sample("y", dist.Normal(x.sum(0), 1.0).to_event(1), obs=y)
+
+    assert find_chain(a_model(panel)).words == (
+        "a chain of 23 blocks of 3 along the second axis (x), each coupled to the next"
+    )
+
+    def equally_long(y: Any) -> None:
+        with numpyro.plate("neuron", len(y)):
+            w = numpyro.sample("w", dist.Normal(0.0, 1.0))
+        x = numpyro.sample("x", dist.GaussianRandomWalk(1.0, len(y)))
+        with numpyro.plate("time", len(y)):
+            numpyro.sample("y", dist.Normal(x + w.sum(), 1.0), obs=y)
+
+    found = find_chain(a_model(equally_long))
+    assert (found.sites, found.block, len(found.shared)) == (("x",), 1, 23)
+    with pytest.raises(ValueError, match="Expected along to be one of neuron, w, x; got 'time'"):
+        find_chain(a_model(equally_long), along="time")
+
+
+def test_a_dependence_that_the_hessian_does_not_see_is_found() -> None:
+    def all_pairs(y: Any) -> None:
+        x = numpyro.sample("x", dist.GaussianRandomWalk(1.0, len(y)))
+        numpyro.factor("apart", -jnp.abs(x[:, None] - x[None, :]).sum())
+        numpyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=y)
+
+    assert "does a step depend on its neighbours" in find_chain(a_model(all_pairs)).note
+
+
+def test_a_hessian_that_is_not_finite_is_told_as_such() -> None:
+    def broken(y: Any) -> None:
+        x = numpyro.sample("x", dist.GaussianRandomWalk(1.0, len(y)))
+        numpyro.factor("norm", 0.0 * jnp.linalg.norm(jnp.zeros(2) * x[0]))
+        numpyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=y)
+
+    assert "its Hessian is not finite" in find_chain(a_model(broken)).note
+
+
 # -- the guide --------------------------------------------------------------------------------------------------------
 
 
@@ -294,6 +336,7 @@ def test_its_distribution_is_the_dense_one(chain: Chain) -> None:
     assert (np.abs(np.cov(draws.T) - covariance) < 5 * reach).all()
 
 
+@pytest.mark.slow
 def test_it_works_with_numpyros_own_svi() -> None:
     bound = a_model(random_walk)
     guide = AutoChainNormal(bound.bound())
@@ -346,8 +389,9 @@ def test_on_a_linear_gaussian_chain_the_gap_is_zero(coefficients: tuple[float, .
     assert fitted.certificate.limit < 0.01
 
 
+@pytest.mark.slow
 def test_where_the_hessian_has_the_pattern_no_gaussian_is_better() -> None:
-    """With unknown scales: as high as full rank, though natural-gradient steps alone would stop 1.5 nats below."""
+    """With unknown scales, where natural-gradient steps crawl: as high as full rank."""
     bound = SSM.model(scales="unknown")
     small, large = (fit(bound, name, key=jax.random.key(0)) for name in ("chain", "full_rank"))
     assert small.status is large.status is Status.ARRIVED
@@ -378,7 +422,7 @@ def test_a_small_budget_is_kept_and_told() -> None:
     fitted = fit(a_model(random_walk), "chain", key=jax.random.key(0), max_gradients=3_000)
     assert fitted.status in (Status.BUDGET, Status.UNPROVEN)
     assert "of the budget" in fitted.message
-    assert fitted.cost.gradient_evaluations < 6_000
+    assert fitted.cost.gradient_evaluations <= 3_000
 
 
 def test_a_model_without_a_chain_is_told() -> None:
@@ -396,3 +440,56 @@ def test_a_density_that_is_nowhere_finite_is_told() -> None:
     fitted = fit(a_model(nowhere), "chain", key=jax.random.key(0))
     assert fitted.status is Status.NO_VALID_START
     assert not fitted.usable
+
+
+def test_kinks_do_not_mislead_it() -> None:
+    """The mean of the Hessians of a density with kinks is not its curvature: climbs must find the optimum."""
+
+    def robust(y: Any) -> None:
+        def step(before: Any, seen: Any) -> tuple[Any, None]:
+            now = numpyro.sample("x", dist.Laplace(before, 0.2))
+            numpyro.sample("y", dist.Normal(now, 0.5), obs=seen)
+            return now, None
+
+        scan(step, 0.0, y)
+
+    bound = a_model(robust)
+    mean_field = fit(bound, "mean_field", key=jax.random.key(0))
+    for smaller in ((), (mean_field,)):
+        fitted = fit(bound, "chain", key=jax.random.key(0), smaller=smaller)
+        assert fitted.elbo is not None
+        assert mean_field.elbo is not None
+        assert fitted.elbo.value > mean_field.elbo.value - 5 * np.hypot(fitted.elbo.se, mean_field.elbo.se)
+
+
+def test_a_posterior_that_may_be_improper_does_not_pass() -> None:
+    """Only differences are seen: along a common shift the density stays the same."""
+
+    def differences(y: Any) -> None:
+        x = numpyro.sample("x", dist.ImproperUniform(dist.constraints.real_vector, (), (len(y) + 1,)))
+        numpyro.sample("y", dist.Normal(x[1:] - x[:-1], 1.0).to_event(1), obs=y)
+
+    fitted = fit(a_model(differences), "chain", key=jax.random.key(0), max_gradients=100_000)
+    assert not fitted.status.ok
+    assert "may be improper, as the priors of x are" in fitted.message
+
+
+@pytest.mark.parametrize("gradients", [1, 3_000])
+def test_the_budget_holds_where_a_look_is_dear(gradients: int) -> None:
+    model = models.load("poisson_state_space")
+    bound = model.model(model.dataset(bins=20), tuning="unknown")
+    fitted = fit(bound, "chain", key=jax.random.key(0), max_gradients=gradients)
+    # One look at 16 draws of 1 + 6 + 39 gradients is begun in any case.
+    assert fitted.cost.gradient_evaluations <= max(gradients, 16 * 46)
+    assert not fitted.status.ok
+
+
+@pytest.mark.slow
+def test_work_and_memory_grow_with_the_length_and_not_with_its_square() -> None:
+    costs = []
+    for steps in (100, 1_000):
+        bound = SSM.model(SSM.simulate(jax.random.key(0), steps=steps))
+        costs.append(fit(bound, "chain", key=jax.random.key(0), elbo_draws=100).cost)
+    short, long = costs
+    assert long.gradient_evaluations < 2 * short.gradient_evaluations
+    assert long.peak_bytes < 10.5 * short.peak_bytes

@@ -151,6 +151,10 @@ class AutoChainNormal(AutoContinuous):
         super()._setup_prototype(*args, **kwargs)
         space = Space(tuple(self._init_locs), tuple(jnp.shape(value) for value in self._init_locs.values()))
         self.chain = self._given or chain_of_program(self._program, args, kwargs, space, self.along)
+        if not self.chain.blocks:
+            raise ValueError(
+                f"Expected a model with a chain; got one without, since {self.chain.note}: take full_rank or coupled."
+            )
         if self.chain.size != space.size:
             raise ValueError(
                 f"Expected a chain of this model's {space.size} unconstrained coordinates; got one of "

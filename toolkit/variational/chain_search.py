@@ -5,7 +5,8 @@ axis of a latent site's unconstrained value, and for one step back, two, ..., th
 had that chain's pattern, from a few products of Hessian and vector, as many as a block has coordinates times three:
 blocks that are three apart do not meet (Curtis, Powell & Reid 1974, On the estimation of sparse Jacobian matrices).
 Then the matrix that was read is tried: its product with a random vector must be the Hessian's own. One entry outside of
-the pattern, and it is not, but for an accident of probability zero.
+the pattern, and it is not, but for an accident of probability zero. What is seen so is the Hessian at a few points: a
+dependence that is at rest there, as where log p is in pieces, may be missed; gradients at more points look for those.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ _TRIES = 20
 _RADIUS = 1.0  # of the box in unconstrained space in which Hessians are looked at
 _POINTS = 2  # where one has a dependence at rest, another may not
 _ROUNDING = 1e6  # of the machine's precision: what second derivatives of sums over thousands of rows lose
+_MOVES, _SHARE = 6, 0.2  # sets of blocks that are moved, and the share of blocks in each
 _LAGS = 4  # steps back, at most
 _LEAST_STEPS = 4  # of what is worth the name of a chain
 _MOST_PRODUCTS = 300  # of Hessian and vector, to read a matrix: beyond, a chain is no cheaper than a dense matrix
@@ -67,7 +69,11 @@ def chain_of_program(
     for chain in _candidates(space, axes):
         note = "along no axis does a step depend on its neighbours and the shared coordinates alone"
         products = products or _hessian_products(program, args, kwargs, space)
-        if _holds(products, chain):
+        holds = _holds(products, chain)
+        if holds is None:
+            note = f"its Hessian is not finite at {_POINTS} of {_TRIES} points around the origin of unconstrained space"
+            break
+        if holds:
             return chain
     return Chain((), 0, tuple(range(space.size)), note=note)
 
@@ -102,41 +108,46 @@ def pattern_from(chain: Chain, products: Any) -> Pattern:
     return Pattern(diagonal + filled, below, side, (corner + corner.T) / 2)
 
 
-Products = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""Products (n, size) of the Hessian at a point (size,) with vectors (n, size)."""
+Products = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""The gradient at a point (size,), and products (n, size) of the Hessian there with vectors (n, size)."""
 
 
 def _axes(
     program: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], space: Space, along: str | None
 ) -> list[tuple[str, dict[str, int]]]:
-    """What a chain may lie along, the longest first: in words, and the axis of each site that goes with it."""
+    """What a chain may lie along, the longest first: in words, and the axis of each site that goes with it.
+
+    Axes of one plate go together, and so do those of one length that no plate names; then each axis is tried alone.
+    """
     sites = trace_sites(functools.partial(program, *args), kwargs)
-    names = dict[tuple[str, int], int]()  # of an axis, by site and place, from its length
-    plates = dict[int, str]()
+    together = dict[tuple[str, int], dict[str, int]]()
+    alone = list[tuple[int, str, int]]()
     for name, shape in zip(space.names, space.shapes, strict=True):
         batch = len(sites[name].shape) - sites[name].event_dims
-        for plate, size, axis in sites[name].plates:
-            if batch + axis < len(shape) and shape[batch + axis] == size:
-                names[name, batch + axis] = size
-                plates.setdefault(size, plate)
-        if shape:
-            names.setdefault((name, 0), shape[0])
-    lengths = sorted({size for size in names.values() if size >= _LEAST_STEPS}, reverse=True)
+        plates = {batch + axis: plate for plate, size, axis in sites[name].plates if shape[batch + axis] == size}
+        for axis, size in enumerate(shape):
+            if size >= _LEAST_STEPS:
+                together.setdefault((plates.get(axis, ""), size), {}).setdefault(name, axis)
+                alone.append((size, name, axis))
     if along is not None:
-        if along not in (*plates.values(), *space.names):
-            known = ", ".join(dict.fromkeys([*plates.values(), *space.names]))
-            raise ValueError(f"Expected along to be one of {known}; got '{along}'.")
-        lengths = [size for size in lengths if plates.get(size) == along or names.get((along, 0)) == size]
-    found = []
-    for size in lengths:
-        members = dict[str, int]()
-        for (name, axis), length in names.items():
-            if length == size:
-                members.setdefault(name, axis)
-        words = f"'{plates[size]}'" if size in plates else "the first axis"
-        found.append((words, members))
-        found += [(words, {name: axis}) for name, axis in members.items() if len(members) > 1]
-    return found
+        known = dict.fromkeys([*(plate for plate, _ in together if plate), *space.names])
+        if along not in known:
+            raise ValueError(f"Expected along to be one of {', '.join(known)}; got '{along}'.")
+    found = [
+        (size, f"'{plate}'" if plate else _ordinal(members), members) for (plate, size), members in together.items()
+    ]
+    found += [(size, _ordinal({name: axis}), {name: axis}) for size, name, axis in alone]
+    found.sort(key=lambda one: -one[0] * len(one[2]))
+    if along in space.names:
+        return [(words, members) for _, words, members in found if members.get(along) == 0]
+    return [(words, members) for _, words, members in found if along is None or words == f"'{along}'"]
+
+
+def _ordinal(members: Mapping[str, int]) -> str:
+    """Such as "the first axis"; "an axis" where it is not the same one of all sites."""
+    places = set(members.values())
+    names = ("the first axis", "the second axis", "the third axis")
+    return names[places.pop()] if len(places) == 1 and max(members.values()) < len(names) else "an axis"
 
 
 def _candidates(space: Space, axes: list[tuple[str, dict[str, int]]]) -> Iterator[Chain]:
@@ -175,26 +186,31 @@ def _hessian_products(
     dtype = jnp.result_type(float)
 
     def product(point: Any, vector: Any, arrays: Any) -> Any:
-        return jax.jvp(lambda at: jax.grad(log_density)(at, arrays), (point,), (vector,))[1]
+        return jax.jvp(lambda at: jax.grad(log_density)(at, arrays), (point,), (vector,))
 
     with handlers.block():
         compiled = jax.jit(product).lower(*2 * (np.zeros(space.size, dtype),), arrays).compile(QUICK)
 
-    def products(point: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-        return np.stack([np.asarray(compiled(point.astype(dtype), row.astype(dtype), arrays)) for row in vectors])
+    def products(point: np.ndarray, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        found = [compiled(point.astype(dtype), row.astype(dtype), arrays) for row in vectors]
+        return np.asarray(found[0][0]), np.stack([np.asarray(product) for _, product in found])
 
     return products
 
 
-def _holds(products: Products, chain: Chain) -> bool:
-    """Whether the Hessian has the chain's pattern, at points drawn at random, always the same ones."""
+def _holds(products: Products, chain: Chain) -> bool | None:
+    """Whether the Hessian has the chain's pattern at points drawn at random; None where it is not finite at them.
+
+    Where log p has kinks the Hessian does not see all. So gradients are compared as well, between points at which some
+    blocks lie elsewhere: those of blocks that are no neighbours must stay the same.
+    """
     probes, generator = pattern_products(chain), np.random.default_rng(0)
     looked = 0
     for number in range(_TRIES):
         point = generator.uniform(-1, 1, chain.size) * _RADIUS * 0.7**number
         vector = generator.standard_normal(chain.size)
-        seen = products(point, np.concatenate([probes, vector[None]]))
-        if not np.isfinite(seen).all():
+        slope, seen = products(point, np.concatenate([probes, vector[None]]))
+        if not (np.isfinite(seen).all() and np.isfinite(slope).all()):
             continue
         read = pattern_from(chain, jnp.asarray(seen[:-1]))
         told, scale = (
@@ -205,9 +221,28 @@ def _holds(products: Products, chain: Chain) -> bool:
             )
         )
         most = _ROUNDING * np.finfo(seen.dtype).eps * (scale + np.abs(seen[-1]))
-        if (np.abs(told - seen[-1]) > most).any():
+        if (np.abs(told - seen[-1]) > most).any() or _reaches_far(products, chain, point, slope, generator):
             return False
         looked += 1
         if looked == _POINTS:
             return True
-    return looked > 0
+    return None
+
+
+def _reaches_far(
+    products: Products, chain: Chain, point: np.ndarray, slope: np.ndarray, generator: np.random.Generator
+) -> bool:
+    """Whether moving some blocks changes the gradient of others that are no neighbours of theirs."""
+    for _ in range(_MOVES):
+        moved = generator.random(chain.blocks) < _SHARE
+        near = moved | np.append(moved[1:], False) | np.append(False, moved[:-1])
+        steps = np.where(moved[:, None], generator.uniform(-1, 1, (chain.blocks, chain.block)), 0.0)
+        local = np.asarray(chain.from_places(jnp.append(jnp.asarray(steps).ravel(), jnp.zeros(len(chain.shared)))))
+        there, _ = products(point + local, np.zeros((1, chain.size)))
+        far = np.repeat(~near, chain.block)
+        changed = np.asarray(chain.split(chain.into_places(jnp.asarray(there - slope)))[0]).ravel()
+        size = np.asarray(chain.split(chain.into_places(jnp.asarray(np.abs(there) + np.abs(slope))))[0]).ravel()
+        least = _ROUNDING * np.finfo(slope.dtype).eps * (size + np.abs(slope).max())
+        if np.isfinite(there).all() and (np.abs(changed) > least)[far].any():
+            return True
+    return False

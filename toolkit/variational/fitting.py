@@ -146,6 +146,7 @@ def fit(
             )
         if guide.solve and not guide.from_gaussian:
             problem = _problem(model, guide, space, key, tolerance, max_gradients, progress)
+            problem = replace(problem, contained=_contained(guide, smaller, space, chart))
             return _by_itself(problem, guide, guide.solve, key, elbo_draws)
         if isinstance(starts, int):
             starts = find_starts(model, key=branch(key, 0), chart=chart, count=starts)
@@ -230,6 +231,20 @@ def _problem(
     built = build_guide(model, guide, space.unravel(np.zeros(space.size)))
     chart = guide.chart or model.chart
     return Problem(model, chart, space, built, jax.random.fold_in(key, 0), tolerance, budget, progress)
+
+
+def _contained(
+    guide: Guide, smaller: Sequence[Fit], space: Space, chart: str
+) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+    """Locations and sds of the factorised Gaussians among fits of families that a guide contains."""
+    found = []
+    for other in smaller:
+        usable = other.usable and other.status.has_optimum and other.chart == chart
+        form = gaussian_form(other.autoguide, space) if usable and contains(guide, other.guide, other.model) else None
+        member = form.member(other.params) if form else None
+        if member is not None and member.scale is not None and member.columns is None:
+            found.append((member.loc, np.abs(member.scale)))
+    return tuple(found)
 
 
 def _by_itself(

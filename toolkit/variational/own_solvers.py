@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 
 from toolkit.modelling.model import Model
 from toolkit.modelling.space import Space
@@ -41,6 +42,8 @@ class Problem:
         progress: Called between pieces of work.
         starts: The modes that searches led to, for a guide with `from_gaussian`; None for others.
         gaussian: The best full-rank Gaussian, usable, for such a guide; None for others.
+        contained: Locations and sds, (size,) each, of factorised Gaussians fitted to the model before, which the family
+            contains: none of them may end above.
     """
 
     model: Model
@@ -53,6 +56,7 @@ class Problem:
     progress: Progress = silent
     starts: Starts | None = None
     gaussian: Fit | None = None
+    contained: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
