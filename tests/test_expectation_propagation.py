@@ -276,8 +276,22 @@ def test_skipped_observations_are_told_and_leave_no_evidence() -> None:
     x = np.column_stack([np.ones(4), source.normal(size=4)])
     y = x @ [1.0, 2.0] + source.standard_t(1.0, size=4)
     fitted = fit(Model(model, Dataset("few", {"x": x, "y": y})), "ep", key=KEY)
-    assert "of 4 observations were skipped in the end" in fitted.message
+    assert "2 of 4 observations were skipped in the end" in fitted.message
+    assert fitted.status is Status.UNPROVEN
+    assert ended(fitted) == "the algorithm settled for some of the observations only"
     assert fitted.log_evidence is None
+
+
+def test_where_every_observation_was_skipped_there_is_no_answer() -> None:
+    """Under so wide a prior what an exact likelihood leaves of a cavity is rounding."""
+
+    def model(y: object = None) -> None:
+        z = numpyro.sample("z", dist.Normal(0.0, 1e3))
+        numpyro.sample("y", dist.Normal(z, 1e-3).expand([1]).to_event(1), obs=y)
+
+    fitted = fit(Model(model, Dataset("one", {"y": np.array([0.5])})), "ep", key=KEY)
+    assert fitted.status in (Status.ARRIVED, Status.DIVERGED)
+    assert (fitted.log_evidence is None) == (fitted.status is Status.DIVERGED)
 
 
 def test_a_budget_that_is_used_up_is_told() -> None:

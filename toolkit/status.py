@@ -54,6 +54,7 @@ _OK = frozenset({Status.ARRIVED, Status.UNPROVEN, Status.EXACT, Status.PASSED, S
 _UNCLIMBED = {
     Status.ARRIVED: "the algorithm settled: going on no longer changes the approximation",
     Status.BUDGET: "the budget was used up before the algorithm had settled",
+    Status.UNPROVEN: "the algorithm settled for some of the observations only",
     Status.DIVERGED: "the algorithm did not settle",
 }
 _NO_OPTIMUM = frozenset(

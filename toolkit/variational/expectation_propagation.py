@@ -333,18 +333,21 @@ def solve_ep(problem: Problem) -> Solved:
         text = "the curvature at the mode makes no Gaussian: the posterior may be improper along a direction"
         return Solved({}, Status.IMPROPER, text, solver, why, compile_seconds=compiled)
     course = np.array(run.course)
-    arrived = run.status is not Status.DIVERGED
+    skipped, status = run.last.skipped, run.status
+    if status is Status.ARRIVED and skipped.any():  # a mode's curvature stands for what was never matched
+        status = Status.DIVERGED if skipped.all() else Status.UNPROVEN
+    arrived = status is not Status.DIVERGED
     prefix = problem.program.prefix
     found = {f"{prefix}_loc": mode + run.whole.mean, f"{prefix}_scale_tril": run.whole.scale_tril}
     return Solved(
         found if arrived else {},
-        run.status,
+        status,
         _message(run),
         solver,
         f"{why}; {len(course)} sweep{'' if len(course) == 1 else 's'}, the last with damping {run.damping:g}; its "
         "course is its approximation of the log evidence, which is no ELBO and no bound",
         trace=Trace(np.arange(1, len(course) + 1), course, np.full(len(course), np.nan)),
-        log_evidence=run.last.log_evidence if arrived and not run.last.skipped.any() else None,
+        log_evidence=run.last.log_evidence if status is Status.ARRIVED else None,
         gradients=run.nodes,
         compile_seconds=compiled,
     )
