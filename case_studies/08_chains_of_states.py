@@ -129,6 +129,5 @@ trusted = [name for name in guides if known.comparison.guides.loc[name, "verdict
 print(f"Would trust for all quantities: {', '.join(trusted) or 'none'}.")
 if not options.quick:
     apart = elbos["chain"].value - elbos["full_rank"].value
-    print(
-        f"With unknown scales the chain's ELBO is {apart:+.2f} nats from full rank's; NUTS judges both in the report."
-    )
+    error = np.hypot(elbos["chain"].se, elbos["full_rank"].se)
+    print(f"With unknown scales the chain's ELBO is {apart:+.2f} ± {error:.2f} nats from full rank's.")
