@@ -10,20 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-from jax.scipy.special import ndtri
 from numpyro.distributions.transforms import ComposeTransform, LowerCholeskyAffine, PermuteTransform, Transform
-from numpyro.infer.autoguide import AutoContinuous
 from numpyro.infer.initialization import init_to_uniform
 
-from toolkit.modelling.space import Space
 from toolkit.variational.block_normals import BlockCholesky, BlockNormal
 from toolkit.variational.block_search import blocks_of_program, grouped_blocks
 from toolkit.variational.blocks import Blocks
+from toolkit.variational.structured_guides import AutoStructuredNormal
 
 BLOCKS, COUPLED = "blocks", "coupled"
 
 
-class AutoBlockNormal(AutoContinuous):
+class AutoBlockNormal(AutoStructuredNormal):
     """NumPyro's guide for a multivariate normal with blocks; `toolkit.variational.blocks` says which.
 
     Its parameters are `<prefix>_loc`, (size,) in NumPyro's order of the unconstrained coordinates, and
@@ -64,8 +62,6 @@ class AutoBlockNormal(AutoContinuous):
         init_loc_fn: Callable[..., Any] = init_to_uniform,
         init_scale: float = 0.1,
     ) -> None:
-        if init_scale <= 0:
-            raise ValueError(f"Expected init_scale above 0; got {init_scale}.")
         if not (structure is None or isinstance(structure, Blocks) or structure in (BLOCKS, COUPLED)):
             raise ValueError(f"Expected structure to be '{BLOCKS}', '{COUPLED}' or a Blocks; got {structure!r}.")
         if groups is not None and (structure is not None or along is not None):
@@ -73,14 +69,12 @@ class AutoBlockNormal(AutoContinuous):
         if along is not None and isinstance(structure, Blocks):
             raise ValueError("Expected along or a Blocks; got both: give along to plate_blocks.")
         self.structure = COUPLED if structure is None else structure
-        self.groups, self.along, self._init_scale = groups, along, init_scale
-        # Whoever masks `model` while the guide is set up leaves the density to be looked at here.
-        self._program = model
-        super().__init__(model, prefix=prefix, init_loc_fn=init_loc_fn)
+        self.groups, self.along = groups, along
+        super().__init__(model, prefix=prefix, init_loc_fn=init_loc_fn, init_scale=init_scale)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
-        space = Space(tuple(self._init_locs), tuple(jnp.shape(value) for value in self._init_locs.values()))
+        space = self._space
         if self.groups is not None:
             self.blocks = grouped_blocks(space, self.groups)
         elif isinstance(self.structure, Blocks):
@@ -119,16 +113,6 @@ class AutoBlockNormal(AutoContinuous):
     def get_posterior(self, params: Mapping[str, Any]) -> BlockNormal:
         """The multivariate normal of an unconstrained vector in NumPyro's order."""
         return self._normal(params[f"{self.prefix}_loc"], params[f"{self.prefix}_scale_tril"])
-
-    def median(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Site name to the posterior median of each coordinate."""
-        return self._unpack_and_constrain(params[f"{self.prefix}_loc"], params)
-
-    def quantiles(self, params: Mapping[str, Any], quantiles: Any) -> dict[str, Any]:
-        """Site name to quantiles of each coordinate, `(*shape of quantiles, ...)`."""
-        posterior = self.get_posterior(params)
-        apart = jnp.multiply.outer(ndtri(jnp.asarray(quantiles, posterior.loc.dtype)), jnp.sqrt(posterior.variance))
-        return self._unpack_and_constrain(jnp.broadcast_to(posterior.loc, apart.shape) + apart, params)
 
 
 def params_from(guide: AutoBlockNormal, loc: Any, factor: Any) -> dict[str, Any]:

@@ -279,8 +279,8 @@ def log_density_of_program(
     given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(given)):
         raise ValueError(
-            "Expected the model's arrays when the guide looks for its blocks; got values that JAX is tracing: "
-            "call the guide, or `svi.init`, once outside of `jax.jit`, or give structure=plate_blocks(model)."
+            "Expected the model's arrays when the guide looks for its structure; got values that JAX is tracing: call "
+            "the guide, or `svi.init`, once outside of `jax.jit`, or give it what plate_blocks or find_chain found."
         )
     arrays = {name: value for name, value in given.items() if hasattr(value, "dtype")}
 

@@ -10,12 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-from jax.scipy.special import ndtri
 from numpyro.distributions import constraints
-from numpyro.infer.autoguide import AutoContinuous
 from numpyro.infer.initialization import init_to_uniform
 
-from toolkit.modelling.space import Space
 from toolkit.variational.chain_search import chain_of_program
 from toolkit.variational.chains import (
     Chain,
@@ -26,6 +23,7 @@ from toolkit.variational.chains import (
     log_density,
     padding,
 )
+from toolkit.variational.structured_guides import AutoStructuredNormal
 
 CHAIN = "chain"
 _TRIANGLES = constraints.independent(constraints.lower_cholesky, 1)
@@ -99,7 +97,7 @@ class ChainNormal(dist.Distribution):
         return self.chain.from_places(self.chain.joined(local, jnp.diagonal(found.corner)))
 
 
-class AutoChainNormal(AutoContinuous):
+class AutoChainNormal(AutoStructuredNormal):
     """NumPyro's guide for a multivariate normal along a chain, such as the states of a time series.
 
     Its precision couples each block of the chain with the next one and with the shared coordinates; draws and
@@ -138,18 +136,14 @@ class AutoChainNormal(AutoContinuous):
         init_loc_fn: Callable[..., Any] = init_to_uniform,
         init_scale: float = 0.1,
     ) -> None:
-        if init_scale <= 0:
-            raise ValueError(f"Expected init_scale above 0; got {init_scale}.")
         if chain is not None and along is not None:
             raise ValueError("Expected chain or along; got both: give along to find_chain.")
-        self._given, self.along, self._init_scale = chain, along, init_scale
-        # Whoever masks `model` while the guide is set up leaves the density to be looked at here.
-        self._program = model
-        super().__init__(model, prefix=prefix, init_loc_fn=init_loc_fn)
+        self._given, self.along = chain, along
+        super().__init__(model, prefix=prefix, init_loc_fn=init_loc_fn, init_scale=init_scale)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
-        space = Space(tuple(self._init_locs), tuple(jnp.shape(value) for value in self._init_locs.values()))
+        space = self._space
         self.chain = self._given or chain_of_program(self._program, args, kwargs, space, self.along)
         if not self.chain.blocks:
             raise ValueError(
@@ -182,16 +176,6 @@ class AutoChainNormal(AutoContinuous):
         names = {f"{self.prefix}_{name}": name for name in Pattern._fields}
         parts = {names[name]: value for name, value in params.items() if name in names}
         return self._normal(jnp.asarray(params[f"{self.prefix}_loc"]), parts)
-
-    def median(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Site name to the posterior median of each coordinate."""
-        return self._unpack_and_constrain(jnp.asarray(params[f"{self.prefix}_loc"]), params)
-
-    def quantiles(self, params: Mapping[str, Any], quantiles: Any) -> dict[str, Any]:
-        """Site name to quantiles of each coordinate, `(*shape of quantiles, ...)`."""
-        posterior = self.get_posterior(params)
-        apart = jnp.multiply.outer(ndtri(jnp.asarray(quantiles, posterior.loc.dtype)), jnp.sqrt(posterior.variance))
-        return self._unpack_and_constrain(jnp.broadcast_to(posterior.loc, apart.shape) + apart, params)
 
 
 def chain_params(guide: AutoChainNormal, loc: Any, factor: Pattern) -> dict[str, Any]:

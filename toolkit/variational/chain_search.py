@@ -19,12 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from numpyro import handlers
-from numpyro.infer.util import potential_energy
 
 from toolkit.compilation import QUICK
 from toolkit.modelling.model import Model
 from toolkit.modelling.sites import trace_sites
 from toolkit.modelling.space import Space, latent_space
+from toolkit.variational.block_search import log_density_of_program
 from toolkit.variational.chains import Chain, Pattern, times
 
 _TRIES = 20
@@ -170,19 +170,7 @@ def _hessian_products(
     program: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], space: Space
 ) -> Products:
     """Of the log density at an unconstrained vector, compiled in the precision that is set."""
-    given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(given)):
-        raise ValueError(
-            "Expected the model's arrays when the guide looks for its chain; got values that JAX is tracing: "
-            "call the guide, or `svi.init`, once outside of `jax.jit`, or give chain=find_chain(model)."
-        )
-    arrays = {name: value for name, value in given.items() if hasattr(value, "dtype")}
-
-    def log_density(vector: Any, arrays: Any) -> Any:
-        filled = {**given, **arrays}
-        positional, named = tuple(filled[i] for i in range(len(args))), {name: filled[name] for name in kwargs}
-        return -potential_energy(handlers.seed(program, rng_seed=0), positional, named, space.unravel(vector))
-
+    log_density, arrays = log_density_of_program(program, args, kwargs, space)
     dtype = jnp.result_type(float)
 
     def product(point: Any, vector: Any, arrays: Any) -> Any:
