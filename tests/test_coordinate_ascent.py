@@ -80,9 +80,11 @@ def test_gains_that_halve_leave_what_the_last_one_was() -> None:
     assert remaining([1.0, 0.0, 0.0, 0.0], 1e-14) == pytest.approx(1e-14)
 
 
-def test_the_budget_ends_it_with_what_is_left() -> None:
-    ended, best = started(0.999, max_sweeps=40)
-    assert (ended.status, ended.sweeps) == (Status.BUDGET, 40)
+@pytest.mark.parametrize(("correlation", "sweeps"), [(0.999, 40), (0.99, 151), (0.99, 155), (0.99, 158)])
+def test_the_budget_ends_it_with_what_is_left(correlation: float, sweeps: int) -> None:
+    """Of the last sweep, whether or not it was one after which it is asked."""
+    ended, best = started(correlation, max_sweeps=sweeps, tolerance=1e-12)
+    assert (ended.status, ended.sweeps) == (Status.BUDGET, sweeps)
     assert ended.left == pytest.approx(best - ended.elbo, rel=0.05)
 
 
@@ -92,6 +94,26 @@ def test_an_update_that_lowers_the_elbo_is_named() -> None:
     start = {"loc": np.zeros(2)}
     with pytest.raises(ValueError, match=r"that of factor 'second' lowered it by .* nats in sweep 1"):
         ascend(wrong, elbo_of(precision), start, tolerance=1e-3, max_sweeps=10)  # type: ignore[arg-type]
+
+
+def test_a_wrong_update_that_another_makes_good_is_named() -> None:
+    """It goes as far below the best as to lose nats, and the other wins more: the sweep as a whole raises the ELBO."""
+    precision = np.array([[1.0, 0.9], [0.9, 1.0]])
+    right = updates_of(precision)
+    wrong = right | {"first": lambda s: {"loc": right["first"](s)["loc"] - np.array([1.0, 0.0])}}
+    elbo, start = elbo_of(precision), {"loc": np.array([17.4, -17.66])}
+    swept = wrong["second"](wrong["first"](start))
+    assert elbo(swept) > elbo(start)  # type: ignore[operator]
+    with pytest.raises(ValueError, match=r"that of factor 'first' lowered it by .* nats in sweep 1:"):
+        ascend(wrong, elbo, start, tolerance=1e-3, max_sweeps=1_000)  # type: ignore[arg-type]
+
+
+def test_a_best_that_is_passed_is_disproved() -> None:
+    precision, best = quadratic(0.9)
+    elbo = elbo_of(precision)
+    claimed = elbo({"loc": best}) - 0.5  # type: ignore[operator]
+    with pytest.raises(ValueError, match="Expected no ELBO above the family's best, which is claimed to be"):
+        started(0.9, left=lambda state: claimed - elbo(state))  # type: ignore[operator]
 
 
 def test_an_elbo_that_is_no_number_is_a_status() -> None:

@@ -20,6 +20,7 @@ import scipy.stats
 from models import gaussian_target as targets
 from toolkit import Dataset, Estimate, Model, Status, compare, fit, reference
 from toolkit.comparison.divergences import kl_divergence
+from toolkit.reporting.arrival import whose_sentences
 from toolkit.variational.forward_kl import STRUCTURES, forward_kl_guide
 from toolkit.variational.linear_response import linear_response, responds
 
@@ -202,6 +203,23 @@ def test_a_finite_divergence_with_its_peak_in_the_middle_is_not_called_divergent
     assert abs(row["kl_pq"] - expected) < 5 * row["kl_pq_se"]
 
 
+def test_the_error_of_its_draws_is_told_and_has_its_share_of_the_blame() -> None:
+    """Of 50 draws, the mean is known to a seventh of an sd: what is wrong may be that, and not the family's."""
+    model = targets.model(dimensions=2, correlation=0.0)
+    few = fit(model, forward_kl_guide(exact(model, 1, 50)), key=jax.random.key(0))
+    assert "of 50 draws: if they are independent, means are known to 0.14 sd" in few.why
+    assert "to a share of 0.1, which no error in the tables has in it" in few.why
+    judged = compare(model, reference(model, key=jax.random.PRNGKey(2), draws=10_000), [few], key=jax.random.PRNGKey(3))
+    assert judged.guides.loc["forward_full_rank", "verdict"] == "wrong"
+    (said,) = whose_sentences([few], judged.table, judged.thresholds)
+    assert "what is wrong is its approximation's or its draws', whose own error is told with how" in said
+
+
+def _scaled() -> Model:
+    return Model(lambda y: numpyro.sample("y", dist.Normal(0.0, numpyro.sample("scale", dist.LogNormal())), obs=y),
+                 Dataset("one", {"y": np.array(0.5)}), name="scaled")  # fmt: skip
+
+
 ONE = {"z": np.zeros((5, 2))}
 ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
     "structure": (lambda: forward_kl_guide(ONE, structure="full"), "one of full_rank, mean_field; got 'full'"),
@@ -235,6 +253,22 @@ ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
             key=jax.random.PRNGKey(0),
         ),
         "Expected a fit at an optimum of the ELBO, which responds; 'forward_mean_field' was fitted by another aim.",
+    ),
+    "chains": (
+        lambda: fit(targets.model(dimensions=2), forward_kl_guide({"z": np.zeros((4, 50, 2))}), key=jax.random.key(0)),
+        "Expected draws of 'z' as (draws, 2); got (4, 50, 2): flatten the chains first",
+    ),
+    "singular": (
+        lambda: fit(
+            targets.model(dimensions=2),
+            forward_kl_guide({"z": np.repeat(np.random.default_rng(0).normal(size=(90, 1)), 2, axis=1)}),
+            key=jax.random.key(0),
+        ),
+        "Expected draws whose 2 coordinates vary on their own; coordinate 1 follows from those before it",
+    ),
+    "edge": (
+        lambda: fit(_scaled(), forward_kl_guide({"scale": [0.0, 1.0, 2.0]}), key=jax.random.key(0)),
+        "of 3 draws, 1 lie on an edge or outside",
     ),
     "missing": (
         lambda: fit(targets.model(dimensions=2), forward_kl_guide({"x": np.zeros(4)}), key=jax.random.key(0)),

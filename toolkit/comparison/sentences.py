@@ -11,6 +11,7 @@ import pandas as pd
 from toolkit.comparison.verdicts import Thresholds, Verdict, beyond_reach, interval, simultaneous_z
 from toolkit.estimate import Estimate, decimals, rounded
 from toolkit.variational.certificates import Certificate, Scope
+from toolkit.variational.forward_kl import MOMENTS
 
 LOCATIONS, WIDTHS = ("shift", "median_shift"), ("sd_ratio", "spread_ratio")
 _MOST_TIMES = 50  # as many draws: nobody draws more to learn on which side of a threshold a number lies
@@ -32,6 +33,11 @@ def seeks_elbo(fit: Any) -> bool:
 def ended(fit: Any) -> str:
     """How a fit ended, as the sentence that a reader sees."""
     return fit.status.sentence(climbs=seeks_elbo(fit))
+
+
+def sampled(fit: Any) -> bool:
+    """Whether what was fitted took moments of draws, whose own error is in it."""
+    return bool(getattr(fit, "solver", "") == MOMENTS)
 
 
 def directions(rows: pd.DataFrame) -> list[str]:
@@ -182,7 +188,14 @@ def at_most(nats: float) -> str:
     return f"{math.ceil(nats * 10**places * (1 - 1e-6)) / 10**places:,.{places}f}"
 
 
-def whose(rows: pd.DataFrame, certificate: Certificate | None, thresholds: Thresholds, *, climbs: bool = True) -> str:
+def whose(
+    rows: pd.DataFrame,
+    certificate: Certificate | None,
+    thresholds: Thresholds,
+    *,
+    climbs: bool = True,
+    sampled: bool = False,
+) -> str:
     """Whether what is wrong with a guide is the family's or may be the optimiser's; empty if nothing is wrong.
 
     Args:
@@ -190,6 +203,7 @@ def whose(rows: pd.DataFrame, certificate: Certificate | None, thresholds: Thres
         certificate: How far the family's best may lie above the fit; None if that is not known.
         thresholds: What counted as right.
         climbs: Whether the fit raised the ELBO: else the optimiser has no share.
+        sampled: Whether the fit took moments of draws: else their error has no share.
     """
     wrong = rows[rows["verdict"] == Verdict.WRONG.value]
     names = set(wrong["quantity"])
@@ -204,7 +218,8 @@ def whose(rows: pd.DataFrame, certificate: Certificate | None, thresholds: Thres
         )
         return f"that there is no spread is the family's, whose members are points{moved}"
     if not climbs:
-        return "its algorithm does not climb the ELBO: what is wrong is its approximation's, and no optimiser's"
+        drawn = " or its draws', whose own error is told with how it was fitted," if sampled else ","
+        return f"its algorithm does not climb the ELBO: what is wrong is its approximation's{drawn} and no optimiser's"
     if certificate is None or not math.isfinite(certificate.limit):
         return "whether the family's or the optimiser's is not known: there is no certificate"
     limit = certificate.limit

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from toolkit.comparison.gaps import NOT_CLIMBED, is_point
-from toolkit.comparison.sentences import at_most, climbs, seeks_elbo, whose
+from toolkit.comparison.sentences import at_most, climbs, sampled, seeks_elbo, whose
 from toolkit.comparison.verdicts import Thresholds, reach
 from toolkit.estimate import Estimate
 from toolkit.reporting.contents import Cell, Column
@@ -214,7 +214,8 @@ def whose_sentences(fits: Iterable[Any], table: pd.DataFrame, thresholds: Thresh
     """For each guide with wrong quantities, whether that is the family's or may be the optimiser's, and by what."""
     said = []
     for fit in fits:
-        clause = whose(table[table["guide"] == fit.guide.name], fit.certificate, thresholds, climbs=seeks_elbo(fit))
+        own = table[table["guide"] == fit.guide.name]
+        clause = whose(own, fit.certificate, thresholds, climbs=seeks_elbo(fit), sampled=sampled(fit))
         if clause:
             said.append(f"{fit.guide.name}: {clause}.{_in_sds(fit) if bounded(fit) else ''}")
     return said

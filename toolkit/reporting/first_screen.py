@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from toolkit.comparison.sentences import seeks_elbo, whose
+from toolkit.comparison.sentences import sampled, seeks_elbo, whose
 from toolkit.reporting.contents import Answer
 from toolkit.reporting.palette import Look
 from toolkit.reporting.tables import seconds
@@ -48,7 +48,11 @@ def answers(study: Any, looks: Mapping[str, Look]) -> tuple[Answer, ...]:
     table, thresholds = study.comparison.table, study.comparison.thresholds
     clauses = {
         fit.guide.name: whose(
-            table[table["guide"] == fit.guide.name], fit.certificate, thresholds, climbs=seeks_elbo(fit)
+            table[table["guide"] == fit.guide.name],
+            fit.certificate,
+            thresholds,
+            climbs=seeks_elbo(fit),
+            sampled=sampled(fit),
         )
         for fit in study.fits
     }

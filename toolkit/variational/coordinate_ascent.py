@@ -5,7 +5,9 @@ A guide q(z) = prod_j q_j(z_j) without any form for its factors has, with all ot
     q_j(z_j)  proportional to  exp( E_{q without j}[ log p(x, z) ] ),
 
 which for a conditionally conjugate model is a known distribution with parameters in closed form. No update can lower
-the ELBO, so that a fall is an error of a formula and is told as one. What is slow about it is correlation: for two
+the ELBO, so that a fall is an error of a formula and is told as one: after each sweep, and where it is asked what is
+left also after each update, since a later one may make good what a wrong one has lost. A wrong update that raises the
+ELBO on its whole way, if not to the most, is not told. What is slow about it is correlation: for two
 Gaussian coordinates of correlation rho a sweep leaves the fourth power of rho of the nats that were left before. A
 small gain is therefore no arrival; what is still to come is reckoned from how fast gains shrink.
 
@@ -19,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -91,7 +94,7 @@ def ascend(
 
     Raises:
         ValueError: There is no factor, an update names a parameter that `start` lacks, or an update lowers the ELBO by
-            more than rounding does.
+            more than rounding does, or raises it above what `left` says is the most.
     """
     if not updates:
         raise ValueError("Expected at least one factor to update; got none.")
@@ -100,22 +103,25 @@ def ascend(
     still, next_look, status, message = math.inf, 1, Status.BUDGET, ""
     since, seemed = 0, -math.inf  # gains are looked at from here on; where it last seemed to have arrived
     for sweep in range(1, max_sweeps + 1):
-        before = state
+        before, looked, passed = state, sweep >= next_look or sweep == max_sweeps, [current]
         for name, update in updates.items():
             state = _updated(state, name, update)
-        risen = float(elbo(state))
+            if looked:
+                passed.append(float(elbo(state)))
+        risen = passed[-1] if looked else float(elbo(state))
         if not math.isfinite(risen):
             state, status, message = before, Status.DIVERGED, f"in sweep {sweep:,}"
             break
-        if risen < current - _ROUNDING * max(1.0, abs(current)):
+        falls = [earlier - later for earlier, later in pairwise(passed if looked else [current, risen])]
+        if any(fall > _rounding(current) for fall in falls):
             raise ValueError(_fall(updates, elbo, before, current, sweep))
         elbos.append(risen)
         gains.append(risen - current)
         current = risen
-        if sweep >= next_look:
+        if looked:
             next_look = sweep + 1 if sweep < _EACH else math.ceil(_GROWTH * sweep)
             noise = _NOISE * max(1.0, abs(current))
-            still = max(float(left(state)), 0.0) if left else remaining(gains[since:], noise)
+            still = _left(left, state, current) if left else remaining(gains[since:], noise)
             if report:
                 report(sweep, current)
             if still <= _SHARE * tolerance:
@@ -125,7 +131,9 @@ def ascend(
                 # Asked again, of later gains alone: behind large gains that shrink fast, small slow ones are not seen.
                 since, seemed, still, next_look = sweep, current, math.inf, sweep + 1
     if left and status is not Status.DIVERGED:
-        still = max(float(left(state)), 0.0)
+        still = _left(left, state, current)
+    elif status is Status.BUDGET and len(gains) - since < _LEAST_GAINS:
+        still = remaining(gains, _NOISE * max(1.0, abs(current)))  # too few to be asked again of later ones alone
     return Ascent(state, status, still, len(elbos), _trace(elbos), message)
 
 
@@ -229,10 +237,26 @@ def _updated(state: State, name: str, update: Update) -> State:
     return {**state, **changed}
 
 
+def _rounding(elbo: float) -> float:
+    """By how many nats a sum of this size may be off."""
+    return _ROUNDING * max(1.0, abs(elbo))
+
+
+def _left(left: Callable[[State], float], state: State, elbo: float) -> float:
+    """What is left to gain as it is known; what lies above the claimed best by more than rounding disproves it."""
+    value = float(left(state))
+    if value < -_rounding(elbo):
+        raise ValueError(
+            f"Expected no ELBO above the family's best, which is claimed to be {elbo + value:.6g} nats; got {elbo:.6g} "
+            "nats: check the formula of what is left to gain, and the ELBO's."
+        )
+    return max(value, 0.0)
+
+
 def _fall(
     updates: Mapping[str, Update], elbo: Callable[[State], float], state: State, current: float, sweep: int
 ) -> str:
-    """Which update lowered the ELBO most in a sweep that lowered it, in a sentence."""
+    """Which update of a sweep lowered the ELBO most, in a sentence."""
     falls: dict[str, float] = {}
     for name, update in updates.items():
         state = _updated(state, name, update)

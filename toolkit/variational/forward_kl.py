@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from toolkit.modelling.model import Model
 from toolkit.modelling.points import points
 from toolkit.status import Status
 from toolkit.variational.autoguides import gaussian_form
@@ -34,6 +35,10 @@ from toolkit.variational.own_solvers import Problem, Solved
 
 FULL_RANK, MEAN_FIELD = "full_rank", "mean_field"
 STRUCTURES = (FULL_RANK, MEAN_FIELD)
+MOMENTS = "moments"
+"""What fits that took their moments from draws have as `Fit.solver`."""
+
+_SINGULAR = 1e-8  # of a coordinate's sd: what the others leave of it where it is no more than rounding
 
 
 def forward_kl_guide(draws: Mapping[str, Any], *, structure: str = FULL_RANK, name: str = "") -> Guide:
@@ -83,11 +88,18 @@ class _MatchMoments:
         """The member with the draws' moments in the guide's chart.
 
         Raises:
-            ValueError: A latent site is missing, the chart cannot be inverted, or a covariance cannot be had from so
-                few draws.
+            ValueError: A latent site is missing or its draws have another shape than it has, the chart cannot be
+                inverted, a draw lies on the edge of its support, or a covariance cannot be had from these draws.
         """
+        _check_shapes(problem.model, self.draws)
         vectors = points(problem.model, self.draws, problem.chart).vectors
         count, size = vectors.shape
+        if not np.isfinite(vectors).all():
+            broken = int((~np.isfinite(vectors).all(1)).sum())
+            raise ValueError(
+                f"Expected draws inside their supports, which unconstrained space has places for; of {count:,} draws, "
+                f"{broken:,} lie on an edge or outside."
+            )
         form = gaussian_form(problem.program, problem.space)
         assert form is not None
         loc, scale = vectors.mean(0), vectors.std(0)
@@ -100,6 +112,12 @@ class _MatchMoments:
         if full:
             # By QR and not from the covariance itself, which would square the condition number.
             root = np.linalg.qr((vectors - loc) / np.sqrt(count), mode="r").T
+            own = np.abs(np.diag(root)) / scale
+            if not (own > _SINGULAR).all():
+                raise ValueError(
+                    f"Expected draws whose {size:,} coordinates vary on their own; coordinate {int(own.argmin())} "
+                    "follows from those before it: thin out copies of draws, draw more, or fit structure='mean_field'."
+                )
             member = Member(loc, factor=root * np.sign(np.diag(root)))
         else:
             member = Member(loc, scale=scale)
@@ -107,6 +125,20 @@ class _MatchMoments:
         return Solved(
             form.params(member),
             Status.ARRIVED,
-            solver="moments",
-            why=f"KL(p || q) is least where q has the {moments} of the posterior, here of {count:,} draws",
+            solver=MOMENTS,
+            why=f"KL(p || q) is least where q has the {moments} of the posterior, here of {count:,} draws: if they are "
+            f"independent, means are known to {count**-0.5:.2g} sd and sds, where tails are those of a Gaussian, to a "
+            f"share of {(2 * count) ** -0.5:.2g}, which no error in the tables has in it",
         )
+
+
+def _check_shapes(model: Model, draws: Mapping[str, np.ndarray]) -> None:
+    """Draws of a latent site have the site's shape behind their number."""
+    for name in model.latents:
+        shape = model.sites[name].shape
+        if name in draws and draws[name].shape[1:] != shape:
+            wanted = ", ".join(["draws", *map(str, shape)])
+            raise ValueError(
+                f"Expected draws of '{name}' as ({wanted}); got {draws[name].shape}: flatten the chains first, if that "
+                "is what they are."
+            )
