@@ -55,6 +55,30 @@ def test_a_divergence_without_a_closed_form_is_had_from_draws() -> None:
     assert never.value == math.inf
 
 
+INFINITE: dict[str, Callable[[], tuple[dist.Distribution, dist.Distribution]]] = {
+    "an interval that no draw leaves": lambda: (dist.Normal(0.0, 1.0), dist.Uniform(-30.0, 30.0)),
+    "an interval that some draws leave": lambda: (dist.Normal(0.0, 1.0), dist.Uniform(-1.0, 1.0)),
+    "half a line": lambda: (dist.Normal(50.0, 1.0), dist.Gamma(2.0, 1.0)),
+    "the integers": lambda: (dist.Gamma(2.0, 1.0), dist.Poisson(2.0)),
+    "a vector": lambda: (
+        dist.Normal(0.0, 1.0).expand([2]).to_event(1),
+        dist.Uniform(-9.0, 9.0).expand([2]).to_event(1),
+    ),
+    "a density that vanishes": lambda: (dist.Poisson(2.0), dist.ZeroInflatedPoisson(gate=1.0, rate=1.0)),
+}
+
+
+@pytest.mark.parametrize("case", INFINITE)
+def test_it_is_infinite_where_p_can_be_what_q_cannot(case: str) -> None:
+    found = kl_divergence(*INFINITE[case](), key=jax.random.key(0), draws=1_000)
+    assert (found.value, found.se) == (math.inf, 0.0)
+
+
+def test_from_within_it_is_not() -> None:
+    found = kl_divergence(dist.Uniform(0.0, 1.0), dist.Normal(0.0, 1.0), key=jax.random.key(0))
+    assert abs(found.value - (0.5 * math.log(2 * math.pi) + 1 / 6)) < 5 * found.se
+
+
 def test_from_a_cauchy_to_any_gaussian_it_is_infinite_and_back_it_is_not() -> None:
     cauchy, gaussian = dist.Cauchy(0.0, 1.0), dist.Normal(0.0, 3.0)
     few, many = (kl_divergence(cauchy, gaussian, key=jax.random.key(0), draws=n) for n in (1_000, 100_000))
@@ -230,6 +254,14 @@ ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
     "batch": (
         lambda: kl_divergence(dist.Normal(jnp.zeros(2), 1.0), dist.Normal(0.0, 1.0)),
         "single distributions of one event shape; got batches (2,) and ()",
+    ),
+    "categories": (
+        lambda: kl_divergence(dist.Categorical(jnp.full(2, 0.5)), dist.Categorical(jnp.full(3, 1 / 3))),
+        "Expected two categorical distributions of equally many categories; got [2, 3].",
+    ),
+    "edge of p": (
+        lambda: kl_divergence(dist.Gamma(0.01, 1.0), dist.LogNormal(0.0, 1.0), key=jax.random.key(0)),
+        "Expected finite densities of Gamma at its own draws; some are rounded to the edge of its support",
     ),
     "no key": (
         lambda: kl_divergence(dist.Logistic(0.0, 1.0), dist.Normal(0.0, 1.0)),

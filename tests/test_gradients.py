@@ -161,6 +161,28 @@ def guide_of(law: Callable[[Any], dist.Distribution]) -> Callable[[Any], Any]:
     return build
 
 
+def shares_model() -> Model:
+    """Shares of which most lie at an edge of the simplex."""
+
+    def program(y: Any = None) -> None:
+        shares = numpyro.sample("shares", dist.Dirichlet(jnp.full(3, 0.1)))
+        numpyro.sample("y", dist.Multinomial(4, probs=shares), obs=y)
+
+    return Model(program, Dataset("shares", {"y": np.array([3, 1, 0])}))
+
+
+def simplex_guide(fn: Any) -> Any:
+    """A normal in unconstrained space, wide enough for many a share to be all but 0 or 1."""
+
+    def guide(y: Any = None) -> None:
+        loc = numpyro.param("loc", jnp.zeros(2))
+        scale = numpyro.param("scale", jnp.full(2, 30.0), constraint=constraints.positive)
+        law = dist.Normal(loc, scale).to_event(1)
+        numpyro.sample("shares", dist.TransformedDistribution(law, dist.transforms.StickBreakingTransform()))
+
+    return guide
+
+
 PAIRS: dict[str, Callable[[], tuple[Model, str | Guide]]] = {
     "mean_field": lambda: (models.load("conjugate_regression").model(), "mean_field"),
     "full_rank": lambda: (TARGETS.model(target="student_t", dimensions=2), "full_rank"),
@@ -168,6 +190,7 @@ PAIRS: dict[str, Callable[[], tuple[Model, str | Guide]]] = {
     "iaf": lambda: (TARGETS.model(dimensions=2), "iaf"),
     "gamma": lambda: (counts_model(), Guide("gamma", gamma_guide)),
     "stretched": lambda: (counts_model(), Guide("stretched", stretched_guide)),
+    "simplex": lambda: (shares_model(), Guide("simplex", simplex_guide)),
 }
 
 
@@ -185,7 +208,7 @@ def test_all_estimators_of_a_gradient_have_one_mean(name: str) -> None:
         assert (apart <= 5 * np.hypot(theirs["mean_se"], ours["mean_se"])).all(), estimator
 
 
-@pytest.mark.parametrize("name", ["full_rank", "gamma", "stretched"])
+@pytest.mark.parametrize("name", ["full_rank", "gamma", "stretched", "simplex"])
 def test_they_are_the_gradients_that_optimisers_take(name: str) -> None:
     """Path and score add up to the gradient of `StickTheLandingELBO`, draw by draw."""
     model, guide = PAIRS[name]()
@@ -287,6 +310,32 @@ def test_what_would_be_wrong_is_absent_with_its_reason(name: str) -> None:
     assert "stick_the_landing" in noise.absent
     assert set(noise.absent) | set(noise.table["estimator"]) == set(ESTIMATORS)
     assert not set(noise.absent) & set(noise.totals["estimator"])
+
+
+def shifted(p: Any) -> dist.Distribution:
+    return dist.TransformedDistribution(dist.Exponential(1.0), dist.transforms.AffineTransform(p["a"], 1.0))
+
+
+def test_a_support_that_moves_without_being_declared_shows_in_the_score() -> None:
+    """NumPyro takes it to be the whole line. The mean of z is a + 1, whose slope is 1; the score would say a + 1."""
+    noise = expectation_gradients(lambda z: 1.0 * z, shifted, {"a": 2.0}, key=KEY, draws=(1, 4))
+    assert set(noise.table["estimator"]) == {"reparameterised"}
+    assert noise.absent["score"].startswith("the score's own mean is not 0 but, over the draws, 1 in a: a support or")
+    assert noise.absent["score_baseline"] == noise.absent["score"]
+    assert row(noise, "reparameterised", 1, "a")["mean"] == pytest.approx(1.0)
+
+
+def test_a_skewed_score_of_mean_zero_is_none_the_worse() -> None:
+    for seed in (17, 18):
+        noise = expectation_gradients(
+            lambda z: 1.0 * z,
+            lambda p: dist.Gamma(p["a"], p["b"]),
+            {"a": 0.1, "b": 1.0},
+            key=jax.random.key(seed),
+            draws=(1,),
+            repeats=40,
+        )
+        assert "score" not in noise.absent
 
 
 def test_gradients_that_are_no_numbers_are_told() -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from jax.flatten_util import ravel_pytree
 from numpyro.distributions import Distribution
+from scipy.stats import t
 
 from toolkit.compilation import QUICK
 from toolkit.estimate import Estimate
@@ -43,6 +44,9 @@ from toolkit.variational.guides import Guide, find_guide
 
 _Z = 2.0  # standard errors below which a squared length is not told from zero
 _ROUNDING = 1e-20  # of a variance: what is left of squares that cancel
+_SURELY = 1e-6  # probability of any mean being told from zero that is zero; for one parameter about 5.8 errors
+_SCORE_ROUNDING = 1e-9  # of the largest mean of a batch
+_ASKED_AGAIN = 100_000  # draws
 _MOST_PARAMETERS = 20_000  # means and squares of which, batch by batch, come to 200 MB
 _COLUMNS = ("estimator", "draws", "parameter", "element", "mean", "mean_se", "variance", "variance_se")
 
@@ -248,13 +252,15 @@ def _measured(
     """The noise of every estimator that can be had."""
     if len(names) > _MOST_PARAMETERS:
         raise ValueError(f"Expected a guide of at most {_MOST_PARAMETERS:,} parameters; got {len(names):,}.")
-    left, sums = set(ESTIMATORS) - absent.keys(), dict[tuple[str, int], Sums]()
+    left, sums, score_means = set(ESTIMATORS) - absent.keys(), dict[tuple[str, int], Sums](), list[np.ndarray]()
     most, rows = max(draws), -(-repeats // BATCHES)
     lost = {REPARAMETERISED: 0, SCORE: 0}  # draws without a finite gradient along the path, and by the score
     for value, score, path in _pieces(single, vector, key, rows * most) if left else ():
         for name, part in ((REPARAMETERISED, path), (SCORE, score)):
             if part is not None:
                 lost[name] += int((~(np.isfinite(value) & np.isfinite(part).all(1))).sum())
+        if score is not None:
+            score_means.append(score.mean(0))
         if not any(lost.values()):
             parts = [part if part is None else part.reshape(rows, most, *part.shape[1:]) for part in (score, path)]
             add_batch(sums, Pieces(value.reshape(rows, most), *parts), draws, left)
@@ -262,7 +268,34 @@ def _measured(
     if any(lost.values()):
         reason = f"of {BATCHES * rows * most:,} draws, {max(lost.values()):,} have no finite value or gradient"
         told, sums = told | dict.fromkeys(left, reason), {}
+    elif score_means and _off_zero(np.stack(score_means)) and (biased := _surely_off_zero(single, vector, key)):
+        reason = (
+            f"the score's own mean is not 0 but, over the draws, {biased[1]} in {''.join(names[biased[0]])}: a support "
+            "or a point mass moves with the parameters, or a density is wrong"
+        )
+        told |= dict.fromkeys(left & NEED_SCORE, reason)
+        sums = {known: total for known, total in sums.items() if known[0] not in NEED_SCORE}
     return _told(sums, names, {name: told[name] for name in ESTIMATORS if name in told})
+
+
+def _off_zero(means: np.ndarray) -> tuple[int, Estimate] | None:
+    """The first parameter whose score surely has a mean, from means of batches (batch, parameter), with that mean.
+
+    A score of which a mean is left is that of a law whose support moves, be it declared or not, and biases all that
+    uses it.
+    """
+    count, size = means.shape
+    mean, se = means.mean(0), means.std(0, ddof=1) / count**0.5
+    # A constant score has an error of rounding alone; so may have one that cancels to zero.
+    rounding = _SCORE_ROUNDING * float(np.abs(means).max())
+    off = np.flatnonzero(np.abs(mean) > float(t.isf(_SURELY / (2 * size), count - 1)) * se + rounding)
+    return (int(off[0]), Estimate(float(mean[off[0]]), float(se[off[0]]))) if off.size else None
+
+
+def _surely_off_zero(single: Single, vector: Any, key: jax.Array) -> tuple[int, Estimate] | None:
+    """The same over many fresh draws: few draws of a skewed score would seem off too often."""
+    pieces = _pieces(single, vector, jax.random.fold_in(key, 1), _ASKED_AGAIN // BATCHES)
+    return _off_zero(np.stack([score.mean(0) for _, score, _ in pieces]))
 
 
 def _pieces(single: Single, vector: Any, key: jax.Array, count: int) -> Iterator[tuple[Any, Any, Any]]:

@@ -17,7 +17,7 @@ from numpyro.infer.util import log_density
 from toolkit.modelling.model import Model
 from toolkit.variational.gradient_estimators import NEED_PATH, NEED_SCORE
 from toolkit.variational.guides import Guide
-from toolkit.variational.objectives import log_weight
+from toolkit.variational.objectives import Redrawn, log_weight
 
 Params = dict[str, Any]
 Single = Callable[[Any, Any], tuple[Any, Any, Any]]
@@ -96,7 +96,8 @@ def guide_gradients(
         if moving:
             value, path = jax.value_and_grad(lambda v: log_weight(key, constrain(v), bound, program, arrays))(vector)
         if scored:
-            value, score = _scored(bound, program, constrain, vector, key, arrays)
+            again, score = _scored(bound, program, constrain, vector, key, arrays)
+            value = again if value is None else value  # the path's, where no transform was inverted
         return value, score, path
 
     return GuideGradients(program, vector, params, element_names(unravel(vector)), single, absent, to_vector, constrain)
@@ -144,7 +145,7 @@ def _checked(guide: Guide, initial: Params, given: Mapping[str, Any], of_model: 
 def _scored(bound: Any, program: Any, constrain: Any, vector: Any, key: Any, arrays: Any) -> tuple[Any, Any]:
     """Log p - log q at a draw, and the score there; the draw is the one that `log_weight` makes with the same key."""
     guide_key, model_key = jax.random.split(key)
-    held = jax.lax.stop_gradient(_values(_trace(program, guide_key, constrain(vector), arrays)))
+    held = jax.lax.stop_gradient(_held(_trace(program, guide_key, constrain(vector), arrays)))
 
     def log_q(vector: Any) -> Any:
         return _log_q(program, guide_key, constrain(vector), held, arrays)[0]
@@ -155,9 +156,9 @@ def _scored(bound: Any, program: Any, constrain: Any, vector: Any, key: Any, arr
     return of_p - of_q, jax.grad(log_q)(vector)
 
 
-def _log_q(program: Any, key: Any, params: Params, held: Params, arrays: Any) -> tuple[Any, Any]:
-    """Log q of what was drawn before, and the trace. By value: what lies before a transform would move with it."""
-    again = handlers.substitute(handlers.seed(program, key), data=held)
+def _log_q(program: Any, key: Any, params: Params, held: tuple[Params, Params], arrays: Any) -> tuple[Any, Any]:
+    """Log q of what was drawn before, and the trace."""
+    again = Redrawn(handlers.seed(program, key), *held)
     return log_density(again, (), dict(arrays), params)
 
 
@@ -183,6 +184,11 @@ def _is_point(law: Any) -> bool:
 
 def _values(trace: Mapping[str, Any]) -> Params:
     return {site["name"]: site["value"] for site in _drawn(trace)}
+
+
+def _held(trace: Mapping[str, Any]) -> tuple[Params, Params]:
+    """What was drawn, and what lies before its transforms."""
+    return _values(trace), {site["name"]: site["intermediates"] for site in _drawn(trace)}
 
 
 def moves(looked_at: Callable[[Any], Callable[[Any], Any]], vector: Any) -> bool:
@@ -256,7 +262,7 @@ def _has_density(program: Any, constrain: Any, vector: Any, arrays: Any, key: An
     """Whether log q can be had at draws that are given, and not only at those that the guide makes itself."""
 
     def at_draws(vector: Any) -> Any:
-        held = _values(_trace(program, key, constrain(vector), arrays))
+        held = _held(_trace(program, key, constrain(vector), arrays))
         return _log_q(program, key, constrain(vector), held, arrays)[0]
 
     try:

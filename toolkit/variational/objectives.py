@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from numpyro.distributions import Delta
+import numpy as np
+from numpyro.distributions import Delta, TransformedDistribution
+from numpyro.distributions.constraints import Constraint
+from numpyro.distributions.transforms import Transform
 from numpyro.handlers import replay, seed
 from numpyro.infer.elbo import ELBO
 from numpyro.infer.util import log_density
@@ -67,7 +71,7 @@ def log_weight(
         log_q, drawn = log_density(seed(guide, guide_key), (), dict(kwargs), dict(params))
     if hold_guide:
         held = jax.lax.stop_gradient(dict(params))
-        again = _Redrawn(seed(guide, guide_key), drawn_once.values)
+        again = Redrawn(seed(guide, guide_key), drawn_once.values, drawn_once.intermediates)
         log_q, _ = log_density(again, (), dict(kwargs), held)
     log_p, _ = log_density(seed(replay(model, drawn), model_key), (), dict(kwargs), dict(params))
     return log_p - log_q
@@ -83,25 +87,58 @@ class _DrawnOnce(Messenger):
     def __init__(self) -> None:
         super().__init__()
         self.values: dict[str, Any] = {}
+        self.intermediates: dict[str, Any] = {}
 
     def postprocess_message(self, msg: Any) -> None:
         # A point mass follows from other sites or from parameters; nothing is drawn there.
         if msg["type"] == "sample" and not msg["is_observed"] and not isinstance(msg["fn"], Delta):
             msg["value"], msg["intermediates"] = jax.lax.optimization_barrier((msg["value"], msg["intermediates"]))
             self.values[msg["name"]] = msg["value"]
+            # Asked here, where the parameters are not held yet.
+            self.intermediates[msg["name"]] = msg["intermediates"] if _transforms_stand(msg["fn"]) else []
 
 
-class _Redrawn(Messenger):
-    """A program whose sites take the values that were drawn before.
+class Redrawn(Messenger):
+    """A program whose sites take the values that were drawn before, with what lies before their transforms.
 
-    By value alone: where a transform has parameters, what lies before it does not move with the draw when these are
-    held, as it does when they are not.
+    By value alone where a transform may have parameters: what lies before it does not move with the draw when these
+    are held, as it does when they are not. Where it has none, inverting it would lose digits for nothing.
+
+    Args:
+        fn: The program.
+        values: By site.
+        intermediates: What NumPyro knows of the draws before their transforms, by site.
     """
 
-    def __init__(self, fn: Program, values: Mapping[str, Any]) -> None:
+    def __init__(self, fn: Program, values: Mapping[str, Any], intermediates: Mapping[str, Any]) -> None:
         super().__init__(fn)
-        self.values = values
+        self.values, self.intermediates = values, intermediates
 
     def process_message(self, msg: Any) -> None:
+        """NumPyro's interface to a handler."""
         if msg["type"] == "sample" and msg["name"] in self.values:
             msg["value"] = self.values[msg["name"]]
+            if known := self.intermediates.get(msg["name"]):
+                msg["intermediates"] = known if _transforms_stand(msg["fn"]) else []
+
+
+def _transforms_stand(law: Any) -> bool:
+    """Whether a law's transforms surely do not move with any parameters."""
+    while not isinstance(law, TransformedDistribution) and hasattr(law, "base_dist"):
+        law = law.base_dist
+    return isinstance(law, TransformedDistribution) and _stands(law.transforms)
+
+
+def _stands(part: Any) -> bool:
+    """Whether a part of a transform is made of known numbers alone; functions may hold parameters."""
+    if isinstance(part, Transform):
+        inner = dict(vars(part))
+        if isinstance(inner.get("_inv"), weakref.ref):
+            del inner["_inv"]  # the inverse that it once gave away
+        return all(_stands(value) for value in inner.values())
+    if isinstance(part, Constraint):
+        return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(part))
+    if isinstance(part, list | tuple):
+        return all(_stands(value) for value in part)
+    known = part is None or isinstance(part, bool | int | float | str | np.ndarray | np.generic | jax.Array)
+    return known and not isinstance(part, jax.core.Tracer)
