@@ -15,6 +15,7 @@ from toolkit.variational.own_solvers import Problem, Solved
 from toolkit.variational.solvers.svi import Trace
 
 _FRACTION = 1e-4  # of the tolerance: what the fall of the free energy that is still to come may be
+_SHARE = 0.01  # of the tolerance: the least that a certificate says
 _LAG = 10  # steps over which the rate of the falls is measured
 _ROUNDING = 1e-14  # of the free energy
 _POINTS = 200  # of the course
@@ -112,8 +113,9 @@ class Hierarchy:
         """How far a unit may go along its push, one array a level, so that the free energy never rises.
 
         One over a bound of the sum of the absolute values of its row of the precision: a diagonal matrix of such sums
-        is above the precision, and each step goes to the minimum of a parabola above the free energy. A unit has the
-        bound from its neighbours' sums of absolute weights.
+        is above the precision, and each step goes to the minimum of a parabola above the free energy. In the bound are
+        sums of the absolute weights of all that predict the same: a unit has to be told of its siblings' by what they
+        predict, once.
 
         Reference: Hunter & Lange (2004), A tutorial on MM algorithms, on quadratic bounds.
         """
@@ -166,8 +168,12 @@ def settle(problem: Problem, *, site: str) -> Solved:
     Args:
         problem: The model, with arrays `weights`, `sds` and `y` and static `sizes`.
         site: The latent sites' name, with `{level}` for the level.
+
+    Raises:
+        ValueError: The model is another one, or the guide looks at another chart than the errors are those of.
     """
     arrays, static = problem.model.arrays, problem.model.dataset.static
+    _check(problem, site)
     hierarchy = Hierarchy.unpacked(arrays["weights"], arrays["sds"], static["sizes"])
     causes = hierarchy.split(np.zeros(sum(hierarchy.sizes[1:])))
     errors = hierarchy.errors(arrays["y"], causes)
@@ -200,9 +206,26 @@ def settle(problem: Problem, *, site: str) -> Solved:
         why="it is made of units that go along their own prediction errors, down the free energy, which is minus the "
         f"ELBO; {len(course) - 1:,} steps",
         trace=Trace(steps, -np.array(course)[steps], np.zeros(len(steps))),
-        certificate=Certificate(Estimate(left, 0.0), left, Scope.GLOBAL, 0, 0),
+        # At least a hundredth of the tolerance, as for all other certificates: rounding is in it.
+        certificate=Certificate(Estimate(left, 0.0), max(left, _SHARE * problem.tolerance), Scope.GLOBAL, 0, 0),
+        elbo=-course[-1],
         gradients=len(course) - 1,
     )
+
+
+def _check(problem: Problem, site: str) -> None:
+    """The model is a hierarchy, looked at as it is written."""
+    arrays, static = problem.model.arrays, problem.model.dataset.static
+    sites = {site.format(level=level) for level in range(1, len(static.get("sizes", ())))}
+    if any(name not in arrays for name in ("weights", "sds", "y")) or set(problem.space.names) != sites:
+        raise ValueError(
+            f"Expected a hierarchy of causes as in `predictive_coding`, whose prediction errors this guide follows; "
+            f"got model '{problem.model.name}' with latent sites {', '.join(problem.space.names)}."
+        )
+    if problem.chart != "plain":
+        raise ValueError(
+            f"Expected chart 'plain', in which the prediction errors are a gradient; got '{problem.chart}'."
+        )
 
 
 def _still_to_fall(course: Sequence[float]) -> float:

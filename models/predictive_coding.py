@@ -22,7 +22,8 @@ Normal(m, P^-1), where the gradient is zero at m, and the evidence follows. A me
 1 / diag(P), and lies 1/2 (sum of log diag(P) - log det P) below the log evidence.
 
 **A guide of its own.** `predictive_coding` finds that mean field by gradient steps on the free energy, which is minus
-the ELBO, each unit's by errors on its own connections alone.
+the ELBO, each unit's by errors on its own connections. Two things are less local than that: how far a step may go has
+the weights of the other units that predict the same in it, and when to stop is read from the free energy of all.
 
 References:
     Rao & Ballard (1999), Predictive coding in the visual cortex, Nature Neuroscience 2(1).
@@ -36,6 +37,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +107,8 @@ def dataset(image: int = 0) -> Dataset:
 
 def _digit(image: int) -> Dataset:
     images, shown = digits()
-    if not 0 <= image < len(images) - TRAINING:
-        raise ValueError(f"Expected an image from 0 to {len(images) - TRAINING - 1}; got {image}.")
+    if isinstance(image, bool) or not isinstance(image, Integral) or not 0 <= image < len(images) - TRAINING:
+        raise ValueError(f"Expected an image from 0 to {len(images) - TRAINING - 1}; got {image!r}.")
     mean = images[:TRAINING].mean(0)
     number = TRAINING + image
     return _pack(
@@ -175,7 +177,7 @@ def model(dataset: Dataset | None = None, *, image: int | None = None) -> Model:
     """
     if dataset is not None and image is not None:
         raise ValueError("Expected a dataset, or an image to make one of; got both.")
-    data = _digit(image or 0) if dataset is None else _checked(dataset)
+    data = _digit(0 if image is None else image) if dataset is None else _checked(dataset)
     sizes = data.static["sizes"]
     hierarchy = Hierarchy.unpacked(data.arrays["weights"], data.arrays["sds"], sizes)
     levels = range(len(sizes) - 1, 0, -1)

@@ -206,6 +206,15 @@ def test_a_wrong_elbo_is_found_out_by_draws(model: Model) -> None:
         fit(model, guide, key=jax.random.key(0))
 
 
+def test_the_updates_hold_for_one_model(model: Model) -> None:
+    def seen(x: object) -> None:
+        numpyro.sample("x", dist.Normal(numpyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
+
+    other = Model(seen, Dataset("x", {"x": np.array(Y)}), name="other")
+    with pytest.raises(ValueError, match="takes the arrays of model 'other', which are x; got one that takes y"):
+        fit(other, Guide("cavi", program, solve=solver()), key=jax.random.key(0))
+
+
 def test_the_updates_hold_for_one_chart(model: Model) -> None:
     guide = Guide("cavi", program, solve=solver(chart="rotated"))
     with pytest.raises(ValueError, match="Expected chart 'rotated', for which .* got 'plain'"):

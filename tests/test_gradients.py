@@ -19,7 +19,16 @@ from numpyro.distributions import constraints
 import models
 from toolkit import Dataset, GradientNoise, Guide, Model, expectation_gradients, fit, gradient_noise
 from toolkit.variational.building import build_guide
-from toolkit.variational.gradient_estimators import ESTIMATORS, Pieces, Sums, add_batch, leave_out_error
+from toolkit.variational.gradient_estimators import (
+    ESTIMATORS,
+    Pieces,
+    Sums,
+    add_batch,
+    leave_out_error,
+    reparameterised,
+    score_function,
+    score_with_baseline,
+)
 from toolkit.variational.guide_gradients import guide_gradients
 from toolkit.variational.guides import find_guide
 from toolkit.variational.objectives import log_weight
@@ -434,6 +443,26 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "at": (
         lambda: gradient_noise(counts_model(), "mean_field", at=3, key=KEY),  # type: ignore[arg-type]
         "Expected at to be a fit, or parameters by name; got 3.",
+    ),
+    "outside": (
+        lambda: gradient_noise(TARGETS.model(dimensions=2), "mean_field", at={"z_auto_scale": [-1, 1]}, key=KEY),
+        "Expected 'z_auto_scale' inside its support, as the guide constrains it; got [-1  1].",
+    ),
+    "moved by a word": (
+        lambda: gradient_noise(counts_model(), "mean_field", moved="a", key=KEY),  # type: ignore[arg-type]
+        "Expected moved to be a number of sds; got 'a'.",
+    ),
+    "one draw": (
+        lambda: score_with_baseline(Pieces(np.zeros((2, 1)), np.zeros((2, 1, 1)), None)),
+        "Expected at least 2 draws behind a gradient, so that others give the baseline; got 1.",
+    ),
+    "no score": (
+        lambda: score_function(Pieces(np.zeros((2, 1)), None, None)),
+        "Expected pieces with a score, which this estimator needs; they have none.",
+    ),
+    "no path": (
+        lambda: reparameterised(Pieces(np.zeros((2, 1)), None, None)),
+        "Expected pieces with a path's gradient, which this estimator needs; they have none.",
     ),
     "moved": (
         lambda: gradient_noise(counts_model(), Guide("gamma", gamma_guide), moved=2.0, key=KEY),

@@ -18,6 +18,7 @@ References:
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -186,12 +187,14 @@ class CoordinateAscent:
         """What the ascent has found.
 
         Raises:
-            ValueError: The guide looks at another chart than the updates hold for, or an update is wrong.
+            ValueError: The guide looks at another chart than the updates hold for, its program does not take the
+                model's arrays, or an update is wrong.
         """
         if problem.chart != self.chart:
             raise ValueError(
                 f"Expected chart '{self.chart}', for which the closed-form updates hold; got '{problem.chart}'."
             )
+        _check_arrays(problem)
 
         def report(sweep: int, elbo: float) -> None:
             problem.progress("coordinate ascent", sweep, sweep + 1, f"ELBO {elbo:.2f}")
@@ -225,6 +228,19 @@ class CoordinateAscent:
             elbo=ended.elbo if ended.sweeps else None,
             gradients=ended.sweeps,
         )
+
+
+def _check_arrays(problem: Problem) -> None:
+    """The guide's program takes what the model takes; else it is the guide of another model."""
+    taken = inspect.signature(problem.program)
+    try:
+        taken.bind(**problem.model.arrays)
+    except TypeError as error:
+        raise ValueError(
+            f"Expected a guide that takes the arrays of model '{problem.model.name}', which are "
+            f"{', '.join(problem.model.arrays) or 'none'}; got one that takes {', '.join(taken.parameters) or 'none'}: "
+            "closed-form updates are those of one model."
+        ) from error
 
 
 def _updated(state: State, name: str, update: Update) -> State:

@@ -56,6 +56,8 @@ def score_with_baseline(pieces: Pieces) -> np.ndarray:
     Reference: Kool, van Hoof & Welling (2019), Buy 4 REINFORCE samples, get a baseline for free!
     """
     value, score = _scored(pieces)
+    if value.shape[1] < 2:
+        raise ValueError("Expected at least 2 draws behind a gradient, so that others give the baseline; got 1.")
     others = (value.sum(1, keepdims=True) - value) / (value.shape[1] - 1)
     return np.asarray(((value - others)[..., None] * score).mean(1))
 
@@ -82,8 +84,7 @@ def reparameterised(pieces: Pieces) -> np.ndarray:
 
     Reference: Mohamed, Rosca, Figurnov & Mnih (2020), Monte Carlo gradient estimation in machine learning, section 5.
     """
-    assert pieces.path is not None
-    return np.asarray(pieces.path.mean(1))
+    return np.asarray(_path(pieces).mean(1))
 
 
 def stick_the_landing(pieces: Pieces) -> np.ndarray:
@@ -93,15 +94,22 @@ def stick_the_landing(pieces: Pieces) -> np.ndarray:
 
     Reference: Roeder, Wu & Duvenaud (2017), Sticking the landing, section 3.
     """
-    assert pieces.path is not None
-    assert pieces.score is not None
-    return np.asarray((pieces.path + pieces.score).mean(1))
+    _, score = _scored(pieces)
+    return np.asarray((_path(pieces) + score).mean(1))
 
 
 def _scored(pieces: Pieces) -> tuple[np.ndarray, np.ndarray]:
     """Value and score, for estimators that need both."""
-    assert pieces.score is not None
+    if pieces.score is None:
+        raise ValueError("Expected pieces with a score, which this estimator needs; they have none.")
     return pieces.value, pieces.score
+
+
+def _path(pieces: Pieces) -> np.ndarray:
+    """The path's gradient, for estimators that need it."""
+    if pieces.path is None:
+        raise ValueError("Expected pieces with a path's gradient, which this estimator needs; they have none.")
+    return pieces.path
 
 
 _RULES: Mapping[str, Callable[[Pieces], np.ndarray]] = {
@@ -111,6 +119,11 @@ _RULES: Mapping[str, Callable[[Pieces], np.ndarray]] = {
     REPARAMETERISED: reparameterised,
     STICK_THE_LANDING: stick_the_landing,
 }
+
+
+def estimates_of(name: str, pieces: Pieces) -> np.ndarray:
+    """Independent gradients by the estimator of that name, (group, parameter)."""
+    return _RULES[name](pieces)
 
 
 @dataclass

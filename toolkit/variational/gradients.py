@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import jax
@@ -145,7 +145,7 @@ def gradient_noise(
     guide = find_guide(guide, model)
     check_key(key)
     counts = _checked_counts(draws, repeats)
-    program, params, guide = _place(model, guide, at)
+    program, params, guide = place(model, guide, at)
     with jax.enable_x64(True):
         found = guide_gradients(model, guide, program, params)
         if moved:
@@ -207,7 +207,7 @@ def _checked_counts(draws: Sequence[int], repeats: int) -> tuple[int, ...]:
     return tuple(sorted(set(counts)))
 
 
-def _place(
+def place(
     model: Model, guide: Guide, at: Fit | Mapping[str, Any] | None
 ) -> tuple[Callable[..., Any], Mapping[str, Any], Guide]:
     """The guide's NumPyro program, the parameters that are given, and the guide as it was fitted."""
@@ -230,6 +230,10 @@ def _place(
 
 def _moved(model: Model, guide: Guide, found: GuideGradients, sds: float) -> dict[str, Any]:
     """The guide's parameters with every location moved by so many of its own sds."""
+    if isinstance(sds, bool) or not isinstance(sds, Real):
+        raise ValueError(  # noqa: TRY004 - misuse is a ValueError everywhere
+            f"Expected moved to be a number of sds; got {sds!r}."
+        )
     form = gaussian_form(found.program, latent_space(model, guide.chart or model.chart))
     if form is None or form.around is not None or not math.isfinite(sds):
         raise ValueError(

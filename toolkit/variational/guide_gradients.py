@@ -76,7 +76,7 @@ def guide_gradients(
     arrays, bound = jax.device_put(model.arrays), model.bound(guide.chart)
     begun, transforms = _begun(program, arrays)
     of_model = model.parameters(guide.chart or model.chart)
-    params = _checked(guide, begun, given, of_model)
+    params = _checked(guide, begun, given, of_model, transforms)
     own = {name: value for name, value in given.items() if name in of_model}
 
     def to_vector(params: Params) -> Any:
@@ -128,7 +128,10 @@ def element_names(tree: Params) -> list[tuple[str, str]]:
     return found
 
 
-def _checked(guide: Guide, initial: Params, given: Mapping[str, Any], of_model: tuple[str, ...]) -> Params:
+def _checked(
+    guide: Guide, initial: Params, given: Mapping[str, Any], of_model: tuple[str, ...], transforms: Params
+) -> Params:
+    given = {name: np.asarray(value) if isinstance(value, list | tuple) else value for name, value in given.items()}
     unknown = sorted(set(given) - set(initial) - set(of_model))
     if unknown:
         raise ValueError(
@@ -139,7 +142,11 @@ def _checked(guide: Guide, initial: Params, given: Mapping[str, Any], of_model: 
         if shapes[0] != shapes[1]:
             raise ValueError(f"Expected '{name}' of shape {shapes[0][0]}; got {shapes[1][0]}.")
     chosen = {name: given.get(name, value) for name, value in initial.items()}
-    return jax.tree.map(lambda value: jnp.asarray(value, float), chosen)
+    params: Params = jax.tree.map(lambda value: jnp.asarray(value, float), chosen)
+    for name in set(given) & set(initial):
+        if not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(transforms[name].inv(params[name]))):
+            raise ValueError(f"Expected '{name}' inside its support, as the guide constrains it; got {given[name]}.")
+    return params
 
 
 def _scored(bound: Any, program: Any, constrain: Any, vector: Any, key: Any, arrays: Any) -> tuple[Any, Any]:
