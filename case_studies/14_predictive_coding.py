@@ -99,7 +99,10 @@ def verdicts(metric: str) -> dict[str, int]:
 
 gap = comparison.gaps.table.set_index("guide").loc["predictive_coding"]
 allowed = 3 * gap["kl_qp_se"] + gap["optimisation_limit"]
-agrees = math.isfinite(gap["kl_qp"]) and abs(gap["kl_qp"] - posterior.mean_field_kl) < allowed
+agrees = "which cannot be held against theory"
+if math.isfinite(gap["kl_qp"]):
+    near = abs(gap["kl_qp"] - posterior.mean_field_kl) < allowed
+    agrees = "as theory says" if near else "which is not what theory says"
 print(f"\nKL(q || p) is {gap['kl_qp']:.3f} ± {gap['kl_qp_se']:.3f} nats, by theory {posterior.mean_field_kl:.3f}.")
 means, sds = verdicts("shift"), verdicts("sd_ratio")
 words = {
@@ -107,12 +110,22 @@ words = {
     for name, found in (("means", means), ("sds", sds))
 }
 trusted = [name for name, found in (("means", means), ("sds", sds)) if set(found) == {"right"}]
+wrong = [name for name, found in (("means", means), ("sds", sds)) if "wrong" in found]
+unclear = [name for name in ("means", "sds") if name not in trusted + wrong]
+said = [
+    f"{verb} {' and '.join(names)}"
+    for verb, names in (
+        ("trust their", trusted),
+        ("do not trust their", wrong),
+        ("more draws must judge their", unclear),
+    )
+    if names
+]
 print(f"Means: {words['means'] or 'not judged'}. Sds: {words['sds'] or 'not judged'}.")
 print(
     f"Decision: prediction errors alone do {'the' if len(trusted) == 2 else 'half of the' if trusted else 'no'} "
-    f"inference here: trust their {' and '.join(trusted) or 'neither means nor sds'}. The family lacks "
-    f"{gap['kl_qp']:.2f} nats, {'as' if agrees else 'which is not what'} theory says; the steps left "
-    f"{gap['optimisation_limit']:.1g}."
+    f"inference here{' that can be told' if unclear else ''}: {', '.join(said)}. The family lacks "
+    f"{gap['kl_qp']:.2f} nats, {agrees}; the steps left {done.fits[0].certificate.gap.value:.1g}."
 )
 for sentence in comparison.advice:
     print(f"- {sentence}")

@@ -113,6 +113,10 @@ def test_it_has_the_moments_of_its_draws_in_unconstrained_space(structure: str) 
     )
 
 
+def wide_slope(correlation: float) -> float:
+    return 0.5 * correlation**2 / (1 - correlation**2)
+
+
 @pytest.mark.parametrize("correlation", [0.5, 0.9])
 def test_what_a_factorised_gaussian_does_to_a_correlated_one_depends_on_the_direction(correlation: float) -> None:
     """By KL(q || p) its sds are sqrt(1 - rho^2) of the truth, by KL(p || q) they are right; at the same cost."""
@@ -134,7 +138,9 @@ def test_what_a_factorised_gaussian_does_to_a_correlated_one_depends_on_the_dire
     assert abs(qp["kl_qp"] - cost) < 5 * qp["kl_qp_se"] + narrow.gap_limit
     # The other way round each is worse: the covering one lies where the posterior is not.
     wide = cost * -1 + correlation**2 / (1 - correlation**2)
-    assert abs(pq["kl_qp"] - wide) < 5 * pq["kl_qp_se"] + 0.02 * wide
+    # Its slope in the log variances is rho^2 / (1 - rho^2) / 2; these err by sqrt(2 / n), with correlation rho^2.
+    of_moments = wide_slope(correlation) * math.sqrt(4 * (1 + correlation**2) / DRAWS)
+    assert abs(pq["kl_qp"] - wide) < 5 * math.hypot(pq["kl_qp_se"], of_moments) + 5 / DRAWS
 
 
 @pytest.mark.parametrize("weight", [0.5, 0.2])
@@ -147,13 +153,17 @@ def test_of_two_modes_one_direction_takes_one_and_the_other_covers_both(weight: 
     upper = takes.draw(jax.random.key(3), 1_000)["z"][:, 0] > 0
     assert upper.mean() in (0.0, 1.0)
     share = weight if upper.all() else 1 - weight
-    assert abs(-7.5 - takes.elbo.value + math.log(share)) < 5 * takes.elbo.se + 0.1
+    assert takes.gap_limit is not None
+    lacking = -7.5 - takes.elbo.value + math.log(share)
+    assert -5 * takes.elbo.se < lacking < takes.gap_limit + 5 * takes.elbo.se
     # The mixture's covariance is I + w (1 - w) separation^2 along the first axis, its entropy the Gaussian's and H(w).
     spread = weight * (1 - weight) * 100
     entropy = -(weight * math.log(weight) + (1 - weight) * math.log(1 - weight))
     there = Estimate.of_mean(covers.log_weights_at({"z": seen}) + 7.5)
     assert abs(there.value - (0.5 * math.log1p(spread) - entropy)) < 5 * there.se + 5 / DRAWS
-    assert abs(covers.draw(jax.random.key(3), DRAWS)["z"][:, 0].std() - math.sqrt(1 + spread)) < 0.1
+    # An sd errs by sd sqrt((kurtosis - 1) / 4 n): that of the guide's draws, and of the mixture's, whose is below 3.3.
+    sd = math.sqrt(1 + spread)
+    assert abs(covers.draw(jax.random.key(3), DRAWS)["z"][:, 0].std() - sd) < 5 * sd * math.sqrt(4.3 / (4 * DRAWS))
     # One that sits on one mode is far away by KL(p || q): the other mode lies ten sds off.
     away = takes.log_weights_at({"z": seen}).mean() + 7.5
     assert away > 10 * there.value
