@@ -17,7 +17,7 @@ from numpyro.infer import SVI, Trace_ELBO
 from scipy import stats
 
 import models
-from toolkit import Dataset, Model, Status, fit
+from toolkit import Dataset, Fit, Model, Status, fit
 from toolkit.variational.chain_density import ChainGaussian, _columns, frame_of, member, parameters, precision_of
 from toolkit.variational.chain_guides import AutoChainNormal, ChainNormal, chain_params
 from toolkit.variational.chain_search import find_chain, pattern_from, pattern_products
@@ -401,21 +401,24 @@ def test_where_the_hessian_has_the_pattern_no_gaussian_is_better() -> None:
     assert abs(small.elbo.value - large.elbo.value) < 5 * se + max(small.gap_limit or 0, large.gap_limit or 0)
 
 
-def test_the_same_key_gives_the_same_fit() -> None:
-    bound = a_model(random_walk)
-    one, other = (fit(bound, "chain", key=jax.random.key(4)) for _ in range(2))
-    for name, value in one.params.items():
+@pytest.fixture(scope="module")
+def walked() -> Fit:
+    return fit(a_model(random_walk), "chain", key=jax.random.key(4))
+
+
+def test_the_same_key_gives_the_same_fit(walked: Fit) -> None:
+    other = fit(a_model(random_walk), "chain", key=jax.random.key(4))
+    for name, value in walked.params.items():
         np.testing.assert_array_equal(value, other.params[name])
 
 
-def test_parameters_are_those_of_the_guide() -> None:
-    fitted = fit(a_model(random_walk), "chain", key=jax.random.key(4))
-    posterior = fitted.autoguide.get_posterior(fitted.params)
-    again = chain_params(fitted.autoguide, posterior.loc, posterior.factor)
-    assert set(again) == set(fitted.params)
-    drawn = fitted.draw(jax.random.key(0), 3)
+def test_parameters_are_those_of_the_guide(walked: Fit) -> None:
+    posterior = walked.autoguide.get_posterior(walked.params)
+    again = chain_params(walked.autoguide, posterior.loc, posterior.factor)
+    assert set(again) == set(walked.params)
+    drawn = walked.draw(jax.random.key(0), 3)
     assert drawn["x"].shape == (3, 23)
-    assert np.isfinite(fitted.log_weights_at(drawn)).all()
+    assert np.isfinite(walked.log_weights_at(drawn)).all()
 
 
 def test_a_small_budget_is_kept_and_told() -> None:
@@ -474,7 +477,7 @@ def test_a_posterior_that_may_be_improper_does_not_pass() -> None:
     assert "may be improper, as the priors of x are" in fitted.message
 
 
-@pytest.mark.parametrize("gradients", [1, 3_000])
+@pytest.mark.parametrize("gradients", [1, pytest.param(3_000, marks=pytest.mark.slow)])
 def test_the_budget_holds_where_a_look_is_dear(gradients: int) -> None:
     model = models.load("poisson_state_space")
     bound = model.model(model.dataset(bins=20), tuning="unknown")

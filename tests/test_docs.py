@@ -24,7 +24,18 @@ def identifier(path: Path) -> str:
     return path.stem
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if any(blocks(page, "python"))], ids=identifier)
+def with_python() -> list[object]:
+    """Pages with code to run; those behind the chapter of theory, which take ten seconds each, are slow."""
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    theory = index.split(":caption: Theory")[1].split("```")[0].split()
+    return [
+        pytest.param(page, marks=pytest.mark.slow if page.stem in theory[1:] else (), id=page.stem)
+        for page in PAGES
+        if any(blocks(page, "python"))
+    ]
+
+
+@pytest.mark.parametrize("page", with_python())
 def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
