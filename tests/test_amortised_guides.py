@@ -283,6 +283,7 @@ def test_counts_lie_between_blocks_and_coupled() -> None:
     assert coupled.elbo.value - amortised.elbo.value < 0.1 + noise
 
 
+@pytest.mark.slow
 def test_the_fits_own_density_is_that_of_its_draws() -> None:
     amortised = fit_of("amortised")
     weights = amortised.log_weights(jax.random.PRNGKey(3), 2_000)
@@ -364,6 +365,7 @@ def panel() -> tuple[Fit, Fit, Fit]:
     return known, fit(grouped(30), carried(known), key=KEY), fit(grouped(30), "amortised", key=KEY)
 
 
+@pytest.mark.slow
 def test_a_new_group_has_the_branch_that_a_new_fit_would_give_it() -> None:
     known, with_new, anew = panel()
     assert with_new.status is Status.ARRIVED

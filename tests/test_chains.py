@@ -465,6 +465,7 @@ def test_kinks_do_not_mislead_it() -> None:
         assert fitted.elbo.value > mean_field.elbo.value - 5 * np.hypot(fitted.elbo.se, mean_field.elbo.se)
 
 
+@pytest.mark.slow
 def test_a_posterior_that_may_be_improper_does_not_pass() -> None:
     """Only differences are seen: along a common shift the density stays the same."""
 
@@ -477,6 +478,7 @@ def test_a_posterior_that_may_be_improper_does_not_pass() -> None:
     assert "may be improper, as the priors of x are" in fitted.message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradients", [1, pytest.param(3_000, marks=pytest.mark.slow)])
 def test_the_budget_holds_where_a_look_is_dear(gradients: int) -> None:
     model = models.load("poisson_state_space")

@@ -70,6 +70,7 @@ def begun(name: str, size: int = 3) -> tuple[AutoFlow, dict[str, object], Model]
     return built, {name: site["value"] for name, site in trace.items() if site["type"] == "param"}, model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FLOWS)
 def test_it_begins_at_the_affine_map(name: str) -> None:
     built, params, _ = begun(name)
@@ -128,6 +129,7 @@ def test_so_does_the_other_flow_whose_density_is_found_by_iteration(full: Fit) -
     np.testing.assert_allclose(bnaf.log_weights_at(bnaf.draw(KEY, 200)), bnaf.log_weights(KEY, 200), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_its_weights_at_its_own_draws_are_its_weights(iaf: Fit) -> None:
     np.testing.assert_allclose(iaf.log_weights_at(iaf.draw(KEY, 200)), iaf.log_weights(KEY, 200), atol=1e-9)
 

@@ -180,6 +180,7 @@ def test_misuse_is_told() -> None:
         AutoMixtureNormal(model.fn, init_scale=0.0)
 
 
+@pytest.mark.slow
 def test_the_guide_works_on_its_own() -> None:
     model = pair()
     built = build_guide(model, GUIDES["mixture"], {"z": np.zeros(2)})

@@ -250,6 +250,7 @@ def test_a_lower_optimum_of_a_real_mixture_is_told_and_not_reported() -> None:
 def finished(*heights: float, se: float = 0.01, scope: Scope = Scope.LOCAL) -> Any:
     """What the sentence reads of a fit."""
     return SimpleNamespace(
+        usable=True,
         guide=SimpleNamespace(name="mean_field"),
         status=Status.ARRIVED,
         optima=tuple(Estimate(height, se) for height in heights),

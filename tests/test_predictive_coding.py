@@ -160,6 +160,7 @@ def test_nuts_agrees_with_the_exact_posterior() -> None:
     assert (np.abs(means - posterior.mean) < 5 * sds / np.sqrt(ess)).all()
 
 
+@pytest.mark.slow
 def test_a_study_says_what_is_known() -> None:
     model = coding.model()
     posterior = hierarchy_of(model.dataset).posterior(model.arrays["y"])
