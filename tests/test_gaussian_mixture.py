@@ -458,5 +458,5 @@ def test_a_report_of_a_point_alone_reads(tmp_path: Path) -> None:
     text = (done.write(tmp_path).parent / "report.md").read_text(encoding="utf-8")
     assert "nan" not in text.replace("NaN", "").split("What is the model?")[0]
     assert "em: a point has no density: its entropy and ELBO are minus infinity" in text
-    assert "For a point (em) it is the log density that rises" in text
+    assert "For a mode (em) it is the log density that rises" in text
     assert isinstance(done.comparison.table, pd.DataFrame)

@@ -50,8 +50,8 @@ def by_svi(fit: Any) -> bool:
 
 
 def by_density(fit: Any) -> bool:
-    """Whether what rose is the log density and not an ELBO, since the guide is a point mass."""
-    return is_point(fit)
+    """Whether what rose is the log density and not an ELBO: of a point, and of a Gaussian around a mode."""
+    return climbs(fit) and not seeks_elbo(fit)
 
 
 def bounded(fit: Any) -> bool:
@@ -61,7 +61,7 @@ def bounded(fit: Any) -> bool:
 
 def no_optimum(fit: Any) -> str:
     """Why the fit has no ELBO, k-hat or optima to show, in two words; empty if it has."""
-    return "a point" if by_density(fit) else "" if fit.status.has_optimum else _no_gap(fit)
+    return "a point" if is_point(fit) else "" if fit.status.has_optimum else _no_gap(fit)
 
 
 def optima_of(fit: Any) -> tuple[Estimate, ...]:
@@ -87,7 +87,7 @@ def _no_gap(fit: Any) -> str:
         return "no fit"
     if not fit.status.has_optimum:
         return "no optimum"
-    if by_density(fit):
+    if is_point(fit):
         return "a point"
     if not seeks_elbo(fit):
         return NOT_CLIMBED
@@ -153,7 +153,7 @@ def optima_sentences(fits: Iterable[Any]) -> list[str]:
 
 def _optima_sentence(fit: Any) -> str:
     count, apart, ends = len(fit.optima), spread(fit.optima), sorted(fit.optima, reverse=True)
-    height = "log density" if by_density(fit) else "ELBO"
+    height = "log density" if is_point(fit) else "ELBO"
     heights = _joined([f"{end}".replace("-", "−", 1) for end in (ends if count < 5 else [ends[0], ends[-1]])])
     heights = heights if count < 5 else f"from {heights.replace(' and ', ' down to ')}"
     if by_svi(fit):
@@ -185,7 +185,7 @@ def _left_out(fit: Any) -> str:
     """
     if as_high(fit.optima) > 1:
         return ""
-    if by_density(fit):
+    if is_point(fit):
         return " How much of the posterior's mass lies at each, their heights do not say."
     heights = np.array([end.value for end in fit.optima])
     share = 1 - 1 / np.exp(heights - heights.max()).sum()

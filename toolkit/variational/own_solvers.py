@@ -8,7 +8,6 @@ comparison) is that of any guide.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +96,3 @@ class Solved:
     gradients: int = 0
     compile_seconds: float = 0.0
     peak_bytes: int = 0
-
-
-Solve = Callable[[Problem], Solved]

@@ -97,7 +97,7 @@ def _reading(fits: Sequence[Any]) -> str:
         )
     points = [fit.guide.name for fit in fits if by_density(fit)]
     if points:
-        words += f"For a point ({', '.join(points)}) it is the log density that rises, and there is no grey line. "
+        words += f"For a mode ({', '.join(points)}) it is the log density that rises; a point has no grey line. "
     if len(fixed) < len(fits):
         words += "Lines of steps that end flat and together have arrived."
     return f"{words.strip()} {said}".strip()
