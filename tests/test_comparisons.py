@@ -15,7 +15,7 @@ import pytest
 import xarray as xr
 from scipy.stats import multivariate_normal
 
-from toolkit import Dataset, Estimate, Labels, Model, Quantity, Status
+from toolkit import Dataset, Estimate, Labels, Model, Quantity, Status, fit
 from toolkit.comparison.comparisons import Comparison, compare
 from toolkit.comparison.sentences import probability
 from toolkit.comparison.verdicts import Thresholds
@@ -260,6 +260,27 @@ def test_advice_goes_up_the_ladder(model: Model, truth: Reference) -> None:
     advice = compare(model, truth, [_mean_field()], key=KEY).advice
     assert advice[0].startswith("Report the reference's intervals")
     assert "`--guides low_rank`" in advice[1]
+
+
+def _walk(y: np.ndarray) -> None:
+    numpyro.sample("z", dist.GaussianRandomWalk(1.0, 8))
+    _observe_flat(y)
+
+
+def _walked(key: jax.Array, draws: int) -> dict[str, np.ndarray]:
+    return {"z": np.cumsum(np.asarray(jax.random.normal(key, (draws, 8))), axis=1)}
+
+
+def test_advice_names_the_chain_that_a_model_has() -> None:
+    model = Model(_walk, Dataset("prior", {"y": np.array(0.0)}), exact=_walked, name="walk")
+    advice = compare(model, reference(model, key=KEY), [fit(model, "mean_field", key=KEY)], key=KEY).advice
+    assert "a cost linear in its length (`--guides chain`); a family with a few" in advice[1]
+
+
+def test_advice_goes_beyond_one_gaussian_where_that_is_wrong(model: Model, truth: Reference) -> None:
+    advice = compare(model, truth, [_named("full_rank", NARROW)], key=KEY).advice
+    assert "`--guides mixture`" in advice[1]
+    assert "`--guides chain`" not in advice[1]
 
 
 def test_advice_blames_no_family_whose_fit_is_unproven(model: Model, truth: Reference) -> None:

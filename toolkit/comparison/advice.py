@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
 
 import pandas as pd
 
@@ -12,16 +14,25 @@ from toolkit.comparison.verdicts import Verdict, simultaneous_z
 from toolkit.estimate import Estimate
 from toolkit.modelling.check import index_past_its_array
 from toolkit.modelling.model import Model
+from toolkit.variational.block_search import plate_blocks
+from toolkit.variational.chain_search import find_chain
 
 # What a family that is too narrow may be replaced by, cheapest first.
-_LADDER = ("mean_field", "blocks", "low_rank", "full_rank", "iaf")
+_LADDER = ("mean_field", "blocks", "chain", "low_rank", "full_rank", "mixture", "iaf")
 _EXPRESS = {
     "blocks": "a guide with blocks that the model's own structure names",
+    "chain": "a Gaussian along the chain that the model has, at a cost linear in its length",
     "low_rank": "a family with a few directions of correlation",
     "full_rank": "a family with every correlation",
+    "mixture": "a mixture of Gaussians, for several modes or tails",
     "iaf": "a flow, which bends",
 }
 _RICHEST = "full_rank"
+_STRUCTURED: dict[str, Callable[[Model], bool]] = {
+    "blocks": lambda model: bool(plate_blocks(model).runs),
+    "chain": lambda model: bool(find_chain(model).blocks),
+}
+"""Whether a model has the structure that a guide is for."""
 
 
 def advise(
@@ -131,11 +142,12 @@ def _try(model: Model, guides: pd.DataFrame, corrections: pd.DataFrame) -> str:
         for chart in model.charts
         if chart != model.chart and f"{_RICHEST}@{chart}" not in names
     ][:1]
-    steps += [
-        f"{_EXPRESS[name]} ({_with_guide(name)})"
+    richer = (
+        name
         for name in _LADDER[highest + 1 :]
-        if name not in tried and name in _EXPRESS
-    ][:2]
+        if name not in tried and name in _EXPRESS and (name not in _STRUCTURED or _STRUCTURED[name](model))
+    )
+    steps += [f"{_EXPRESS[name]} ({_with_guide(name)})" for name in itertools.islice(richer, 2)]
     mended = [(str(name), row) for name, row in corrections.iterrows() if row["verdict"] and not row["wrong"]]
     if mended:
         name, row = max(mended, key=lambda pair: pair[1]["right"])
