@@ -372,6 +372,13 @@ def test_a_chain_of_another_model_is_told() -> None:
         seeded(**a_model(random_walk).arrays)
 
 
+def test_a_chain_that_the_model_does_not_have_is_told() -> None:
+    steps = np.arange(24)
+    guide = AutoChainNormal(random_walk, Chain(tuple(np.append(steps[::2], steps[1::2]).tolist()), 1, along="odd"))
+    with pytest.raises(ValueError, match="blocks of 1 along odd .* where blocks depend on others too: leave `chain`"):
+        numpyro.handlers.seed(guide, 0)(**a_model(random_walk).arrays)
+
+
 # -- fits -------------------------------------------------------------------------------------------------------------
 
 

@@ -19,11 +19,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import stats
 
-from toolkit.estimate import Estimate
 from toolkit.status import Status
-from toolkit.variational.certificates import SETS, Certificate, Scope
+from toolkit.variational.certificates import SETS, Certificate, Scope, certificate_of
 from toolkit.variational.chain_density import (
     ChainDensity,
     ChainELBO,
@@ -58,7 +56,6 @@ _MUCH = 50.0  # nats, from which on a climb's gain is asked by other draws befor
 _ROUNDS = 16
 _RESIDUAL = 0.01  # of the tolerance, that a climb may leave
 _OPTIMISM = 0.4  # of the tolerance, that a certificate may be too high by
-_LEVEL = 0.95
 _EXACT = 1e-6  # of the tolerance: a gain that is rounding, on a posterior that is a Gaussian along the chain
 _USABLE_LIMIT = 2.0  # nats, as of other Gaussian fits without proof
 _HOPE = 0.9  # of the limit before, at most, if the most draws are to be asked again
@@ -349,7 +346,7 @@ class _Search:
                 raise _Much
 
         return climb(
-            objective,  # type: ignore[arg-type] # all that a climb asks of an objective
+            objective,
             np.zeros(parameters(self.chain)),
             residual=_RESIDUAL * self.problem.tolerance,
             least_steps=_LEAST_STEPS,
@@ -365,11 +362,10 @@ class _Search:
         """
         rose = np.array([end.elbo - end.begun for end in ends])
         floor = _RESIDUAL * self.problem.tolerance
-        gap = Estimate.of_mean(rose + [max(end.residual, floor) for end in ends])
         concave = self.problem.model.log_concave and self.problem.chart == self.problem.model.chart
         exact = concave and bool((np.abs(rose) < _EXACT * self.problem.tolerance).all())
-        limit = gap.value + stats.t.ppf(_LEVEL, len(ends) - 1) * gap.se
-        return Certificate(gap, float(limit), Scope.GLOBAL if exact else Scope.LOCAL, draws, SETS)
+        gains = rose + [max(end.residual, floor) for end in ends]
+        return certificate_of(gains, Scope.GLOBAL if exact else Scope.LOCAL, draws)
 
 
 def _uncoupled(precision: Pattern) -> Pattern:

@@ -13,7 +13,7 @@ import numpyro.distributions as dist
 from numpyro.distributions import constraints
 from numpyro.infer.initialization import init_to_uniform
 
-from toolkit.variational.chain_search import chain_of_program
+from toolkit.variational.chain_search import chain_of_program, check_chain
 from toolkit.variational.chains import (
     Chain,
     Pattern,
@@ -123,7 +123,7 @@ class AutoChainNormal(AutoStructuredNormal):
 
     Raises:
         ValueError: The first sd is not positive; or, when the guide first sees the model, `along` names nothing in it,
-            or the chain is another space's.
+            or the posterior is not Markov along the chain that was given.
     """
 
     def __init__(
@@ -144,15 +144,12 @@ class AutoChainNormal(AutoStructuredNormal):
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
         space = self._space
+        if self._given is not None:
+            check_chain(self._program, args, kwargs, space, self._given)
         self.chain = self._given or chain_of_program(self._program, args, kwargs, space, self.along)
         if not self.chain.blocks:
             raise ValueError(
                 f"Expected a model with a chain; got one without, since {self.chain.note}: take full_rank or coupled."
-            )
-        if self.chain.size != space.size:
-            raise ValueError(
-                f"Expected a chain of this model's {space.size} unconstrained coordinates; got one of "
-                f"{self.chain.size}: find it for the model and chart that the guide looks at."
             )
 
     def _get_posterior(self) -> ChainNormal:

@@ -78,6 +78,26 @@ def chain_of_program(
     return Chain((), 0, tuple(range(space.size)), note=note)
 
 
+def check_chain(
+    program: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], space: Space, chain: Chain
+) -> None:
+    """Whether a NumPyro program has a chain that was not found in it; nothing is said where no Hessian is finite.
+
+    Raises:
+        ValueError: The chain is of another number of coordinates, or the posterior is not Markov along it.
+    """
+    if chain.size != space.size:
+        raise ValueError(
+            f"Expected a chain of this model's {space.size} unconstrained coordinates; got one of {chain.size}: find "
+            "it for the model and chart that the guide looks at."
+        )
+    if chain.blocks and _holds(_hessian_products(program, args, kwargs, space), chain) is False:
+        raise ValueError(
+            "Expected a chain along which each block depends on its neighbours and the shared coordinates alone; got "
+            f"{chain.words}, where blocks depend on others too: leave `chain` out, and it is looked for."
+        )
+
+
 def pattern_products(chain: Chain) -> np.ndarray:
     """The vectors (products, size) whose products with a Hessian of the chain's pattern tell all of its entries.
 

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import scipy.linalg
@@ -27,6 +28,45 @@ _FLATTEST = 1e-3
 _CG_STEPS = 100
 MOST_PARAMETERS = 4_000  # whose curvature is factorised
 _LEAST_BENDS = (0.25, 1.0)  # added to a curvature: less would let steps leap along what is flat only nearby
+
+
+class Parametrised(Protocol):
+    """What a climb asks of a family of Gaussians: see `toolkit.variational.gaussians.Family`."""
+
+    @property
+    def parameters(self) -> int:
+        """How many a member has."""
+        ...
+
+    def undrawn(self, x: np.ndarray) -> Any:
+        """A member, as `exact` takes it."""
+        ...
+
+    def exact(self, x: np.ndarray, member: Any, quadratic: Any) -> tuple[float, np.ndarray]:
+        """Entropy plus the mean of a quadratic over the member, in nats, and its gradient (parameters,)."""
+        ...
+
+    def bend(self, x: np.ndarray, quadratic: Any) -> np.ndarray | None:
+        """Minus the Hessian of `exact`; None where it is about one."""
+        ...
+
+
+class Objective(Protocol):
+    """What can be climbed: an ELBO in nats and its gradient (parameters,), and the part of it that no draws are in."""
+
+    @property
+    def family(self) -> Parametrised:
+        """Over whose members."""
+        ...
+
+    @property
+    def quadratic(self) -> Any:
+        """Near log p."""
+        ...
+
+    def __call__(self, x: np.ndarray) -> tuple[float, np.ndarray]:
+        """At parameters (parameters,)."""
+        ...
 
 
 class FixedDrawsELBO:
@@ -87,7 +127,7 @@ class Units:
         quadratic: Near log p under the member.
     """
 
-    def __init__(self, family: Family, x: np.ndarray, quadratic: Quadratic) -> None:
+    def __init__(self, family: Parametrised, x: np.ndarray, quadratic: Any) -> None:
         self._shifts, self._root = 0, None
         self._secants = list[tuple[np.ndarray, np.ndarray]]()
         bent = family.bend(x, quadratic) if family.parameters <= MOST_PARAMETERS else None
@@ -177,7 +217,7 @@ class Climbed:
 
 
 def climb(
-    objective: FixedDrawsELBO,
+    objective: Objective,
     x: np.ndarray,
     *,
     residual: float,
@@ -261,7 +301,7 @@ class _Enough(Exception):  # noqa: N818 - no error: what SciPy's `cg` and `minim
 
 
 def remaining(
-    objective: FixedDrawsELBO, x: np.ndarray, gradient: np.ndarray, *, enough: float = np.inf, at_least: float = 0.0
+    objective: Objective, x: np.ndarray, gradient: np.ndarray, *, enough: float = np.inf, at_least: float = 0.0
 ) -> float:
     """What a climb could still gain, in nats: g' H^-1 g, twice what Newton's step would gain.
 
@@ -302,8 +342,8 @@ class NewtonStep:
 
 
 def newton_step(
-    family: Family,
-    quadratic: Quadratic,
+    family: Parametrised,
+    quadratic: Any,
     x: np.ndarray,
     gradient: np.ndarray,
     *,
