@@ -37,10 +37,10 @@ from numpyro import handlers
 from numpyro.distributions import constraints
 from numpyro.distributions.flows import BlockNeuralAutoregressiveTransform, InverseAutoregressiveTransform
 from numpyro.distributions.transforms import ComposeTransform, LowerCholeskyAffine, PermuteTransform, Transform
-from numpyro.infer.autoguide import AutoContinuous
-from numpyro.infer.initialization import init_to_uniform
 from numpyro.nn.auto_reg_nn import AutoregressiveNN
 from numpyro.nn.block_neural_arn import BlockNeuralAutoregressiveNN
+
+from toolkit.variational.structured_guides import AutoScaled
 
 _LEAST_HIDDEN = 24  # units of a hidden layer: in two dimensions two, NumPyro's own choice, hardly bend anything
 _SMALL = 16  # dimensions up to which a block network's step takes about a millisecond at NumPyro's own width
@@ -48,7 +48,7 @@ _GATE = -4.0  # of a logit: a flow that begins so moves draws by about a fiftiet
 _STEPS, _ENOUGH = 400, 1e-10  # of a numerical inverse, and the error at which it is one
 
 
-class AutoFlow(AutoContinuous):
+class AutoFlow(AutoScaled):
     """A flow of standard normal numbers, and an affine map behind it.
 
     Its parameters are `<prefix>_loc` (size,), `<prefix>_scale_tril` (size, size), a lower triangular factor with a
@@ -57,29 +57,17 @@ class AutoFlow(AutoContinuous):
     Args:
         model: A NumPyro callable.
         num_flows: Layers of the flow; the coordinates' order is turned round between them.
-        prefix: Of the names of parameters.
-        init_loc_fn: NumPyro's strategy for the first location.
-        init_scale: The first sd of every coordinate, in unconstrained units.
+        **options: Those of `AutoScaled`: the parameters' prefix, the first location and sd.
 
     Raises:
-        ValueError: There is no layer, or the scale is not positive.
+        ValueError: There is no layer, or the first sd is not positive.
     """
 
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        *,
-        num_flows: int,
-        prefix: str = "auto",
-        init_loc_fn: Callable[..., Any] = init_to_uniform,
-        init_scale: float = 0.1,
-    ) -> None:
+    def __init__(self, model: Callable[..., Any], *, num_flows: int, **options: Any) -> None:
         if num_flows < 1:
             raise ValueError(f"Expected at least one layer; got num_flows={num_flows}.")
-        if init_scale <= 0:
-            raise ValueError(f"Expected init_scale above 0; got {init_scale}.")
-        self.num_flows, self._init_scale = num_flows, init_scale
-        super().__init__(model, prefix=prefix, init_loc_fn=init_loc_fn)
+        self.num_flows = num_flows
+        super().__init__(model, **options)
 
     @abstractmethod
     def _layer(self, number: int) -> Transform:

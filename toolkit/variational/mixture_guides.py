@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 from numpyro.distributions import constraints
-from numpyro.infer.autoguide import AutoContinuous
-from numpyro.infer.initialization import init_to_uniform
+
+from toolkit.variational.structured_guides import AutoScaled
 
 
-class AutoMixtureNormal(AutoContinuous):
+class AutoMixtureNormal(AutoScaled):
     """NumPyro's guide for a mixture of multivariate normals.
 
     Its parameters are `<prefix>_weights` (component,), which sum to one, `<prefix>_locs` (component, size) and
@@ -30,29 +30,17 @@ class AutoMixtureNormal(AutoContinuous):
     Args:
         model: A NumPyro callable.
         components: How many, to begin with.
-        prefix: Of the names of parameters.
-        init_loc_fn: NumPyro's strategy for the first location.
-        init_scale: The first sd of every coordinate, in unconstrained units.
+        **options: Those of `AutoScaled`: the parameters' prefix, the first location and sd.
 
     Raises:
-        ValueError: There is no component, or the scale is not positive.
+        ValueError: There is no component, or the first sd is not positive.
     """
 
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        *,
-        components: int = 2,
-        prefix: str = "auto",
-        init_loc_fn: Callable[..., Any] = init_to_uniform,
-        init_scale: float = 0.1,
-    ) -> None:
+    def __init__(self, model: Callable[..., Any], *, components: int = 2, **options: Any) -> None:
         if components < 1:
             raise ValueError(f"Expected at least one component; got {components}.")
-        if init_scale <= 0:
-            raise ValueError(f"Expected init_scale above 0; got {init_scale}.")
-        self.components, self._init_scale = components, init_scale
-        super().__init__(model, prefix=prefix, init_loc_fn=init_loc_fn)
+        self.components = components
+        super().__init__(model, **options)
 
     def _get_posterior(self) -> dist.MixtureSameFamily:
         count, kind = self.components, jnp.result_type(self._init_latent)

@@ -1,4 +1,4 @@
-"""What NumPyro guides for Gaussians with structure share: how they begin, and their margins."""
+"""What our NumPyro guides share: how they begin, and for Gaussians with structure their margins."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from typing import Any
 import jax.numpy as jnp
 from jax.scipy.special import ndtri
 from numpyro.infer.autoguide import AutoContinuous
+from numpyro.infer.initialization import init_to_uniform
 
 from toolkit.modelling.space import Space
 
 
-class AutoStructuredNormal(AutoContinuous):
-    """A multivariate normal in unconstrained space whose structure is read from the model's density.
-
-    A subclass has `get_posterior`, whose distribution has `loc` and `variance`, (size,) each.
+class AutoScaled(AutoContinuous):
+    """A guide in unconstrained space that begins with the same sd in every coordinate.
 
     Args:
         model: A NumPyro callable.
@@ -28,7 +27,12 @@ class AutoStructuredNormal(AutoContinuous):
     """
 
     def __init__(
-        self, model: Callable[..., Any], *, prefix: str, init_loc_fn: Callable[..., Any], init_scale: float
+        self,
+        model: Callable[..., Any],
+        *,
+        prefix: str = "auto",
+        init_loc_fn: Callable[..., Any] = init_to_uniform,
+        init_scale: float = 0.1,
     ) -> None:
         if init_scale <= 0:
             raise ValueError(f"Expected init_scale above 0; got {init_scale}.")
@@ -36,6 +40,14 @@ class AutoStructuredNormal(AutoContinuous):
         # Whoever masks `model` while the guide is set up leaves the density to be looked at here.
         self._program = model
         super().__init__(model, prefix=prefix, init_loc_fn=init_loc_fn)
+
+
+class AutoStructuredNormal(AutoScaled):
+    """A multivariate normal in unconstrained space whose structure is read from the model's density.
+
+    A subclass has `get_posterior`, whose distribution has `loc` and `variance`, (size,) each. The arguments are those
+    of `AutoScaled`.
+    """
 
     @property
     def _space(self) -> Space:
