@@ -55,7 +55,7 @@ def moments(fitted: Fit) -> tuple[np.ndarray, np.ndarray]:
 def run(model: Model, **options: object) -> tuple[Run, np.ndarray, np.ndarray]:
     """The sweeps themselves, with the place that they are told from, and all linear predictors there."""
     found = linear_predictor(model)
-    mode, sites = laplace(found)
+    mode, sites, _ = laplace(found)
     offset = found.offset + found.design @ mode
     sites = options.pop("sites", sites)
     ended = propagate(

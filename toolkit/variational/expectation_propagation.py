@@ -274,15 +274,19 @@ def _distance(before: Gaussian, after: Gaussian) -> float:
     return float(max(means.max(), np.abs(np.log(after.sds / before.sds)).max()))
 
 
-def laplace(regression: Regression) -> tuple[np.ndarray, Sites]:
-    """A mode, or a point on the way to it where Newton's steps end early, and sites with the curvature there.
+def laplace(regression: Regression) -> tuple[np.ndarray, Sites, int]:
+    """A mode, or a point on the way to it where Newton's steps end early, sites with the curvature there, and looks.
 
     Sites begin so, since cavities under a wide prior may hold linear predictors at which a rate overflows.
     """
     prior, design, offset = regression.prior, regression.design, regression.offset
     place = prior.centre
 
+    looks = 0
+
     def look(place: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+        nonlocal looks
+        looks += 1
         value, slope, bend = regression.derivatives(design @ place + offset)
         return float(value.sum()) + prior(place), slope, np.where(bend < 0, -bend, 0.0)
 
@@ -301,7 +305,7 @@ def laplace(regression: Regression) -> tuple[np.ndarray, Sites]:
         gain, place, height, slope, weights = higher - height, there, higher, new_slope, new_weights
         if gain < _NEWTON_GAIN * (1 + abs(height)):
             break
-    return place, Sites(weights, slope)
+    return place, Sites(weights, slope), looks
 
 
 def solve_ep(problem: Problem) -> Solved:
@@ -313,7 +317,7 @@ def solve_ep(problem: Problem) -> Solved:
     begun = time.perf_counter()
     regression = linear_predictor(problem.model, problem.chart)
     with np.errstate(all="ignore"):
-        mode, sites = laplace(regression)
+        mode, sites, looks = laplace(regression)
     compiled = time.perf_counter() - begun
     offset = regression.offset + regression.design @ mode
 
@@ -325,13 +329,13 @@ def solve_ep(problem: Problem) -> Solved:
         regression.prior.seen_from(mode),
         regression.design,
         sites,
-        most_nodes=problem.max_gradients,
+        most_nodes=max(problem.max_gradients - looks, 1),
         report=report,
     )
     solver, why = "expectation propagation", regression.words
     if run is None:
         text = "the curvature at the mode makes no Gaussian: the posterior may be improper along a direction"
-        return Solved({}, Status.IMPROPER, text, solver, why, compile_seconds=compiled)
+        return Solved({}, Status.IMPROPER, text, solver, why, gradients=looks, compile_seconds=compiled)
     course = np.array(run.course)
     skipped, status = run.last.skipped, run.status
     if status is Status.ARRIVED and skipped.any():  # a mode's curvature stands for what was never matched
@@ -348,7 +352,7 @@ def solve_ep(problem: Problem) -> Solved:
         "course is its approximation of the log evidence, which is no ELBO and no bound",
         trace=Trace(np.arange(1, len(course) + 1), course, np.full(len(course), np.nan)),
         log_evidence=run.last.log_evidence if status is Status.ARRIVED else None,
-        gradients=run.nodes,
+        gradients=looks + run.nodes,
         compile_seconds=compiled,
     )
 
