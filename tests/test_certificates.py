@@ -422,6 +422,7 @@ def test_a_tolerance_that_no_draws_can_prove_is_told() -> None:
     assert f"{fitted.certificate.limit:.2g} nats" in fitted.message
 
 
+@pytest.mark.slow
 def test_limits_that_no_tolerance_stopped_hold_as_often_as_they_say() -> None:
     """Each is one 95 % limit: five of twenty above theirs would have a chance of 0.3 %."""
     model, starts = skewed()

@@ -274,6 +274,7 @@ def test_the_axis_may_be_named() -> None:
         find_chain(a_model(plates), along="week")
 
 
+@pytest.mark.slow
 def test_every_axis_is_tried_and_plates_are_told_apart() -> None:
     def panel(y: Any) -> None:
         with numpyro.plate("subject", 3):
@@ -382,7 +383,9 @@ def test_a_chain_that_the_model_does_not_have_is_told() -> None:
 # -- fits -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("coefficients", [(1.0,), (1.1, -0.3)], ids=["level", "two_steps"])
+@pytest.mark.parametrize(
+    "coefficients", [(1.0,), pytest.param((1.1, -0.3), marks=pytest.mark.slow)], ids=["level", "two_steps"]
+)
 def test_on_a_linear_gaussian_chain_the_gap_is_zero(coefficients: tuple[float, ...]) -> None:
     data = SSM.simulate(jax.random.key(5), steps=61, coefficients=coefficients)
     bound = SSM.model(data, coefficients=coefficients)
@@ -413,6 +416,7 @@ def walked() -> Fit:
     return fit(a_model(random_walk), "chain", key=jax.random.key(4))
 
 
+@pytest.mark.slow
 def test_the_same_key_gives_the_same_fit(walked: Fit) -> None:
     other = fit(a_model(random_walk), "chain", key=jax.random.key(4))
     for name, value in walked.params.items():
@@ -452,6 +456,7 @@ def test_a_density_that_is_nowhere_finite_is_told() -> None:
     assert not fitted.usable
 
 
+@pytest.mark.slow
 def test_kinks_do_not_mislead_it() -> None:
     """The mean of the Hessians of a density with kinks is not its curvature: climbs must find the optimum."""
 

@@ -383,6 +383,7 @@ def test_a_study_that_was_stopped_goes_on_to_the_same_tables(by_command, tmp_pat
     assert tables(tmp_path / "reports" / "growth") == tables(by_command[0] / "reports" / "growth")
 
 
+@pytest.mark.slow
 def test_a_cache_entry_cut_in_half_is_said_and_made_again(by_command, tmp_path, monkeypatch):
     folder, _, _ = by_command
     shutil.copytree(folder / "cache", tmp_path / "cache")
@@ -413,7 +414,9 @@ def test_a_density_of_zero_everywhere_leaves_a_report_and_exit_code_1(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("factor_only", "Predictive draws are left out: the likelihood is a factor"),
+        pytest.param(
+            "factor_only", "Predictive draws are left out: the likelihood is a factor", marks=pytest.mark.slow
+        ),
         ("flat", "Prior and prior predictive draws are left out: the prior of mu is flat"),
         pytest.param("mixture", "Discrete sites summed out by enumeration: high.", marks=pytest.mark.slow),
     ],

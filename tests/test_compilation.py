@@ -37,6 +37,7 @@ def said(program: str, cache: Path, **environment: str) -> list[str]:
     return ended.stdout.split()
 
 
+@pytest.mark.slow
 def test_a_second_process_reads_the_programs_of_a_fit(tmp_path: Path) -> None:
     status, hits = said(FITTED, tmp_path)
     assert (status, hits) == ("ARRIVED", "0")

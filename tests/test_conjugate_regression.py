@@ -76,6 +76,7 @@ def test_draws_have_the_density_of_the_posterior(noise: str) -> None:
             assert (np.abs(z) < 5).all(), name
 
 
+@pytest.mark.slow
 def test_nuts_finds_the_exact_posterior() -> None:
     model = conjugate.model(simulated(), noise="unknown")
     key = jax.random.PRNGKey(0)
@@ -106,6 +107,7 @@ def test_with_known_noise_full_rank_is_exact_and_the_mean_field_lacks_what_theor
         assert -5 * fitted.elbo.se < difference < fitted.gap_limit + 5 * fitted.elbo.se, name
 
 
+@pytest.mark.slow
 def test_the_rotated_chart_is_the_same_posterior_with_uncorrelated_slopes() -> None:
     model = conjugate.model(noise="known")
     point = model.start(jax.random.key(2), model.arrays, chart="rotated")
@@ -305,6 +307,7 @@ def test_its_guides_contain_what_their_form_contains() -> None:
     assert not contains(joint, find_guide("mean_field@rotated"), known)
 
 
+@pytest.mark.slow
 def test_the_elbo_may_rank_features_otherwise_than_the_evidence() -> None:
     """On Longley's data, both exact: a fourth series pays by the evidence, and its collinearity costs the ELBO more."""
     data, ranked = conjugate.dataset(), {}

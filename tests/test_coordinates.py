@@ -188,6 +188,7 @@ def test_guides_with_parameters_of_another_meaning_have_none() -> None:
     assert coordinates(AutoDelta(grouped().bound()), space) is None
 
 
+@pytest.mark.slow
 def test_svi_fits_blocks_in_the_posteriors_own_units() -> None:
     fitted = fit(grouped(), "coupled", key=KEY, starts=1, solver="svi")
     assert fitted.status is Status.ARRIVED

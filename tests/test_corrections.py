@@ -65,6 +65,7 @@ def test_linear_response_repairs_most_of_a_logistic_regression() -> None:
     assert np.abs(np.log(repaired)).max() < 0.1
 
 
+@pytest.mark.slow
 def test_what_linear_response_cannot_correct_is_told() -> None:
     model = TARGETS.model(dimensions=2)
     with pytest.raises(ValueError, match="Expected a factorised Gaussian; 'full_rank' is none"):
@@ -91,6 +92,7 @@ def test_a_fit_far_from_an_optimum_has_no_linear_response() -> None:
 # -- importance weights -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_weights_repair_what_is_too_wide_or_skewed() -> None:
     """Full rank's noise is too narrow on a conjugate regression; weighted, it is not wrong."""
     found, _ = compared(REGRESSION.model(), "full_rank")
@@ -101,6 +103,7 @@ def test_weights_repair_what_is_too_wide_or_skewed() -> None:
     assert row["right"] >= 5
 
 
+@pytest.mark.slow
 def test_weights_that_cannot_repair_are_not_judged_and_say_why() -> None:
     found, _ = compared(REGRESSION.model(), "mean_field")
     for name in ("mean_field+psis", "mean_field+sir"):
@@ -195,6 +198,7 @@ def test_draws_that_repeat_have_larger_errors() -> None:
 # -- in a study -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_study_has_a_row_for_each_correction() -> None:
     done = study(REGRESSION.model(), guides=["mean_field", "full_rank"])
     names = ["mean_field+psis", "mean_field+sir", "mean_field+lr", "full_rank+psis", "full_rank+sir"]

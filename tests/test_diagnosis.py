@@ -48,6 +48,7 @@ def test_chains_that_begin_at_a_fit_end_at_the_posterior(guide: str) -> None:
     assert bool(np.abs(np.cov(begun.T) - np.eye(5)).max() < 1.5 * error) is (guide == "full_rank")
 
 
+@pytest.mark.slow
 def test_chains_leave_the_posterior_as_it_is() -> None:
     """Begun at exact draws of a skewed posterior, they end at draws of it."""
     model = REGRESSION.model()
@@ -99,6 +100,7 @@ def test_what_has_not_been_forgotten_is_not_predicted_right() -> None:
 
 
 @pytest.mark.parametrize("guide", ["mean_field", "full_rank"])
+@pytest.mark.slow
 def test_in_the_neck_of_a_funnel_nothing_is_predicted(guide: str) -> None:
     """There chains move single numbers the wrong way, long after they have forgotten where they began."""
     model = TARGETS.model(target="funnel", dimensions=1).in_chart("plain")
@@ -114,6 +116,7 @@ def test_in_the_neck_of_a_funnel_nothing_is_predicted(guide: str) -> None:
     assert diagnosed(TARGETS.model(target="funnel", dimensions=1), guide).uneven < 0.02  # in its other chart
 
 
+@pytest.mark.slow
 def test_under_heavy_tails_what_is_certain_is_less_than_the_truth() -> None:
     model = TARGETS.model(target="cauchy", dimensions=2)
     fitted = fit(model, "full_rank", key=KEY)

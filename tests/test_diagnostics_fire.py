@@ -107,7 +107,12 @@ CASES: dict[str, tuple[Callable[[], Study], tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+_LONG = ("a funnel", "switched labels", "tails heavier than any Gaussian's", "a posterior that is not there")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if case in _LONG else ()) for case in CASES]
+)
 def test_the_reports_sentence_appears(case: str) -> None:
     made, sentences = CASES[case]
     report: Report = render(made())

@@ -20,16 +20,19 @@ def blocks(page: Path, kind: str) -> Iterator[tuple[int, str]]:
             yield text.count("\n", 0, found.start("body")), found["body"]
 
 
+_LONG = ("adding_a_model", "nouns")
+
+
 def identifier(path: Path) -> str:
     return path.stem
 
 
 def with_python() -> list[object]:
-    """Pages with code to run; those behind the chapter of theory, which take ten seconds each, are slow."""
+    """Pages with code to run; the chapter of theory, the pages behind it and two that run studies are slow."""
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     theory = index.split(":caption: Theory")[1].split("```")[0].split()
     return [
-        pytest.param(page, marks=pytest.mark.slow if page.stem in theory[1:] else (), id=page.stem)
+        pytest.param(page, marks=pytest.mark.slow if page.stem in (*theory, *_LONG) else (), id=page.stem)
         for page in PAGES
         if any(blocks(page, "python"))
     ]

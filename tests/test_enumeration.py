@@ -55,6 +55,7 @@ def test_the_density_in_a_plate_is_the_closed_form() -> None:
     assert float(gradient) == pytest.approx((ends[1] - ends[0]) / (2 * step), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_sites_that_do_not_depend_on_the_discrete_ones_stay() -> None:
     model = Model(mixture, Dataset("d", {"y": Y}))
     assert model.summed_out == ("z",)
@@ -88,6 +89,7 @@ def test_nested_plates_and_another_chart_keep_the_density() -> None:
     np.testing.assert_allclose(model.constrain(point, model.arrays, chart="noncentred")["e"], e, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_nuts_runs_on_what_is_left() -> None:
     y = np.concatenate([Y - 5, Y[:20] + 5])
 

@@ -99,8 +99,8 @@ def test_ratios_that_are_not_finite_are_misuse() -> None:
 # -- the evidence -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dimensions", [1, 2, 50, 200])
-@pytest.mark.parametrize("correlation", [0.0, 0.9, 0.999])
+@pytest.mark.parametrize("dimensions", [1, 50, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("correlation", [0.0, pytest.param(0.9, marks=pytest.mark.slow), 0.999])
 def test_of_gaussians_it_is_right_up_to_200_dimensions(dimensions: int, correlation: float) -> None:
     data = TARGETS.simulate(KEY, dimensions=dimensions, correlation=correlation)
     model, drawn, known = hidden(TARGETS.model(data))
@@ -121,7 +121,7 @@ def test_of_two_modes_it_is_right_if_the_draws_have_both() -> None:
     assert close(log_evidence(model, drawn, key=KEY).estimate, known)
 
 
-@pytest.mark.parametrize("noise", ["known", "unknown"])
+@pytest.mark.parametrize("noise", ["known", pytest.param("unknown", marks=pytest.mark.slow)])
 def test_of_a_regression_by_nuts_it_is_right(noise: str) -> None:
     model = REGRESSION.model(noise=noise)
     blind = replace(model, exact=None, log_evidence=None)
@@ -129,6 +129,7 @@ def test_of_a_regression_by_nuts_it_is_right(noise: str) -> None:
     assert close(log_evidence(blind, drawn, key=KEY).estimate, model.log_evidence or np.nan)
 
 
+@pytest.mark.slow
 def test_a_guide_may_be_the_proposal_and_the_other_bridge_must_agree() -> None:
     model, drawn, known = hidden(REGRESSION.model())
     fitted = fit(model, "full_rank", key=KEY)
@@ -144,6 +145,7 @@ def test_a_guide_may_be_the_proposal_and_the_other_bridge_must_agree() -> None:
     assert "two bridges disagree" in log_evidence(model, drawn, [lying], key=KEY).problem
 
 
+@pytest.mark.slow
 def test_with_a_guide_it_is_within_a_twentieth_of_a_nat_in_200_dimensions() -> None:
     """As in a study, whose full rank is a proposal: the error of Gaussians fitted to draws alone is 0.03 nats there."""
     model, drawn, known = hidden(TARGETS.model(dimensions=200))
@@ -154,6 +156,7 @@ def test_with_a_guide_it_is_within_a_twentieth_of_a_nat_in_200_dimensions() -> N
     assert close(found.estimate, known), found.problem
 
 
+@pytest.mark.slow
 def test_in_500_dimensions_it_is_refused() -> None:
     model, drawn, _ = hidden(TARGETS.model(dimensions=500))
     found = log_evidence(model, drawn, key=KEY)
@@ -161,6 +164,7 @@ def test_in_500_dimensions_it_is_refused() -> None:
     assert "Gaussians fitted to its draws: it hardly meets the posterior" in found.problem
 
 
+@pytest.mark.slow
 def test_shrinking_saves_what_uncorrelated_dimensions_cost() -> None:
     model, drawn, known = hidden(TARGETS.model(dimensions=500, correlation=0.0))
     assert close(log_evidence(model, drawn, key=KEY).estimate, known)
@@ -177,6 +181,7 @@ def test_a_model_s_own_is_taken_and_held_against_the_elbo() -> None:
     assert "the model states -9 nats, and an ELBO of -7.5 lies above it" in found.problem
 
 
+@pytest.mark.slow
 def test_draws_that_miss_a_mode_are_found_out_by_a_higher_elbo() -> None:
     """NUTS sits in the lesser of two modes; a guide has found the larger one, whose ELBO is above the bridge's."""
     model = TARGETS.model(target="two_modes", dimensions=2, weight=0.02, separation=20.0)
@@ -215,6 +220,7 @@ def test_a_direction_without_spread_is_told() -> None:
 # -- labels -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_is_that_of_one_labelling() -> None:
     y = two_clusters(2.5)  # near enough for labels to mix
     model = two_means(y)

@@ -85,7 +85,7 @@ def test_a_gaussian_likelihood_is_matched_exactly() -> None:
     assert fitted.certificate is None
 
 
-@pytest.mark.parametrize("outcome", [0, 1])
+@pytest.mark.parametrize("outcome", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_one_probit_observation_is_its_closed_form(outcome: int) -> None:
     """The moments of a Gaussian times a probit: Rasmussen & Williams (2006), section 3.9."""
     mean, sd, sign = 0.4, 3.0, 2 * outcome - 1
@@ -250,6 +250,7 @@ def heavy_tails(seed: int, rows: int, scale: float) -> Model:
     return Model(model, Dataset("heavy", {"x": x, "y": x @ [1.0, 2.0] + source.standard_t(1.0, size=rows)}))
 
 
+@pytest.mark.slow
 def test_sweeps_that_cycle_are_damped_until_they_settle() -> None:
     found, _, _ = run(heavy_tails(0, 10, 0.5))
     assert found.status is Status.ARRIVED
@@ -257,6 +258,7 @@ def test_sweeps_that_cycle_are_damped_until_they_settle() -> None:
     assert found.last.residual < 1e-7
 
 
+@pytest.mark.slow
 def test_where_no_damping_helps_it_is_told() -> None:
     fitted = fit(heavy_tails(4, 8, 0.3), "ep", key=KEY)
     assert fitted.status is Status.DIVERGED
@@ -412,6 +414,7 @@ def test_units_do_not_matter() -> None:
     assert other.log_evidence == pytest.approx(one.log_evidence, abs=1e-7)
 
 
+@pytest.mark.slow
 def test_a_rotated_chart_gives_the_same_gaussian() -> None:
     """Moments are matched along linear predictors, which no linear map of the latents changes."""
     curated = models.load("collinear_logistic")
@@ -602,6 +605,7 @@ def test_on_the_breast_cancer_data_it_is_right_where_the_mean_field_is_not() -> 
 # As a guide like any other.
 
 
+@pytest.mark.slow
 def test_a_study_judges_it_and_keeps_it(tmp_path: Path) -> None:
     x, y = X + [0.0, 3.0], np.array([3.3, 2.0, 5.0, 3.4, 2.5])
     precision = np.linalg.inv(PRIOR) + x.T @ x / 0.25

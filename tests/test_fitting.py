@@ -112,6 +112,7 @@ def test_log_density_counts_the_transform_of_a_constrained_site():
         assert abs(np.trapezoid(density, grid) - 1) < 1e-5
 
 
+@pytest.mark.slow
 def test_stick_the_landing_has_the_gradient_of_the_elbo():
     model = line()
     guide = AutoMultivariateNormal(model.bound())
@@ -593,6 +594,7 @@ def test_a_user_who_has_not_set_float64_gets_it_all_the_same():
     assert {np.asarray(value).dtype for value in fitted.params.values()} == {np.dtype(np.float64)}
 
 
+@pytest.mark.slow
 def test_a_saturated_simplex_does_not_raise_the_elbo_above_the_evidence():
     def sparse(y=None):
         p = numpyro.sample("p", dist.Dirichlet(jnp.full(20, 0.1)))
@@ -618,6 +620,7 @@ def climbing():
 
 
 @pytest.mark.parametrize(("last", "arrived"), [(0.0, True), (-0.05, True), (-5.0, False), (-math.inf, False)])
+@pytest.mark.slow
 def test_steps_that_end_below_the_best_have_not_arrived(climbing, last, arrived):
     """Whatever the blocks do, their averages are said to be worth so many nats, and the start to be worth none."""
     programs, given = climbing
@@ -633,6 +636,7 @@ def test_steps_that_end_below_the_best_have_not_arrived(climbing, last, arrived)
 
 
 @pytest.mark.parametrize(("latent", "derived"), [("shift", "spread"), ("centre", "log_scale")])
+@pytest.mark.slow
 def test_a_model_may_use_the_names_of_svis_own_parameters(latent, derived):
     def named(latent, derived):
         def drawn(x, y=None):

@@ -143,7 +143,7 @@ def test_what_a_factorised_gaussian_does_to_a_correlated_one_depends_on_the_dire
     assert abs(pq["kl_qp"] - wide) < 5 * math.hypot(pq["kl_qp_se"], of_moments) + 5 / DRAWS
 
 
-@pytest.mark.parametrize("weight", [0.5, 0.2])
+@pytest.mark.parametrize("weight", [0.5, pytest.param(0.2, marks=pytest.mark.slow)])
 def test_of_two_modes_one_direction_takes_one_and_the_other_covers_both(weight: float) -> None:
     model = targets.model(target="two_modes", dimensions=2, correlation=0.0, separation=10.0, weight=weight)
     draws, seen = exact(model, 1), exact(model, 2)["z"]
@@ -186,6 +186,7 @@ def test_a_gaussian_fitted_to_a_cauchy_by_the_elbo_is_the_one_of_quadrature() ->
     assert float(fitted.params["z_auto_scale"][0]) == pytest.approx(math.exp(best.x), rel=0.05)
 
 
+@pytest.mark.slow
 def test_the_report_calls_the_other_direction_divergent_whatever_gaussian_it_is() -> None:
     model = targets.model(target="cauchy", dimensions=1, correlation=0.0)
     draws = exact(model, 1)

@@ -137,6 +137,7 @@ def test_the_bridge_and_the_exact_evidence_give_the_same_split() -> None:
     assert bridged.table.iloc[0]["kl_pq_se"] < 0.2
 
 
+@pytest.mark.slow
 def test_the_family_s_interval_holds_its_gap_also_where_the_evidence_is_bridged() -> None:
     model = TARGETS.model(dimensions=10, correlation=0.5)
     fitted = fit(model, "mean_field", key=KEY)

@@ -218,6 +218,7 @@ def test_all_estimators_of_a_gradient_have_one_mean(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["full_rank", "gamma", "stretched", "simplex"])
+@pytest.mark.slow
 def test_they_are_the_gradients_that_optimisers_take(name: str) -> None:
     """Path and score add up to the gradient of `StickTheLandingELBO`, draw by draw."""
     model, guide = PAIRS[name]()
@@ -310,6 +311,7 @@ def _opaque(a: Any) -> dist.Distribution:
 
 
 @pytest.mark.parametrize("name", ABSENT)
+@pytest.mark.slow
 def test_what_would_be_wrong_is_absent_with_its_reason(name: str) -> None:
     pair, reasons = ABSENT[name]
     with jax.numpy_rank_promotion("allow"):  # NumPyro's flows and annealing rely on it
@@ -334,6 +336,7 @@ def test_a_support_that_moves_without_being_declared_shows_in_the_score() -> Non
     assert row(noise, "reparameterised", 1, "a")["mean"] == pytest.approx(1.0)
 
 
+@pytest.mark.slow
 def test_a_skewed_score_of_mean_zero_is_none_the_worse() -> None:
     for seed in (17, 18):
         noise = expectation_gradients(

@@ -80,6 +80,7 @@ def test_the_density_is_the_one_written_down(likelihood: str) -> None:
     assert _density(tested, _point(data), "plain") == pytest.approx(expected, rel=1e-10)
 
 
+@pytest.mark.slow
 def test_correlated_effects_are_normal_with_the_correlation_that_is_reported() -> None:
     """A difference of densities at two effects of one group, in which priors and likelihood of the rest cancel."""
     data = _small(correlated=True)
@@ -120,6 +121,7 @@ def test_charts_are_one_posterior(likelihood: str, chart: str, centring: float) 
         np.testing.assert_allclose(values[quantity.site], data.truth[quantity.site], rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_charts_of_correlated_effects_are_one_posterior() -> None:
     data = _small("poisson", correlated=True)
     tested, point = model(data), _point(data)

@@ -37,6 +37,7 @@ def _drawn(model: Model, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(sites["theta"]), np.asarray(sites["topics"])
 
 
+@pytest.mark.slow
 def test_the_density_is_the_one_written_down(small: Model) -> None:
     theta, topics = _drawn(small)
     expected = sum(scipy.stats.dirichlet([1.5] * 3).logpdf(row) for row in theta)
@@ -154,6 +155,7 @@ def test_no_chapter_is_lost_or_counted_twice() -> None:
     np.testing.assert_array_equal(data.coords["word"], vocabulary)
 
 
+@pytest.mark.slow
 def test_simulate_gives_counts_with_the_probabilities_of_its_truth() -> None:
     tokens = 3_000
     data = lda.simulate(jax.random.key(2), documents=30, words=8, topics=3, tokens=tokens)

@@ -37,6 +37,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pd.DataFram
     return folder, leaderboard(ENTRIES, folder, guides=GUIDES, seeds=[0, 1], settings={"draws": 2_000})
 
 
+@pytest.mark.slow
 def test_there_is_a_row_for_each_model_seed_and_guide(written: tuple[Path, pd.DataFrame]) -> None:
     _, table = written
     assert list(table.columns) == list(COLUMNS)

@@ -125,13 +125,13 @@ def test_the_likelihood_and_the_jacobian_are_parts_of_the_density(model: Model) 
 @pytest.mark.parametrize(
     ("name", "options", "chart"),
     [
-        ("collinear_logistic", {"prior": "horseshoe"}, "rotated"),
+        pytest.param("collinear_logistic", {"prior": "horseshoe"}, "rotated", marks=pytest.mark.slow),
         ("collinear_logistic", {}, "rotated"),
         ("conjugate_regression", {}, "rotated"),
         ("hierarchical_regression", {}, "noncentred"),
         ("gaussian_target", {"target": "funnel"}, "noncentred"),
         pytest.param("lda", {}, "plain", marks=pytest.mark.slow),
-        ("lda", {}, "normal"),
+        pytest.param("lda", {}, "normal", marks=pytest.mark.slow),
         pytest.param("poisson_glm", {}, "plain", marks=pytest.mark.slow),
     ],
 )

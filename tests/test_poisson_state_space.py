@@ -42,6 +42,7 @@ def test_the_recording_is_the_minute_that_was_filmed() -> None:
 
 
 @pytest.mark.parametrize("tuning", MODEL.TUNINGS)
+@pytest.mark.slow
 def test_simulated_data_have_their_truth_and_every_step_depends_on_its_neighbours(tuning: str) -> None:
     data = MODEL.simulate(jax.random.key(2), bins=30, neurons=5, tuning=tuning)
     assert data.truth["state"].shape == (30, 2)

@@ -156,6 +156,7 @@ def test_the_loss_is_the_divergence_of_the_predictive_distributions(found: Predi
     assert scores(found).loc["shifted", "loss"] > 10.0 > scores(found).loc["narrow", "loss"]
 
 
+@pytest.mark.slow
 def test_the_error_of_the_loss_is_as_large_as_its_spread() -> None:
     model, guide = linear(), guides()[2]
     rows = [
@@ -302,6 +303,7 @@ def test_moment_matching_leaves_alone_what_is_right() -> None:
 # -- data made anew, and calibration ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ranks_of_left_out_observations_are_uniform_and_shares_nominal() -> None:
     """Over many sets of data, since in one they share its noise."""
     shares, ranks = [], []

@@ -146,6 +146,7 @@ def test_draws_have_the_posteriors_moments(data: Dataset) -> None:
     assert np.abs(np.cov(white.T) - np.eye(white.shape[1])).max() < 5 * np.sqrt(2 / 20_000)
 
 
+@pytest.mark.slow
 def test_nuts_agrees_with_the_exact_posterior() -> None:
     model = coding.model()
     posterior = hierarchy_of(model.dataset).posterior(model.arrays["y"])
@@ -207,6 +208,7 @@ def test_what_was_learned_makes_new_images_likely_and_sees_its_own_window_only()
     assert levels > apart + 10
 
 
+@pytest.mark.slow
 def test_simulated_truth_is_what_made_the_data() -> None:
     data = coding.simulate(KEY, sizes=(30, 10, 3), noise=0.01)
     assert {name: value.shape for name, value in data.truth.items()} == {"causes_1": (10,), "causes_2": (3,)}

@@ -153,6 +153,7 @@ def test_chains_in_two_modes_are_caught(weight: float, modes: bool) -> None:
     assert any("the chains sit in different modes" in reason for reason in stuck.reasons) is modes
 
 
+@pytest.mark.slow
 def test_the_centred_funnel_diverges_and_the_other_chart_passes(eight_schools: Model) -> None:
     centred = reference(eight_schools, key=jax.random.PRNGKey(1))
     assert centred.divergences > 0
@@ -174,6 +175,7 @@ def test_no_valid_start_names_the_site() -> None:
     assert "found no point with a finite density and gradient in 100 tries; at the last site 'y' has a log " in reason
 
 
+@pytest.mark.slow
 def test_stored_work_is_taken_up_bit_for_bit(tmp_path: Path) -> None:
     model = Model(gaussian, NOTHING)
     plain = reference(model, key=KEY, warmup=150, draws=130)
@@ -198,6 +200,7 @@ def test_stored_work_is_taken_up_bit_for_bit(tmp_path: Path) -> None:
     assert from_storage.cost == first.cost
 
 
+@pytest.mark.slow
 def test_other_labels_take_the_stored_draws_under_their_own_names(tmp_path: Path) -> None:
     storage, options = Storage(tmp_path), {"key": KEY, "chains": 2, "warmup": 100, "draws": 100}
     for names in (["a", "b"], ["b", "c"]):

@@ -273,6 +273,7 @@ def test_reference_without_draws_leaves_a_report() -> None:
     assert "overview" not in report.figures
 
 
+@pytest.mark.slow
 def test_thousand_scalars_stay_small() -> None:
     report = render(studies.make_study(999, focus=False))
     Page(report.html)

@@ -54,6 +54,7 @@ def test_the_same_call_goes_on_from_what_is_kept(finished):
     pd.testing.assert_frame_equal(again.comparison.table, kept.reset_index(drop=True))
 
 
+@pytest.mark.slow
 def test_a_family_is_fitted_anew_beside_one_that_it_contains(tmp_path):
     storage = Storage(tmp_path)
     study(line(), guides=("full_rank",), storage=storage, **QUICK)
@@ -106,6 +107,7 @@ def test_what_no_fit_would_take_is_refused_before_the_work(wrong):
         study(line(), guides=("mean_field",), **wrong)
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_numbers(finished):
     _, done = finished
     other = study(pair(), guides=("mean_field",), seed=1, **QUICK)
@@ -148,6 +150,7 @@ def test_versions_name_what_the_numbers_depend_on():
     assert package_versions()["jax"] == jax.__version__
 
 
+@pytest.mark.slow
 def test_a_reference_is_drawn_longer_until_all_is_decided():
     known = models.load("gaussian_target").model(dimensions=3, correlation=0.5)
     settings = {"guides": ["full_rank", "mean_field"], "draws": 100}
