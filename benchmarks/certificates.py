@@ -14,25 +14,29 @@ import argparse
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import posteriors
+import targets_large
 import yardsticks
 
-import models
 from toolkit import Fit, Model, fit
 from toolkit.estimate import Estimate
 from toolkit.variational.autoguides import gaussian_form
+from toolkit.variational.building import build_guide
+from toolkit.variational.chain_guides import AutoChainNormal
+from toolkit.variational.chains import whitened
 from toolkit.variational.density import LogDensity
 from toolkit.variational.draws import generator
 from toolkit.variational.gaussians import Frame, Quadratic
-from toolkit.variational.guides import DEFAULT_GUIDES
+from toolkit.variational.guides import DEFAULT_GUIDES, find_guide
 from toolkit.variational.projection import project
 from toolkit.variational.solvers.fixed_draws import FixedDrawsELBO
 
-CURATED = ("collinear_logistic", "hierarchical_regression", "poisson_glm")
 _DRAWS = 100_000  # at most, behind a fit's ELBO
 _AT_ONCE = 10_000
 _SMALL = 0.002  # nats: a standard error for which no more draws are asked
@@ -41,17 +45,22 @@ YARDSTICKS = Path(__file__).with_name("yardsticks.csv")
 
 
 def load(name: str) -> Model:
-    """The model of that name: a curated one, or a reference posterior."""
-    return models.load(name).model() if name in CURATED else posteriors.load(name)
+    """The model of that name: a curated one, a reference posterior, or a large target."""
+    if name in targets_large.names():
+        return targets_large.load(name)
+    return yardsticks.curated(name) if name in yardsticks.CURATED else posteriors.load(name)
 
 
 def measured_elbo(fitted: Fit, key: jax.Array) -> Estimate:
     """The ELBO of a Gaussian fit in nats, on draws of its own, with a quadratic control variate."""
     density = LogDensity(fitted.model, fitted.chart)
-    form = gaussian_form(fitted.autoguide, density.space)
+    guide, params = (
+        _dense(fitted) if isinstance(fitted.autoguide, AutoChainNormal) else (fitted.autoguide, fitted.params)
+    )
+    form = gaussian_form(guide, density.space)
     if form is None:
         raise ValueError(f"Expected a Gaussian guide; got '{fitted.guide.name}'.")
-    member = form.member(fitted.params)
+    member = form.member(params)
     frame = Frame.of(member.loc, np.linalg.inv(member.covariance()))
     family = form.family(frame)
     x = family.near(member)
@@ -65,6 +74,19 @@ def measured_elbo(fitted: Fit, key: jax.Array) -> Estimate:
         if elbo.se < _SMALL:
             break
     return elbo
+
+
+def _dense(fitted: Fit) -> tuple[Any, dict[str, np.ndarray]]:
+    """A Gaussian along a chain as a full-rank one, by NumPyro's guide and its parameters."""
+    with jax.enable_x64(True):
+        posterior = fitted.autoguide.get_posterior(fitted.params)
+        chain = posterior.chain
+        columns = whitened(posterior.factor, *chain.split(chain.into_places(jnp.eye(chain.size))))
+        factor = np.asarray(chain.joined(*columns))  # F with F F' the precision, whatever the chain's order
+    scale_tril = np.linalg.cholesky(np.linalg.inv(factor @ factor.T))
+    full_rank = build_guide(fitted.model, find_guide("full_rank"), fitted.start)
+    prefix = full_rank.prefix
+    return full_rank, {f"{prefix}_loc": np.asarray(posterior.loc), f"{prefix}_scale_tril": scale_tril}
 
 
 def measure(name: str, guide: str, seed: int) -> dict[str, object]:
@@ -143,13 +165,15 @@ def _best() -> pd.DataFrame:
     gaps = zip(best.newton_gap.fillna(0), best.newton_gap_se.where(best.newton_gap.notna(), 0), strict=True)
     best["yardstick"] = ["arrived" if yardsticks.has_arrived(*gap) else "not arrived" for gap in gaps]
     best["short"] = best.newton_gap.clip(lower=0).fillna(0)
+    # Where a model has a chain no Gaussian is better than the best one along it.
+    best = pd.concat([best, best[best.guide == "full_rank"].assign(guide="chain")])
     return best[["posterior", "guide", "elbo", "se", "short", "yardstick"]]
 
 
 def main() -> None:
     """Write the rows that are missing and print the summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("posteriors", nargs="*", default=[*posteriors.names(), *CURATED])
+    parser.add_argument("posteriors", nargs="*", default=[*posteriors.names(), *yardsticks.CURATED])
     parser.add_argument("--guides", nargs="+", default=list(DEFAULT_GUIDES))
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))

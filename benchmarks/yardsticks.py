@@ -64,7 +64,12 @@ import models
 from toolkit import Model
 
 GUIDES = ("mean_field", "full_rank", "low_rank")  # in this order: low rank starts from full rank's optimum
-CURATED = ("collinear_logistic", "poisson_glm", "hierarchical_regression")
+CURATED: dict[str, tuple[str, dict[str, str]]] = {
+    "collinear_logistic": ("collinear_logistic", {}),
+    "poisson_glm": ("poisson_glm", {}),
+    "hierarchical_regression": ("hierarchical_regression", {}),
+    "linear_gaussian_ssm-unknown": ("linear_gaussian_ssm", {"scales": "unknown"}),
+}
 COLUMNS = (
     *("posterior", "guide", "d", "rank", "elbo", "se", "newton_gap", "newton_gap_se", "last_gain", "last_gain_se"),
     *("starts", "arrived", "optima_found", "at_best", "spread", "bad_draws", "steps", "seconds", "note", "command"),
@@ -125,6 +130,12 @@ class Target:
         return jnp.concatenate([sites[n].reshape(*sites[n].shape[:lead], -1) for n in self.shapes], axis=-1)
 
 
+def curated(name: str) -> Model:
+    """A curated model with the options that its name stands for."""
+    model, options = CURATED[name]
+    return models.load(model).model(**options)
+
+
 def load(name: str) -> Target:
     """A posterior by its name, with its reference draws where there are any.
 
@@ -132,7 +143,7 @@ def load(name: str) -> Target:
         ValueError: There is none of that name.
     """
     if name in CURATED:
-        model, reference = models.load(name).model(), None
+        model, reference = curated(name), None
     elif name in targets_large.names():
         model, reference = targets_large.load(name), None
         if model.exact:
