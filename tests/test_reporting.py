@@ -30,7 +30,7 @@ from toolkit.estimate import Estimate
 from toolkit.reporting import first_screen
 from toolkit.reporting.arrival import gap_cell, optima_cell, optima_sentences, solver_sentences
 from toolkit.reporting.differences import differences, worst_first
-from toolkit.reporting.figures.canvas import blank, drawn, file_png, file_svg, segments, styled
+from toolkit.reporting.figures.canvas import blank, drawn, file_png, file_svg, ratio_axis, segments, styled
 from toolkit.reporting.figures.graph import Node, layered
 from toolkit.reporting.figures.pairs import binned_density, correlation_matrices, mass_levels, worst_pairs
 from toolkit.reporting.figures.traces import elbo_traces
@@ -711,3 +711,15 @@ def test_of_many_guides_the_matrices_of_the_most_wrong_are_drawn() -> None:
     assert {"c", "d", "e", "f"} <= titles
     assert not {"a", "b"} & titles
     assert "the 4 guides of 6 with the largest errors" in picture.reading
+
+
+@pytest.mark.parametrize(("least", "most"), [(0.9, 1.1), (0.43, 265.0), (0.002, 3.0), (1e-5, 4e5)])
+def test_ratios_have_a_place_on_their_axis_and_ticks_around_it(least: float, most: float) -> None:
+    with styled():
+        _, axes = blank(3, 3, 1, 1)
+        ratio_axis(axes[0, 0], [least, most])
+        low, high = axes[0, 0].get_ylim()
+        ticks = axes[0, 0].get_yticks()
+    assert low < least < most < high
+    assert 1.0 in ticks
+    assert 2 <= sum(low <= tick <= high for tick in ticks) <= 7
