@@ -36,6 +36,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import scipy.linalg
+from numpyro.distributions import constraints
 from scipy.special import gammaln, psi
 
 from toolkit import Guide
@@ -101,17 +102,20 @@ class _Program:
         """Samples the model's latent sites."""
         size = x.shape[1] + 1
         if self.noise == "unknown":
-            law = [numpyro.param(f"noise_{part}", jnp.ones(())) for part in ("shape", "scale")]
+            law = [
+                numpyro.param(f"noise_{part}", jnp.ones(()), constraint=constraints.positive)
+                for part in ("shape", "scale")
+            ]
             numpyro.sample("noise_variance", dist.InverseGamma(*law))
         loc = numpyro.param("loc", jnp.zeros(size))
         if self.joint:
-            factor = numpyro.param("scale_tril", jnp.eye(size))
+            factor = numpyro.param("scale_tril", jnp.eye(size), constraint=constraints.lower_cholesky)
             # The intercept first and the slopes given it: each site keeps a density of its own.
             intercept = numpyro.sample("intercept", dist.Normal(loc[0], factor[0, 0]))
             pulled = loc[1:] + factor[1:, 0] * (intercept - loc[0]) / factor[0, 0]
             numpyro.sample("beta", dist.MultivariateNormal(pulled, scale_tril=factor[1:, 1:]))
         else:
-            scale = numpyro.param("scale", jnp.ones(size))
+            scale = numpyro.param("scale", jnp.ones(size), constraint=constraints.positive)
             numpyro.sample("intercept", dist.Normal(loc[0], scale[0]))
             numpyro.sample("beta", dist.Normal(loc[1:], scale[1:]).to_event(1))
 

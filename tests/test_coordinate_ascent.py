@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import pytest
 
 from toolkit import Dataset, Guide, Model, Scope, Status, fit
 from toolkit.variational.coordinate_ascent import CoordinateAscent, State, Update, ascend, remaining
+from toolkit.variational.stationary import what_moving_gains
 
 LINEAR = np.array([1.0, -2.0])
 
@@ -204,6 +206,39 @@ def test_a_wrong_elbo_is_found_out_by_draws(model: Model) -> None:
     guide = Guide("cavi", program, solve=solver(lambda state: closed(state) + 0.3))
     with pytest.raises(ValueError, match="ELBO that 'cavi' has in closed form to be the one on fresh draws"):
         fit(model, guide, key=jax.random.key(0))
+
+
+def test_an_update_that_stops_short_of_the_best_is_found_out(model: Model) -> None:
+    """It raises the ELBO wherever it changes anything, so that no fall tells of it."""
+    right = solver()
+    wrong = replace(right, updates={**right.updates, "0": lambda s: {"loc": np.array([0.4, s["loc"][1]])}})
+    ended = ascend(wrong.updates, closed, wrong.start, tolerance=0.1, max_sweeps=1_000)
+    assert ended.status is Status.ARRIVED
+    with pytest.raises(
+        ValueError, match=r"moving 'loc' alone raised the ELBO by 0\.00562 nats: check the formula of its"
+    ):
+        fit(model, Guide("cavi", program, solve=wrong), key=jax.random.key(0))
+
+
+def test_what_moving_gains_keeps_to_supports() -> None:
+    """A scale and probabilities at their best, and half as far from it."""
+
+    def guide() -> None:
+        numpyro.param("scale", 1.0, constraint=dist.constraints.positive)
+        numpyro.param("weights", jnp.array([0.5, 0.5]), constraint=dist.constraints.simplex)
+
+    def elbo(state: State) -> float:
+        assert state["scale"] > 0
+        assert state["weights"].sum() == pytest.approx(1.0)
+        heights = np.log(state["scale"]) - state["scale"] / 2 + (np.array([0.2, 0.8]) * np.log(state["weights"])).sum()
+        return float(heights)
+
+    best = {"scale": np.array(2.0), "weights": np.array([0.2, 0.8])}
+    assert what_moving_gains(guide, {}, best, elbo) == pytest.approx({"scale": 0.0, "weights": 0.0}, abs=1e-12)
+    short = what_moving_gains(guide, {}, {"scale": np.array(1.0), "weights": np.array([0.5, 0.5])}, elbo)
+    away = elbo(best) - elbo({**best, "weights": np.array([0.5, 0.5])})
+    assert 0.5 * (elbo(best) - elbo({**best, "scale": np.array(1.0)})) < short["scale"] < 0.2
+    assert 0.5 * away < short["weights"] <= away
 
 
 def test_the_updates_hold_for_one_model(model: Model) -> None:

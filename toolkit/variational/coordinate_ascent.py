@@ -6,10 +6,11 @@ A guide q(z) = prod_j q_j(z_j) without any form for its factors has, with all ot
 
 which for a conditionally conjugate model is a known distribution with parameters in closed form. No update can lower
 the ELBO, so that a fall is an error of a formula and is told as one: after each sweep, and where it is asked what is
-left also after each update, since a later one may make good what a wrong one has lost. A wrong update that raises the
-ELBO on its whole way, if not to the most, is not told. What is slow about it is correlation: for two
-Gaussian coordinates of correlation rho a sweep leaves the fourth power of rho of the nats that were left before. A
-small gain is therefore no arrival; what is still to come is reckoned from how fast gains shrink.
+left also after each update, since a later one may make good what a wrong one has lost. A wrong update may raise the
+ELBO on its whole way, if not to the most: so where the sweeps end each parameter is moved alone, which must gain
+nothing. What is slow about coordinate ascent is correlation: for two Gaussian coordinates of correlation rho a sweep
+leaves the fourth power of rho of the nats that were left before. A small gain is therefore no arrival; what is still to
+come is reckoned from how fast gains shrink.
 
 References:
     Bishop (2006), Pattern Recognition and Machine Learning, section 10.1.1.
@@ -31,6 +32,7 @@ from toolkit.status import Status
 from toolkit.variational.certificates import Certificate, Scope
 from toolkit.variational.own_solvers import Problem, Solved
 from toolkit.variational.solvers.svi import Trace
+from toolkit.variational.stationary import what_moving_gains
 
 State = dict[str, np.ndarray]
 """The parameters of all factors by name, as the guide's program names them."""
@@ -188,7 +190,7 @@ class CoordinateAscent:
 
         Raises:
             ValueError: The guide looks at another chart than the updates hold for, its program does not take the
-                model's arrays, or an update is wrong.
+                model's arrays, or an update is wrong: it lowers the ELBO, or leads elsewhere than to the best.
         """
         if problem.chart != self.chart:
             raise ValueError(
@@ -208,6 +210,8 @@ class CoordinateAscent:
             left=self.left,
             report=report,
         )
+        if ended.status is Status.ARRIVED:
+            _check_optimum(problem, ended, self.elbo)
         why = "the best of each factor given the others is known in closed form"
         certificate = None
         if self.left is None:
@@ -241,6 +245,18 @@ def _check_arrays(problem: Problem) -> None:
             f"{', '.join(problem.model.arrays) or 'none'}; got one that takes {', '.join(taken.parameters) or 'none'}: "
             "closed-form updates are those of one model."
         ) from error
+
+
+def _check_optimum(problem: Problem, ended: Ascent, elbo: Callable[[State], float]) -> None:
+    """Nothing is gained by moving a parameter from where the updates have led, or one of them is wrong."""
+    gains = what_moving_gains(problem.program, problem.model.arrays, ended.state, elbo)
+    worst = max(gains, key=lambda name: gains[name], default="")
+    if worst and gains[worst] > max(ended.left, _SHARE * problem.tolerance) + _rounding(ended.elbo):
+        raise ValueError(
+            "Expected each update to lead to its factor's best, from which no parameter can be moved for the better; "
+            f"moving '{worst}' alone raised the ELBO by {gains[worst]:.3g} nats: check the formula of its factor's "
+            "update, the ELBO's, and which constraint the guide's program gives to the parameter."
+        )
 
 
 def _updated(state: State, name: str, update: Update) -> State:
