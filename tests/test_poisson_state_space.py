@@ -56,17 +56,18 @@ def test_simulated_data_have_their_truth_and_every_step_depends_on_its_neighbour
 
 @pytest.mark.slow
 def test_the_chain_has_nuts_s_means_and_sds() -> None:
-    """At a size that NUTS can do; a Gaussian is not exact here: a tenth of a sd is allowed beside the errors."""
+    """At a size that NUTS can do; a Gaussian is not exact here: 0.03 sd are allowed beside the errors."""
     bound = MODEL.model(MODEL.dataset(bins=40))
-    fitted = fit(bound, "chain", key=jax.random.key(0))
+    fitted = fit(bound, "chain", key=jax.random.key(0), tolerance=0.01)  # of 0.1 nats any mean may be off by 0.4 sd
     assert fitted.status.ok
     nuts = reference(bound, key=jax.random.key(1), chains=4, warmup=500, draws=1_000)
     assert nuts.status.ok
-    drawn = nuts.draws["state"].reshape(-1, 40, 2)
-    own = fitted.draw(jax.random.key(2), 20_000, ("state",))["state"]
-    shifts = (own.mean(0) - drawn.mean(0)) / drawn.std(0)
-    assert np.abs(shifts).max() < 0.1 + 5 * (1 / 1_000) ** 0.5
-    assert np.abs(np.log(own.std(0) / drawn.std(0))).max() < 0.1 + 5 * (1 / 2_000) ** 0.5
+    drawn, own = nuts.draws["state"], fitted.draw(jax.random.key(2), 20_000, ("state",))["state"]
+    ess = nuts.diagnostics["ess_bulk"].filter(like="state[").to_numpy().reshape(drawn.shape[2:])
+    error = np.sqrt(1 / ess + 1 / len(own))  # of a mean, in sds; of the logarithm of a sd it is about 1 / sqrt(2) of it
+    shifts = (own.mean(0) - drawn.mean((0, 1))) / drawn.std((0, 1))
+    assert (np.abs(shifts) < 0.03 + 4 * error).all()
+    assert (np.abs(np.log(own.std(0) / drawn.std((0, 1)))) < 0.03 + 4 * error / np.sqrt(2)).all()
 
 
 @pytest.mark.slow

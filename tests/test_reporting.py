@@ -35,6 +35,7 @@ from toolkit.reporting.figures.graph import Node, layered
 from toolkit.reporting.figures.pairs import binned_density, correlation_matrices, mass_levels, worst_pairs
 from toolkit.reporting.figures.traces import elbo_traces
 from toolkit.reporting.first_screen import health, next_commands
+from toolkit.reporting.nats import nats
 from toolkit.reporting.palette import INK, PAGE, PLAIN, SOFT, TEXTS, looks
 from toolkit.reporting.reports import Report, render
 from toolkit.reporting.tables import focus_table, minus, number, significant, worst_diagnostics
@@ -723,3 +724,8 @@ def test_ratios_have_a_place_on_their_axis_and_ticks_around_it(least: float, mos
     assert low < least < most < high
     assert 1.0 in ticks
     assert 2 <= sum(low <= tick <= high for tick in ticks) <= 7
+
+
+def test_nothing_is_minus_zero() -> None:
+    assert nats(-1e-13) == "0.000"
+    assert str(Estimate(-1e-5, 1e-3)) == "0.0000 ± 0.0010"

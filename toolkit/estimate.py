@@ -46,6 +46,6 @@ def rounded(value: float, se: float) -> tuple[str, str]:
     if not math.isfinite(value):
         return ("not finite", "")
     if not math.isfinite(se) or se <= _EXACT * abs(value):
-        return (f"{value:.4f}" if 0 < se < math.inf else f"{value:.4g}", "")
+        return (f"{value:z.4f}" if 0 < se < math.inf else f"{value:.4g}", "")
     places = decimals(se)
-    return (f"{value:.{places}f}", f"{se:.{places}f}")
+    return (f"{value:z.{places}f}", f"{se:.{places}f}")

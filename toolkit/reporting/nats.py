@@ -24,7 +24,7 @@ def nats(value: float, se: float = math.nan) -> str:
     if not math.isfinite(value):
         return "–"
     if not math.isfinite(se) or se < _LEAST_SE:
-        return f"{value:.3f}".replace("-", "−", 1)
+        return f"{value:z.3f}".replace("-", "−", 1)
     return f"{Estimate(value, se)}".replace("-", "−", 1)
 
 
