@@ -12,11 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
+from toolkit.status import Status
 from toolkit.variational.amortised_guides import FREE, AutoAmortisedNormal, Layout
 from toolkit.variational.gaussians import Frame, Member, Quadratic
 
 _LOG_2PI = float(np.log(2 * np.pi))
 _ROOT_2 = float(np.sqrt(2.0))
+_AWAY = 1e-6  # nats: a unit from which another step promises more is not at its mode
+_USABLE_LIMIT = 2.0  # nats, as of other Gaussian fits without proof
 
 
 @dataclass(frozen=True)
@@ -182,3 +185,24 @@ def _as_member(order: np.ndarray, loc: np.ndarray, ordered: np.ndarray, params: 
     own, factor = np.empty_like(loc), np.empty_like(ordered)
     own[order], factor[order] = loc, ordered
     return AmortisedMember(own, factor=factor, params=params)
+
+
+def with_units(
+    guide: AutoAmortisedNormal, params: Mapping[str, Any], ended: Status, message: str
+) -> tuple[Status, str]:
+    """How a fit ended, and a detail on it, once units that are not at their modes are counted.
+
+    Of them a certificate says nothing: it compares members of the family around these summaries.
+    """
+    runs = range(len(guide.layout.branches))
+    left = np.concatenate([np.empty(0), *(np.asarray(params[f"{guide.prefix}_units_left_{run}"]) for run in runs)])
+    away = left[~(left <= _AWAY)]
+    if not (len(away) and ended.has_optimum):
+        return ended, message
+    told = (
+        f"{len(away):,} of {len(left):,} units were not found at their modes, from which another step promised "
+        f"{away.sum():.2g} nats"
+    )
+    if ended.ok:
+        ended = Status.UNPROVEN if away.sum() <= _USABLE_LIMIT else Status.BUDGET
+    return ended, f"{message}; {told}" if message else told

@@ -33,7 +33,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -42,12 +42,13 @@ import numpy as np
 import numpyro
 from jax.scipy.linalg import solve_triangular
 from numpyro.distributions import constraints
+from numpyro.infer.initialization import init_to_uniform
 
-from toolkit.modelling.space import Space
 from toolkit.variational.block_guides import COUPLED, AutoBlockNormal
 from toolkit.variational.block_normals import BlockNormal
 from toolkit.variational.blocks import Blocks
-from toolkit.variational.unit_summaries import Units, UnitSummaries
+from toolkit.variational.gaussians import DENSE_LIMIT
+from toolkit.variational.unit_summaries import Units, UnitSummaries, members
 
 HIDDEN = 2
 """Units of the hidden layer, unless asked for otherwise."""
@@ -106,7 +107,7 @@ class Branch:
         shift, log_diagonal, below, slope = jnp.split(given, ends, axis=1)
         triangle = jnp.exp(log_diagonal / _ROOT_2)[..., None] * jnp.eye(size)[None]
         triangle = triangle.at[:, rows_columns[0], rows_columns[1]].set(below)
-        return shift, triangle, slope.reshape(-1, size, self.shared)
+        return shift, triangle, slope.reshape(len(given), size, self.shared)
 
 
 @dataclass(frozen=True)
@@ -135,10 +136,13 @@ class Layout:
 
     @property
     def constants(self) -> tuple[str, ...]:
-        """Names of what is held: the reference's parts, and for each run its units and what standardises features."""
+        """Names of what is held: the reference's parts, and for each run what is known of its units.
+
+        That is the units, what standardises features, and what the search for the units' modes has left.
+        """
         runs = range(len(self.branches))
         reference = tuple(f"reference_{part}" for part in ("loc", "tril", "units"))
-        return (*reference, *(f"{name}_{run}" for run in runs for name in ("units", "features")))
+        return (*reference, *(f"{name}_{run}" for run in runs for name in ("units", "features", "units_left")))
 
     def split(self, weights: Any) -> list[Any]:
         """The weights of each run."""
@@ -164,7 +168,7 @@ class Layout:
             centre, spread, slope = (
                 units[:, a:b] for a, b in itertools.pairwise(np.cumsum([0, k, k * k, k * shared]).tolist())
             )
-            spread, slope = spread.reshape(-1, k, k), slope.reshape(-1, k, shared)
+            spread, slope = spread.reshape(len(units), k, k), slope.reshape(len(units), k, shared)
             shift, triangle, more = branch.parts(branch(own, self.features(run, constants)))
             white = jnp.einsum("nks,s->nk", slope, away) + shift
             locs.append((centre + jnp.einsum("nij,nj->ni", spread, white)).ravel())
@@ -183,22 +187,26 @@ class AutoAmortisedNormal(AutoBlockNormal):
     `blocks`, and `<prefix>_weights`, of all runs of units. Beside them stand constants, which have no gradient, so that
     draws and densities need no derivative of the model: `<prefix>_reference_loc`, `<prefix>_reference_tril` and
     `<prefix>_reference_units`, r, R and where the search for the units' modes begins; and for each run
-    `<prefix>_units_<run>`, what is known of its units, and `<prefix>_features_<run>`, by which their features are
-    standardised.
+    `<prefix>_units_<run>`, what is known of its units, `<prefix>_features_<run>`, by which their features are
+    standardised, and `<prefix>_units_left_<run>`, the nats that another step towards its mode promised each unit.
 
     Args:
         model: A NumPyro callable.
         hidden: Units of the network's hidden layer.
         along: The plates whose units are amortised over, where they are not to be found by trial (`plate_blocks`).
-        structure: Blocks found before, instead.
-        options: Others of `AutoBlockNormal`.
+        structure: Blocks found before, instead; shared coordinates are coupled to them whatever they say.
+        like: Another such guide, set up on other data of the same model, instead: the units are those along its plates.
+        prefix: Of the names of parameters.
+        init_loc_fn: NumPyro's strategy for the first location.
+        init_scale: The first sd of every coordinate, in unconstrained units.
 
     Attributes:
         blocks: The structure in use, once the guide has seen the model.
         layout: How many units there are, and their function.
 
     Raises:
-        ValueError: `hidden` is negative, or what `AutoBlockNormal` raises.
+        ValueError: `hidden` is negative, the structure is none or given twice, or what `AutoBlockNormal` raises; when
+            the guide first sees the model: it has too many dimensions, or not the structure of `like`.
     """
 
     def __init__(
@@ -208,21 +216,78 @@ class AutoAmortisedNormal(AutoBlockNormal):
         hidden: int = HIDDEN,
         along: Sequence[str] | None = None,
         structure: Blocks | None = None,
-        **options: Any,
+        like: AutoAmortisedNormal | None = None,
+        prefix: str = "auto",
+        init_loc_fn: Callable[..., Any] = init_to_uniform,
+        init_scale: float = 0.1,
     ) -> None:
         if hidden < 0:
             raise ValueError(f"Expected hidden to be 0 or more; got {hidden}.")
-        self.hidden = hidden
-        super().__init__(model, structure or COUPLED, along=along, **options)
+        if not (structure is None or isinstance(structure, Blocks)):
+            raise ValueError(
+                "Expected structure to be a Blocks, since branches are coupled to all that is shared; got "
+                f"{structure!r}: take AutoBlockNormal for other structures."
+            )
+        if like is not None:
+            if not (structure is None and along is None):
+                raise ValueError("Expected like, or else structure or along; got both: leave one out.")
+            plates = [run.plate for run in like.blocks.runs]
+            structure, along = (None, plates or None) if all(plates) else (like.blocks, None)
+        self.hidden, self.like = hidden, like
+        super().__init__(
+            model, structure or COUPLED, along=along, prefix=prefix, init_loc_fn=init_loc_fn, init_scale=init_scale
+        )
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        super()._setup_prototype(*args, **kwargs)
-        space = Space(tuple(self._init_locs), tuple(jnp.shape(value) for value in self._init_locs.values()))
+        try:
+            super()._setup_prototype(*args, **kwargs)
+        except ValueError as error:
+            if self.like is None:
+                raise
+            raise ValueError(f"Expected a model with {self.like.blocks.words}; got another: {error}") from error
+        space = self._space
+        if space.size > DENSE_LIMIT:
+            raise ValueError(
+                f"Expected at most {DENSE_LIMIT:,} dimensions for amortised branches, whose Cholesky factor is kept "
+                f"whole; got {space.size:,}: take low_rank."
+            )
+        self.blocks = replace(self.blocks, coupled=True)
+        if self.like is not None:
+            self._require_like(self.like)
         runs, shared = self.blocks.runs, self.blocks.shared
         branches = tuple(Branch(run.size, shared, self.hidden) for run in runs)
         self.layout = Layout(shared, branches, tuple(run.count for run in runs))
         self.summaries = UnitSummaries(self._program, args, kwargs, space, self.blocks)
         self._began: dict[str, np.ndarray] | None = None
+
+    @property
+    def coordinates(self) -> list[str]:
+        """What each shared coordinate is, and each of the first unit along every plate, in the order of the blocks."""
+        where = self._space.unravel(np.arange(self._space.size))
+        names = {
+            int(number): name + (f"[{', '.join(map(str, place))}]" if place else "")
+            for name, numbers in where.items()
+            for place, number in np.ndenumerate(numbers)
+        }
+        sites = [name for name, numbers in where.items() for _ in range(numbers.size)]
+        support = {name: _of_one(self.prototype_trace[name]["fn"].support) for name in self._space.names}
+        shared = [f"{names[k]} in {support[sites[k]]}" for k in self.blocks.order[: self.blocks.shared]]
+        # A unit's support may depend on its data.
+        return shared + [
+            f"{names[k]} of each unit along '{run.plate}', in {type(support[sites[k]]).__name__}"
+            for run, own in zip(self.blocks.runs, members(self.blocks), strict=True)
+            for k in own[0]
+        ]
+
+    def _require_like(self, other: AutoAmortisedNormal) -> None:
+        """Nothing, if parameters of the other guide mean the same in this one."""
+        pairs = itertools.zip_longest(other.coordinates, self.coordinates, fillvalue="nothing more")
+        for number, (there, here) in enumerate(pairs, 1):
+            if there != here:
+                raise ValueError(
+                    f"Expected a model with the structure of the fit, {other.blocks.words}, whose coordinate {number} "
+                    f"is {there}; got {self.blocks.words}, and {here}: carry a fit to data of its own model and chart."
+                )
 
     @property
     def words(self) -> str:
@@ -260,6 +325,7 @@ class AutoAmortisedNormal(AutoBlockNormal):
         summed = self.summaries.at(reference["loc"], reference["tril"], reference["units"])
         for run, (units, local) in enumerate(zip(summed, self.summaries.split(reference["units"]), strict=True)):
             found[f"units_{run}"] = np.concatenate([units.packed, units.features(local)], axis=1)
+            found[f"units_left_{run}"] = units.left
             name = f"features_{run}"
             found[name] = np.asarray(features[name]) if features is not None else _standard(units, local)
         return found
@@ -311,6 +377,13 @@ class AutoAmortisedNormal(AutoBlockNormal):
     def median(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Site name to the posterior median of each coordinate."""
         return self._unpack_and_constrain(self.get_posterior(params).loc, params)
+
+
+def _of_one(support: Any) -> Any:
+    """The constraint of one event, without the shells that say how many axes it has."""
+    while isinstance(support, type(constraints.independent(constraints.real, 1))):
+        support = support.base_constraint
+    return support
 
 
 def _standard(units: Units, reference: np.ndarray) -> np.ndarray:

@@ -117,7 +117,9 @@ def blocks_of_program(
     axes = _axes(program, args, kwargs, space)
     plates = _ordered(space, axes, along)
     if not plates:
-        return Blocks(tuple(range(space.size)), space.size, note="no latent site lies in a plate")
+        single = any(axes.values())
+        note = "a plate of one unit makes no blocks" if single else "no latent site lies in a plate"
+        return Blocks(tuple(range(space.size)), space.size, note=note)
     if along is not None:
         return _laid_out(space, axes, _assigned(space, axes, plates, None))
     gradient = gradient or _gradient(program, args, kwargs, space)

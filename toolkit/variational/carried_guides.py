@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from toolkit.status import Status
+from toolkit.variational.amortised_fits import with_units
 from toolkit.variational.amortised_guides import FREE, AutoAmortisedNormal
 from toolkit.variational.fits import Fit
 from toolkit.variational.guides import AMORTISED, Guide
@@ -25,19 +27,21 @@ def carried(fitted: Fit) -> Guide:
         fitted: A fit of `amortised`, or of another guide made by `AutoAmortisedNormal`.
 
     Returns:
-        The guide; its models must have the fit's shared coordinates and sites, and may have any number of units.
+        The guide; its models must have the fit's shared coordinates and sites, and may have any number of units. How
+        the fit ended is inherited.
 
     Raises:
-        ValueError: The fit has no parameters, or is of another family.
+        ValueError: The fit has no parameters or no optimum, or is of another family.
     """
-    if not isinstance(fitted.autoguide, AutoAmortisedNormal) or not fitted.usable:
+    known = fitted.autoguide
+    if not (isinstance(known, AutoAmortisedNormal) and fitted.usable and fitted.status.has_optimum):
         raise ValueError(
-            f"Expected a fit of '{AMORTISED}' that has parameters; got one of '{fitted.guide.name}', "
+            f"Expected a fit of '{AMORTISED}' that has parameters and an optimum; got one of '{fitted.guide.name}', "
             f"{fitted.status.value}."
         )
     return Guide(
         f"{fitted.guide.name.partition('@')[0]}_carried",
-        fitted.guide.build,
+        partial(AutoAmortisedNormal, hidden=known.hidden, like=known, prefix=known.prefix),
         chart=fitted.chart,
         label=fitted.guide.label,
         solve=_Carried(fitted),
@@ -52,32 +56,27 @@ class _Carried:
     fitted: Fit
 
     def __call__(self, problem: Problem) -> Solved:
-        """The fit's parameters, with the constants of the problem's own units.
-
-        Raises:
-            ValueError: The model's shared coordinates or sites are not those of the fit.
-        """
-        guide, known = problem.program, self.fitted.autoguide
-        here, there = (
-            (one.blocks.shared, [(run.size, run.sites, run.plate) for run in one.blocks.runs]) for one in (guide, known)
-        )
-        if here != there:
-            raise ValueError(
-                f"Expected a model with the structure of the fit, {known.blocks.words}; '{problem.model.name}' on "
-                f"'{problem.model.dataset.name}' has {guide.blocks.words}."
-            )
-        prefix, params = known.prefix, self.fitted.params
+        """The fit's parameters, with the constants of the problem's own units."""
+        fitted, guide, known = self.fitted, problem.program, self.fitted.autoguide
+        prefix, params = known.prefix, fitted.params
         held = {name: np.asarray(value) for name, value in known.constants_of(params).items()}
         before = guide.summaries.evaluations
         constants = guide.constants({part: held[f"reference_{part}"] for part in ("loc", "tril", "units")}, held)
+        found = {f"{prefix}_{name}": params[f"{prefix}_{name}"] for name in FREE} | {
+            f"{prefix}_{name}": value for name, value in constants.items()
+        }
+        origin = f"the fit to '{fitted.model.dataset.name}'"
+        inherited = ": ".join(part for part in (f"inherited from {origin}", fitted.message) if part)
+        status, message = with_units(guide, found, fitted.status, "" if fitted.status is Status.ARRIVED else inherited)
+        limit = "with no limit on" if fitted.gap_limit is None else f"at most {fitted.gap_limit:.2g} nats from"
         return Solved(
-            {f"{prefix}_{name}": params[f"{prefix}_{name}"] for name in FREE}
-            | {f"{guide.prefix}_{name}": value for name, value in constants.items()},
-            Status.ARRIVED,
+            found,
+            status,
+            message,
             solver="carried",
             why=(
-                f"nothing is fitted: shared coordinates and function are those of the fit to "
-                f"'{self.fitted.model.dataset.name}', and each unit's branch is had from its own data"
+                f"nothing is fitted: shared coordinates and function are those of {origin} ({fitted.status.value}; "
+                f"there {limit} its best), and each unit's branch is had from its own data"
             ),
             gradients=guide.summaries.evaluations - before,
         )

@@ -24,6 +24,7 @@ from toolkit.modelling.space import Space, latent_space
 from toolkit.progress import Progress, silent
 from toolkit.status import Status
 from toolkit.threads import threads_for
+from toolkit.variational.amortised_fits import with_units
 from toolkit.variational.amortised_guides import AutoAmortisedNormal
 from toolkit.variational.autoguides import GaussianForm, gaussian_form
 from toolkit.variational.block_guides import AutoBlockNormal
@@ -194,6 +195,9 @@ def fit(
             fitted = _by_gaussian(
                 model, guide, built, form, starts, smaller, chosen, key, tolerance, budget, elbo_draws, progress
             )
+        if isinstance(built, AutoAmortisedNormal) and fitted.usable:
+            status, message = with_units(built, fitted.params, fitted.status, fitted.message)
+            fitted = replace(fitted, status=status, message=message)
     progress(f"fit {guide.name}", 1, 1, "done")
     return replace(fitted, cost=cost + fitted.cost, solver=chosen, why=why)
 

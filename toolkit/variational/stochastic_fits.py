@@ -260,7 +260,8 @@ def _failure(
     if form is None or model.parameters(starts.chart) or starts.space.size > DENSE_LIMIT:
         return None
     member = form.member(params)
-    if not all(np.isfinite(part).all() for part in vars(member).values() if part is not None):
+    parts = (member.loc, member.scale, member.factor, member.columns)
+    if not all(np.isfinite(part).all() for part in parts if part is not None):
         return None
     density, flat = LogDensity(model, starts.chart), flat_coordinates(model, starts.chart)
     if status is Status.DIVERGED:

@@ -36,8 +36,9 @@ from toolkit.variational.block_search import log_density_of_program
 from toolkit.variational.blocks import Blocks
 from toolkit.variational.gaussians import inverse_factor
 
-_STEPS, _HALVINGS = 30, 12
-_DECREMENT = 1e-12  # nats of Newton's step, from which on a unit is at its mode
+_STEPS, _HALVINGS = 50, 20
+_DECREMENT = 1e-14  # nats of Newton's step, from which on a unit is at its mode
+_LEAST_GAIN = 0.1  # of what a step promises: less, and it is too long
 _FLATTEST = 1e-8  # of a unit's largest curvature
 
 
@@ -49,11 +50,14 @@ class Units:
         centre: m, the branch's mean at the reference's location, (units, size).
         spread: D, the lower Cholesky factor of P^-1, (units, size, size).
         slope: D^-1 A, how far the mean moves with e, in units of D, (units, size, shared).
+        left: Nats that another step towards its mode promised a unit where the search for it ended, at that value of
+            z_0 where it was most, (units,).
     """
 
     centre: np.ndarray
     spread: np.ndarray
     slope: np.ndarray
+    left: np.ndarray
 
     @property
     def count(self) -> int:
@@ -132,45 +136,56 @@ class UnitSummaries:
         Args:
             loc: Of the reference over the shared coordinates, (shared,).
             scale_tril: Its Cholesky factor, (shared, shared).
-            locals_: Where the search for the units' modes begins, the same for all units of a run, (sizes,).
+            locals_: Where the search for the units' modes begins, (sizes,): the same for all units of a run, so that
+                what is said of a unit follows from its own data, even where it has several modes.
         """
         if not self.members:
             return ()
-        vector = np.empty(self.blocks.size)
-        for own, local in zip(self.members, self.split(locals_), strict=True):
-            vector[own] = local
-        vector[self._shared] = loc
-        centre = self._modes(vector)
         shared = self.blocks.shared
         # Without shared coordinates there is one value of them.
         away = np.sqrt(shared) * np.concatenate([np.eye(shared), -np.eye(shared)]) if shared else np.zeros((1, 0))
-        modes, curved = list[list[np.ndarray]](), list[list[np.ndarray]]()
+        begin = np.empty(self.blocks.size)
+        begin[self._shared] = loc
+        for own, local in zip(self.members, self.split(locals_), strict=True):
+            begin[own] = local
+        centre, _, _ = self._modes(begin)
+        found = []
         for e in away:
             vector = centre.copy()
             vector[self._shared] = loc + scale_tril @ e
-            vector = self._modes(vector)
-            _, columns = self._derivatives(vector)
-            modes.append([vector[own] for own in self.members])
-            curved.append([self._precision(columns, own) for own in self.members])
-        return tuple(
-            _regressed(away, np.stack([one[run] for one in modes]), np.stack([one[run] for one in curved]))
-            for run in range(len(self.members))
-        )
+            found.append(self._modes(vector))
+        summed = []
+        for run, own in enumerate(self.members):
+            modes, curved = (
+                np.stack(part) for part in zip(*((at[own], bent[run]) for at, bent, _ in found), strict=True)
+            )
+            left = np.max([left[run] for _, _, left in found], axis=0)
+            summed.append(_regressed(away, modes, curved, left))
+        return tuple(summed)
 
-    def _modes(self, vector: np.ndarray) -> np.ndarray:
-        """The point with every unit at its mode, given its shared coordinates.
+    def _modes(self, vector: np.ndarray) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+        """The point with every unit at its mode, given its shared coordinates; P_i there and nats left, for each run.
 
         By Newton's method, all units side by side and each with steps of its own length; one step leads there where a
-        unit's density is Gaussian given the shared coordinates.
+        unit's density is Gaussian given the shared coordinates. A unit that no step takes further stays where it is;
+        if it is one number, that is its mode, at a kink of its density.
         """
-        for _ in range(_STEPS):
-            gradient, columns = self._derivatives(vector)
+        derivatives = self._derivatives(vector)
+        stuck = [np.zeros(len(own), dtype=bool) for own in self.members]
+        for number in range(_STEPS + 1):
+            gradient, columns = derivatives
             curved = [self._precision(columns, own) for own in self.members]
             steps = [self._newton(gradient, own, bent) for own, bent in zip(self.members, curved, strict=True)]
-            if max(decrement.max() for _, decrement in steps) < _DECREMENT:
+            going = [~held & ~(promised < _DECREMENT) for held, (_, promised) in zip(stuck, steps, strict=True)]
+            if number == _STEPS or not any(goes.any() for goes in going):
                 break
-            vector = self._stepped(vector, curved, steps)
-        return vector
+            vector, derivatives, refused = self._stepped(vector, derivatives, steps, going)
+            stuck = [held | own for held, own in zip(stuck, refused, strict=True)]
+        left = [
+            np.where(np.isfinite(promised), np.where(held & (own.shape[1] == 1), 0.0, promised), np.inf)
+            for own, held, (_, promised) in zip(self.members, stuck, steps, strict=True)
+        ]
+        return vector, curved, left
 
     @functools.cached_property
     def _derivatives(self) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
@@ -197,7 +212,7 @@ class UnitSummaries:
             self.evaluations += 1 + 2 * most  # a product with the Hessian takes about two gradients
             with jax.enable_x64(True):
                 first, second = compiled(vector, arrays)
-            return np.asarray(first), np.asarray(second)
+            return np.array(first), np.array(second)
 
         return derivatives
 
@@ -218,40 +233,53 @@ class UnitSummaries:
 
     @staticmethod
     def _newton(gradient: np.ndarray, own: np.ndarray, bent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Each unit's step (units, size) and g' P^-1 g (units,), twice what it promises in nats."""
-        slope = np.where(np.isfinite(gradient[own]), gradient[own], 0.0)
-        step = np.linalg.solve(bent, slope[..., None])[..., 0]
-        return step, np.einsum("ni,ni->n", slope, step)
+        """Each unit's step (units, size), and what it promises in nats, g' P^-1 g / 2, (units,)."""
+        slope = gradient[own]
+        step = np.linalg.solve(bent, np.where(np.isfinite(slope), slope, 0.0)[..., None])[..., 0]
+        return step, 0.5 * np.einsum("ni,ni->n", slope, step)
 
     def _stepped(
-        self, vector: np.ndarray, curved: list[np.ndarray], steps: list[tuple[np.ndarray, np.ndarray]]
-    ) -> np.ndarray:
-        """The point after a step of every unit, halved for those whose gradient has not become smaller by it."""
-        lengths = [np.ones(len(own)) for own in self.members]
+        self,
+        vector: np.ndarray,
+        derivatives: tuple[np.ndarray, np.ndarray],
+        steps: list[tuple[np.ndarray, np.ndarray]],
+        going: list[np.ndarray],
+    ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray], list[np.ndarray]]:
+        """The point after a step of every unit that goes on, the derivatives there, and which units no step took on.
+
+        A step is halved until it gains a share of what it promises. What a unit's log density gains is had from its
+        gradient at both ends, since log p itself is one number for all units. The gradient's size would be no guide:
+        on the way up from a tail in which the density is bent upwards, it grows.
+        """
+        gradient, columns = derivatives
+        lengths = [goes.astype(float) for goes in going]
         for _ in range(_HALVINGS):
             tried = vector.copy()
             for own, (step, _), length in zip(self.members, steps, lengths, strict=True):
                 tried[own] += length[:, None] * step
-            gradient, _ = self._derivatives(tried)
-            settled = True
-            for own, bent, (_, before), length in zip(self.members, curved, steps, lengths, strict=True):
-                finite = np.isfinite(gradient[own]).all(1)
-                _, after = self._newton(gradient, own, bent)
-                worse = ~finite | (after > before + _DECREMENT)
-                length[worse] /= 2
-                settled = settled and not worse.any()
-            if settled:
+            slopes, bends = self._derivatives(tried)
+            worse = []
+            for own, (step, promised), length in zip(self.members, steps, lengths, strict=True):
+                gain = 0.5 * length * np.einsum("ni,ni->n", gradient[own] + slopes[own], step)
+                worse.append((length > 0) & ~(gain >= _LEAST_GAIN * length * promised - _DECREMENT))
+            if not any(one.any() for one in worse):
                 break
-        return tried
+            lengths = [np.where(one, length / 2, length) for one, length in zip(worse, lengths, strict=True)]
+        # No unit enters another's derivatives: those of a unit that stays are what they were.
+        for own, one in zip(self.members, worse, strict=True):
+            tried[own[one]], slopes[own[one]] = vector[own[one]], gradient[own[one]]
+            bends[:, own[one]] = columns[:, own[one]]
+        return tried, (slopes, bends), worse
 
 
-def _regressed(away: np.ndarray, modes: np.ndarray, curved: np.ndarray) -> Units:
+def _regressed(away: np.ndarray, modes: np.ndarray, curved: np.ndarray, left: np.ndarray) -> Units:
     """Equations (1), solved for each unit of a run.
 
     Args:
         away: Values of e, (values, shared).
         modes: u_i there, (values, units, size).
         curved: P_i there, (values, units, size, size).
+        left: What the search for them has left, (units,).
     """
     values, units, size = modes.shape
     design = np.concatenate([np.ones((values, 1)), away], axis=1)
@@ -260,4 +288,4 @@ def _regressed(away: np.ndarray, modes: np.ndarray, curved: np.ndarray) -> Units
     right = np.einsum("vnij,vnj,va->nai", curved, modes, design).reshape(units, columns * size, 1)
     found = np.linalg.solve(normal, right).reshape(units, columns, size)
     spread = np.stack([inverse_factor(one) for one in curved.mean(0)])
-    return Units(found[:, 0], spread, np.linalg.solve(spread, found[:, 1:].transpose(0, 2, 1)))
+    return Units(found[:, 0], spread, np.linalg.solve(spread, found[:, 1:].transpose(0, 2, 1)), left)
