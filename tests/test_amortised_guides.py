@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import jax
@@ -21,9 +22,10 @@ from models import hierarchical_regression
 from toolkit import Dataset, Fit, Guide, Model, Status, fit
 from toolkit.modelling.space import latent_space
 from toolkit.storage import Storage
-from toolkit.variational.amortised_fits import Amortised, amortised_member
+from toolkit.variational.amortised_fits import Amortised, amortised_member, with_units
 from toolkit.variational.amortised_guides import AutoAmortisedNormal, Branch
 from toolkit.variational.autoguides import gaussian_form
+from toolkit.variational.block_search import plate_blocks
 from toolkit.variational.building import build_guide
 from toolkit.variational.carried_guides import carried
 from toolkit.variational.density import LogDensity
@@ -184,17 +186,61 @@ def test_the_order_of_units_and_rows_does_not_matter() -> None:
     np.testing.assert_allclose(two.packed[number], one.packed, atol=1e-9)
 
 
-def test_a_unit_whose_density_is_bent_upwards_is_summed_up_all_the_same() -> None:
+def three() -> Model:
+    """Three units far apart, each with one row of heavy tails."""
+
     def heavy(y: Any) -> None:
         mu = numpyro.sample("mu", dist.Normal(0, 1))
         with numpyro.plate("unit", 3):
             z = numpyro.sample("z", dist.Normal(mu, 10.0))
             numpyro.sample("y", dist.Cauchy(z, 0.1), obs=y)
 
-    guide = set_up(Model(heavy, Dataset("three", {"y": np.array([0.0, 4.0, -7.0])})))
-    (units,) = guide.summaries.at(np.zeros(1), np.eye(1), np.array([3.0]))
-    assert np.isfinite(units.packed).all()
-    assert (units.spread > 0).all()
+    return Model(heavy, Dataset("three", {"y": np.array([0.0, 4.0, -7.0])}))
+
+
+def test_units_are_found_at_their_modes_from_tails_that_are_bent_upwards() -> None:
+    model = three()
+    y = model.arrays["y"]
+    (units,) = set_up(model).summaries.at(np.zeros(1), 1e-6 * np.eye(1), np.array([3.0]))
+    np.testing.assert_allclose(units.centre[:, 0], y, atol=1e-3)  # the prior pulls by about 0.1^2 / 2 * 7 / 10^2
+    # At the mode the Cauchy's curvature is 2 / 0.1^2, and the prior's 1 / 10^2.
+    np.testing.assert_allclose(units.spread[:, 0, 0], (200 + 0.01) ** -0.5, rtol=1e-4)
+    np.testing.assert_allclose(gradient_at(model, np.concatenate([[0.0], units.centre[:, 0]]))[1:], 0, atol=1e-6)
+    assert (units.left < 1e-12).all()
+
+
+def gradient_at(model: Model, vector: np.ndarray) -> np.ndarray:
+    space = latent_space(model, model.chart)
+    with jax.enable_x64(True):
+        density = jax.grad(lambda at: model.log_density(space.unravel(at), model.arrays, model.chart))
+        return np.asarray(density(jnp.asarray(vector)))
+
+
+def test_a_unit_at_a_kink_of_its_density_is_at_its_mode() -> None:
+    def lasso(y: Any) -> None:
+        mu = numpyro.sample("mu", dist.Normal(0, 1))
+        with numpyro.plate("unit", 3):
+            z = numpyro.sample("z", dist.Laplace(mu, 0.5))
+            numpyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    model = Model(lasso, Dataset("three", {"y": np.array([0.5, 1.0, 5.0])}))
+    (units,) = set_up(model).summaries.at(np.zeros(1), 1e-6 * np.eye(1), np.array([3.0]))
+    np.testing.assert_allclose(units.centre[:, 0], [0, 0, 3], atol=1e-4)  # shrunk by 2
+    assert (units.left < 1e-12).all()
+
+
+def test_without_shared_coordinates_each_unit_has_its_own_gaussian() -> None:
+    def rates(y: Any) -> None:
+        with numpyro.plate("unit", 5):
+            rate = numpyro.sample("rate", dist.Gamma(2.0, 1.0))
+            numpyro.sample("y", dist.Poisson(rate), obs=y)
+
+    y = np.array([1, 3, 0, 2, 8])
+    fitted = fit(Model(rates, Dataset("five", {"y": y})), "amortised", key=KEY, starts=2)
+    assert fitted.status is Status.ARRIVED
+    evidence = float(dist.GammaPoisson(2.0, 1.0).log_prob(y).sum())
+    # Log rates are skewed: a Gaussian lacks about 1 / (12 (y + 2)) nats for each.
+    assert 0 < evidence - fitted.elbo.value + 5 * fitted.elbo.se < 2 * (1 / (12 * (y + 2))).sum()
 
 
 # -- the family, as solvers see it ------------------------------------------------------------------------------------
@@ -252,6 +298,12 @@ def test_the_known_curvature_is_that_of_a_gaussian_posterior() -> None:
         np.testing.assert_allclose((slopes[1] - slopes[0])[shifts:] / (2 * step), bent[k], atol=1e-5)
 
 
+def test_branches_are_coupled_whatever_given_blocks_say() -> None:
+    model = counted(6)
+    apart = plate_blocks(model, coupled=False)
+    assert set_up(model, structure=apart).blocks.words == plate_blocks(model).words
+
+
 def test_parameters_do_not_grow_with_units() -> None:
     small, large = (set_up(counted(groups)) for groups in (6, 40))
     assert len(small.begin) == len(large.begin) == Branch(1, 2, 2).weights
@@ -281,6 +333,52 @@ def test_counts_lie_between_blocks_and_coupled() -> None:
     assert amortised.elbo.value < coupled.elbo.value + noise + coupled.gap_limit
     assert amortised.elbo.value > blocks.elbo.value + 0.3
     assert coupled.elbo.value - amortised.elbo.value < 0.1 + noise
+
+
+def robust(group: Any, groups: int, y: Any = None) -> None:
+    """Student's t: a unit's density is bent upwards wherever it is far from its rows."""
+    mu = numpyro.sample("mu", dist.Normal(0, 5))
+    sd = numpyro.sample("sd", dist.HalfNormal(5))
+    with numpyro.plate("group", groups):
+        effect = numpyro.sample("effect", dist.Normal(mu, sd))
+    with numpyro.plate("row", len(group)):
+        numpyro.sample("y", dist.StudentT(4.0, effect[group], 0.3), obs=y)
+
+
+@functools.cache
+def heavy_tailed() -> Model:
+    rng, groups = np.random.default_rng(0), 12
+    group = np.repeat(np.arange(groups), 5)
+    y = rng.normal(0, 4, groups)[group] + 0.3 * rng.standard_t(4, 60)
+    return Model(robust, Dataset("robust", {"group": group, "y": y}, static={"groups": groups}))
+
+
+def test_units_far_apart_with_heavy_tails_cost_no_more_than_others() -> None:
+    amortised, coupled = (fit(heavy_tailed(), name, key=KEY, starts=2) for name in ("amortised", "coupled"))
+    assert amortised.status is coupled.status is Status.ARRIVED
+    noise = 5 * np.hypot(amortised.elbo.se, coupled.elbo.se)
+    assert coupled.elbo.value - amortised.elbo.value < 0.1 + noise
+
+
+def test_units_that_are_not_at_their_modes_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = fit_of("amortised")
+    monkeypatch.setattr("toolkit.variational.unit_summaries._STEPS", 0)
+    for made in (fit(counted(6), "amortised", key=KEY, starts=1), fit(known.model, carried(known), key=KEY)):
+        assert made.status is Status.BUDGET
+        assert re.search("of (6|12) units were not found at their modes, from which another step prom", made.message)
+    little = known.params | {"auto_units_left_0": np.full(12, 0.1)}
+    assert with_units(known.autoguide, little, Status.ARRIVED, "") == (
+        Status.UNPROVEN,
+        "12 of 12 units were not found at their modes, from which another step promised 1.2 nats",
+    )
+    assert with_units(known.autoguide, little, Status.FLAT, "level") == (Status.FLAT, "level")
+
+
+def test_numpyros_svi_fits_it_too() -> None:
+    amortised = fit(counted(6), "amortised", key=KEY, solver="svi", starts=1, max_gradients=20_000)
+    assert amortised.solver == "svi"
+    assert amortised.status.has_optimum
+    assert np.isfinite(amortised.elbo.value)
 
 
 @pytest.mark.slow
@@ -388,23 +486,99 @@ def member_of(fitted: Fit) -> Member:
 
 
 def test_carried_to_its_own_data_a_fit_is_itself() -> None:
-    known, _, _ = panel()
+    known = fit_of("amortised")
     again = fit(known.model, carried(known), key=KEY)
     np.testing.assert_allclose(member_of(again).covariance(), member_of(known).covariance(), atol=1e-9)
-    assert again.why.startswith("nothing is fitted")
+    assert again.why.startswith(
+        "nothing is fitted: shared coordinates and function are those of the fit to 'counts_12'"
+    )
+    assert f"there at most {known.gap_limit:.2g} nats from its best" in again.why
+
+
+def test_a_fit_is_carried_to_one_unit() -> None:
+    single = counted(1, seed=5)
+    alone = fit(single, carried(fit_of("amortised")), key=KEY)
+    assert alone.autoguide.blocks.words == (
+        "1 block of 1 along 'group' (effect_decentered); 2 shared coordinates coupled to all"
+    )
+    assert np.isfinite(alone.elbo.value)
+
+
+@pytest.mark.parametrize("ended", [Status.UNPROVEN, Status.BUDGET, Status.BELOW_SMALLER_FAMILY])
+def test_how_the_fit_ended_is_inherited(ended: Status) -> None:
+    known = dataclasses.replace(fit_of("amortised"), status=ended, message="up to 3 nats")
+    again = fit(known.model, carried(known), key=KEY, elbo_draws=100)
+    assert again.status is ended
+    assert again.message == "inherited from the fit to 'counts_12': up to 3 nats"
+
+
+def swapped(group: Any, groups: int, y: Any = None) -> None:
+    """`counts` with its shared sites in the other order."""
+    sd = numpyro.sample("sd", dist.HalfNormal(1))
+    mu = numpyro.sample("mu", dist.Normal(1, 1))
+    with numpyro.plate("group", groups):
+        effect = numpyro.sample("effect", dist.Normal(mu, sd))
+    numpyro.sample("y", dist.Poisson(jnp.exp(effect[group])).to_event(1), obs=y)
+
+
+def bounded(group: Any, groups: int, y: Any = None) -> None:
+    """`counts` with a shared site of another support."""
+    mu = numpyro.sample("mu", dist.Normal(1, 1))
+    sd = numpyro.sample("sd", dist.Uniform(0, 3))
+    with numpyro.plate("group", groups):
+        effect = numpyro.sample("effect", dist.Normal(mu, sd))
+    numpyro.sample("y", dist.Poisson(jnp.exp(effect[group])).to_event(1), obs=y)
+
+
+def vectors(group: Any, groups: int, y: Any = None) -> None:
+    """`counts` with two numbers for each unit."""
+    mu = numpyro.sample("mu", dist.Normal(1, 1))
+    sd = numpyro.sample("sd", dist.HalfNormal(1))
+    with numpyro.plate("group", groups):
+        effect = numpyro.sample("effect", dist.Normal(mu, sd).expand([2]).to_event(1))
+    numpyro.sample("y", dist.Poisson(jnp.exp(effect.sum(-1)[group])).to_event(1), obs=y)
 
 
 def test_what_cannot_be_carried_is_told() -> None:
-    known, _, _ = panel()
-    with pytest.raises(ValueError, match="Expected a fit of 'amortised' that has parameters; got one of 'blocks'"):
+    known = fit_of("amortised")
+    wanted = "Expected a fit of 'amortised' that has parameters and an optimum; got one of"
+    with pytest.raises(ValueError, match=f"{wanted} 'blocks'"):
         carried(fit_of("blocks"))
-    with pytest.raises(ValueError, match="Expected a model with the structure of the fit, 29 blocks of 2"):
-        fit(counted_once(12), dataclasses.replace(carried(known), chart=None), key=KEY)
+    with pytest.raises(ValueError, match=f"{wanted} 'amortised', location or scale grow without end"):
+        carried(dataclasses.replace(known, status=Status.IMPROPER))
+    with pytest.raises(
+        ValueError, match="Expected a model with the structure of the fit, 12 blocks of 1 along 'group'"
+    ):
+        fit(grouped(29), dataclasses.replace(carried(known), chart=None), key=KEY)
+    with pytest.raises(
+        ValueError, match="Expected a model with 12 blocks of 1 .*; got another: .* one of unit; got 'gr"
+    ):
+        fit(three(), dataclasses.replace(carried(known), chart=None), key=KEY)
+    arrays = counted(6)
+    like = set_up(Model(counts, arrays.dataset))
+    structure = "Expected a model with the structure of the fit, 6 blocks of 1 along 'group' .effect.; 2 shared"
+    for program, told in {
+        swapped: "whose coordinate 1 is mu in Real.*got .*, and sd in Positive",
+        bounded: "whose coordinate 2 is sd in Positive.*got .*, and sd in Interval.lower_bound=0, upper_bound=3",
+        vectors: "whose coordinate 3 is effect.0. of each unit along 'group', in _?Real; got .*, and effect.0, 0. of each",
+    }.items():
+        with pytest.raises(ValueError, match=f"{structure}.*{told}.*: carry a fit to data of its own model and chart"):
+            set_up(Model(program, arrays.dataset), like=like)
 
 
 def test_misuse_is_told() -> None:
     with pytest.raises(ValueError, match="Expected hidden to be 0 or more; got -1"):
         AutoAmortisedNormal(counts, hidden=-1)
+    with pytest.raises(
+        ValueError, match="Expected structure to be a Blocks, since branches are coupled to all .*'blocks'"
+    ):
+        AutoAmortisedNormal(counts, structure="blocks")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="groups"):
+        AutoAmortisedNormal(counts, groups=[("mu", "sd")])  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="Expected like, or else structure or along; got both"):
+        AutoAmortisedNormal(counts, like=set_up(counted(6)), along=["group"])
+    with pytest.raises(ValueError, match="Expected at most 1,500 dimensions for amortised branches, .*; got 1,502"):
+        set_up(counted(1_500), along=["group"])
     form = gaussian_form(fit_of("amortised").autoguide, latent_space(fit_of("amortised").model))
     with pytest.raises(ValueError, match="Expected a Gaussian with amortised branches; got another"):
         form.params(Member(np.zeros(14), factor=np.eye(14)))

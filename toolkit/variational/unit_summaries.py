@@ -37,7 +37,7 @@ from toolkit.variational.blocks import Blocks
 from toolkit.variational.gaussians import inverse_factor
 
 _STEPS, _HALVINGS = 50, 20
-_DECREMENT = 1e-14  # nats of Newton's step, from which on a unit is at its mode
+_DECREMENT = 1e-12  # nats of Newton's step, from which on a unit is at its mode
 _LEAST_GAIN = 0.1  # of what a step promises: less, and it is too long
 _FLATTEST = 1e-8  # of a unit's largest curvature
 
@@ -176,8 +176,9 @@ class UnitSummaries:
             gradient, columns = derivatives
             curved = [self._precision(columns, own) for own in self.members]
             steps = [self._newton(gradient, own, bent) for own, bent in zip(self.members, curved, strict=True)]
-            going = [~held & ~(promised < _DECREMENT) for held, (_, promised) in zip(stuck, steps, strict=True)]
-            if number == _STEPS or not any(goes.any() for goes in going):
+            going = [~held for held in stuck]
+            far = [goes & ~(promised < _DECREMENT) for goes, (_, promised) in zip(going, steps, strict=True)]
+            if number == _STEPS or not any(one.any() for one in far):
                 break
             vector, derivatives, refused = self._stepped(vector, derivatives, steps, going)
             stuck = [held | own for held, own in zip(stuck, refused, strict=True)]
