@@ -111,6 +111,25 @@ def set_up(model: Model, **options: Any) -> AutoAmortisedNormal:
 # -- where the posterior is Gaussian ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("others", [0, 6])
+def test_a_precisions_mean_is_off_by_what_the_sum_over_points_leaves(others: int) -> None:
+    """The figure in docs/hierarchies.md: the more shared coordinates there are, the further out the points lie."""
+
+    def unknown_width(y: Any) -> None:
+        log_sd = numpyro.sample("log_sd", dist.Normal(0, 1))
+        more = numpyro.sample("more", dist.Normal(0, 1).expand([1 + others]).to_event(1))
+        with numpyro.plate("group", len(y)):
+            effect = numpyro.sample("effect", dist.Normal(0, jnp.exp(log_sd)))
+            numpyro.sample("y", dist.Normal(effect + more.sum(), 1.0), obs=y)
+
+    guide, shared, wide = set_up(Model(unknown_width, Dataset("two", {"y": np.array([0.3, 2.0])}))), 2 + others, 0.2
+    (units,) = guide.summaries.at(np.zeros(shared), wide * np.eye(shared), np.zeros(1))
+    summed = units.spread[:, 0, 0] ** -2 - 1
+    np.testing.assert_allclose(summed, 1 + (np.cosh(2 * shared**0.5 * wide) - 1) / shared, rtol=1e-9)
+    error = summed[0] - np.exp(2 * wide**2)
+    assert error == pytest.approx((2 * shared / 3 - 2) * wide**4, abs=shared**2 * wide**6)
+
+
 @pytest.mark.parametrize("chart", ["plain", "noncentred"])
 def test_the_summary_alone_is_the_branch_of_a_gaussian_posterior_whatever_the_reference(chart: str) -> None:
     model = conjugate().in_chart(chart)

@@ -434,6 +434,18 @@ def test_values_that_are_dependent_given_the_rest_are_shared() -> None:
     assert plate_blocks(orthogonal).sizes == (1, 1, 1)
 
 
+def test_a_plate_of_one_unit_makes_no_blocks_and_says_so() -> None:
+    def single(y: Any) -> None:
+        mu = numpyro.sample("mu", dist.Normal(0, 1))
+        with numpyro.plate("unit", 1):
+            z = numpyro.sample("z", dist.Normal(mu, 1))
+            numpyro.sample("y", dist.Normal(z, 1), obs=y)
+
+    model = Model(single, Dataset("single", {"y": np.array([0.3])}))
+    assert plate_blocks(model).note == "a plate of one unit makes no blocks"
+    assert plate_blocks(model, along=["unit"]).sizes == (1,)
+
+
 def test_a_model_without_plates_is_full_rank_and_says_so() -> None:
     for coupling in (True, False):
         blocks = plate_blocks(line(), coupled=coupling)
