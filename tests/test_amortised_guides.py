@@ -393,6 +393,7 @@ def test_units_that_are_not_at_their_modes_are_told(monkeypatch: pytest.MonkeyPa
     assert with_units(known.autoguide, little, Status.FLAT, "level") == (Status.FLAT, "level")
 
 
+@pytest.mark.slow
 def test_numpyros_svi_fits_it_too() -> None:
     amortised = fit(three(), "amortised", key=KEY, solver="svi", starts=1, max_gradients=2_000)
     assert amortised.solver == "svi"
