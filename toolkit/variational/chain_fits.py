@@ -53,7 +53,7 @@ _COMMON_DRAWS, _NEW_DRAWS, _AVERAGED = 16, 64, 40  # draws of these steps, of av
 _FIRST_DRAWS, _MOST_DRAWS, _MOST_TIMES = 128, 8_192, 8
 _EVALUATIONS, _LEAST_STEPS = 100, 2  # of a climb
 _MUCH = 50.0  # nats, from which on a climb's gain is asked by other draws before it goes on
-_ROUNDS = 16
+_ROUNDS = 16  # that may gain little
 _RESIDUAL = 0.01  # of the tolerance, that a climb may leave
 _OPTIMISM = 0.4  # of the tolerance, that a certificate may be too high by
 _EXACT = 1e-6  # of the tolerance: a gain that is rounding, on a posterior that is a Gaussian along the chain
@@ -247,7 +247,9 @@ class _Search:
         draws, near = _FIRST_DRAWS, 0
         certificate: Certificate | None = None
         ended, why = Status.TOO_FEW_DRAWS, f"{_ROUNDS} rounds of climbs did not bring it lower"
-        for number in range(10, 10 + 10 * _ROUNDS, 10):
+        number = idle = 0
+        while idle < _ROUNDS:
+            number, idle = number + 10, idle + 1
             if not self.looks(_FIRST_DRAWS) or self.left < SETS * draws * _LEAST_STEPS * 3:
                 ended, why = Status.BUDGET, f"of the budget {self.left:,} gradients are left, which do not suffice"
                 break
@@ -262,6 +264,7 @@ class _Search:
                 certificate = None
                 if gain > 0:  # other draws confirm it: there was as much to gain
                     found = self._at(found, frame, climbs.x)
+                    idle -= gain > _WORTH  # far from the optimum the budget is the only limit
                 elif draws == _MOST_DRAWS:
                     why = f"climbs on {draws:,} draws {climbs.trouble}"
                     break
