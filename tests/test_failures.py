@@ -19,7 +19,7 @@ from toolkit.variational.autoguides import GaussianForm
 from toolkit.variational.certificates import Certificate, Scope
 from toolkit.variational.density import LogDensity
 from toolkit.variational.failures import coordinate_names, describe_edge, find_failure, find_ridge
-from toolkit.variational.gaussian_fits import Proof
+from toolkit.variational.gaussian_proofs import Proof
 from toolkit.variational.gaussians import Diagonal, Frame, LowRank, Member, Quadratic, Triangular
 
 KEY = jax.random.PRNGKey(0)

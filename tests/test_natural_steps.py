@@ -18,7 +18,7 @@ from targets import divergence, five, pair, skewed, skewed_best, skewed_elbo, sk
 
 from toolkit import Dataset, Model, Status, fit
 from toolkit.modelling.space import latent_space
-from toolkit.variational import gaussian_fits
+from toolkit.variational import gaussian_fits, gaussian_optima, gaussian_proofs
 from toolkit.variational.autoguides import GaussianForm
 from toolkit.variational.building import build_guide
 from toolkit.variational.certificates import SETS, Scope, estimate_gap
@@ -419,14 +419,14 @@ def test_natural_gradients_keep_to_the_budget_and_some_of_it_for_an_estimate(
 
 def test_steps_go_on_where_the_estimate_of_what_is_left_is_too_high(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gaussian_fits, "can_be_pinned", lambda form, size: False)
-    estimate, calls = gaussian_fits.estimate_gap, []
+    estimate, calls = gaussian_proofs.estimate_gap, []
 
     def higher_at_first(rule: Any, at: Any, **settings: Any) -> Any:
         calls.append(at)
         found = estimate(rule, at, **settings)
         return replace(found, limit=1.0) if len(calls) < 3 else found
 
-    monkeypatch.setattr(gaussian_fits, "estimate_gap", higher_at_first)
+    monkeypatch.setattr(gaussian_proofs, "estimate_gap", higher_at_first)
     model, starts = skewed()
     fitted = fit(model, "mean_field", key=KEY, starts=starts, solver="natural_gradient")
     assert fitted.status is Status.ARRIVED
@@ -441,7 +441,7 @@ def test_steps_go_on_where_the_estimate_of_what_is_left_is_too_high(monkeypatch:
 
 def test_further_steps_go_on_from_the_mean_and_a_lower_end_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gaussian_fits, "can_be_pinned", lambda form, size: False)
-    estimate, stepped, near = gaussian_fits.estimate_gap, gaussian_fits._stepped, []
+    estimate, stepped, near = gaussian_proofs.estimate_gap, gaussian_proofs.take_steps, []
 
     def lower_at_last(*args: Any, **settings: Any) -> Any:
         near.append(settings.get("near", 0))
@@ -451,8 +451,9 @@ def test_further_steps_go_on_from_the_mean_and_a_lower_end_is_not_taken(monkeypa
     def high(*args: Any, **settings: Any) -> Any:
         return replace(estimate(*args, **settings), limit=1.0)
 
-    monkeypatch.setattr(gaussian_fits, "_stepped", lower_at_last)
-    monkeypatch.setattr(gaussian_fits, "estimate_gap", high)
+    for module in (gaussian_optima, gaussian_proofs):
+        monkeypatch.setattr(module, "take_steps", lower_at_last)
+    monkeypatch.setattr(gaussian_proofs, "estimate_gap", high)
     model, starts = skewed()
     starts = replace(starts, points=starts.points[:1])
     fitted = fit(model, "mean_field", key=KEY, starts=starts, solver="natural_gradient")
@@ -626,11 +627,11 @@ def test_a_member_sets_out_with_the_curvature_around_it_or_its_own(bent: float) 
     family = FAMILIES["low_rank"](Frame.of(loc, precision))
     member = family.member(family.near(Member(loc, scale, np.full((5, 1), 0.3))))
     matrix = precision + np.diag(precision) * np.diag([0, 0, bent - 1, 0, 0])
-    begun = gaussian_fits._at_rest(form, member, Quadratic(loc, np.ones(5), matrix))
+    begun = gaussian_optima.at_rest(form, member, Quadratic(loc, np.ones(5), matrix))
     expected = matrix if bent > 0 else np.linalg.inv(member.covariance())
     np.testing.assert_allclose(begun.quadratic.precision, expected, rtol=1e-8)
     np.testing.assert_allclose(begun.family.member(begun.x).covariance(), member.covariance(), rtol=1e-8)
     np.testing.assert_allclose(begun.quadratic.gradient, np.ones(5) if bent > 0 else np.zeros(5))
-    whole = gaussian_fits._at_rest(replace(form, full=True), member, Quadratic(loc, np.ones(5), matrix))
+    whole = gaussian_optima.at_rest(replace(form, full=True), member, Quadratic(loc, np.ones(5), matrix))
     np.testing.assert_allclose(whole.factor @ whole.factor.T, member.covariance(), rtol=1e-8)
     assert not np.triu(whole.factor, 1).any()

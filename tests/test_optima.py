@@ -17,10 +17,11 @@ import pytest
 
 from toolkit import Dataset, Estimate, Labels, Model, Status, fit
 from toolkit.reporting.arrival import as_high, optima_cell, optima_sentences
-from toolkit.variational import gaussian_fits
+from toolkit.variational import gaussian_fits, gaussian_optima
 from toolkit.variational.autoguides import GaussianForm
 from toolkit.variational.certificates import Certificate, Scope
-from toolkit.variational.gaussian_fits import Optimum, _best_for, _is_same
+from toolkit.variational.gaussian_fits import _best_for
+from toolkit.variational.gaussian_optima import Optimum, is_same
 from toolkit.variational.gaussians import Diagonal, Frame, LowRank, Quadratic
 from toolkit.variational.solvers.svi import Trace
 from toolkit.variational.starts import Start, Starts, find_starts
@@ -149,15 +150,15 @@ def test_places_are_compared_by_the_gaussians_own_widths() -> None:
 
     for bend in (-1.0, 0.0, 1.0):
         here = optimum(0.0, -3.0, bend)
-        assert _is_same(here, optimum(0.4, -3.0, bend))
-        assert not _is_same(here, optimum(0.6, -3.0, bend))
-        assert not _is_same(here, optimum(5.0, -3.0, bend))
-        assert not _is_same(here, optimum(0.0, -4.0, bend))
+        assert is_same(here, optimum(0.4, -3.0, bend))
+        assert not is_same(here, optimum(0.6, -3.0, bend))
+        assert not is_same(here, optimum(5.0, -3.0, bend))
+        assert not is_same(here, optimum(0.0, -4.0, bend))
 
 
 def test_a_climb_that_was_stopped_goes_on_where_it_may_lead_to_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = fit(two_modes(), "mean_field", key=KEY, starts=starts_of())
-    monkeypatch.setattr(gaussian_fits, "_SCREENED", 1)
+    monkeypatch.setattr(gaussian_optima, "_SCREENED", 1)
     far = replace(starts_of(), points=tuple(replace(point, precision=None) for point in starts_of().points))
     cut = fit(two_modes(), "mean_field", key=KEY, starts=far)
     assert [round(end.value, 1) for end in cut.optima] == [round(end.value, 1) for end in whole.optima]

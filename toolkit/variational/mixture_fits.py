@@ -43,7 +43,7 @@ from toolkit.variational.autoguides import gaussian_form
 from toolkit.variational.certificates import SETS, Certificate, Scope, certificate_of
 from toolkit.variational.density import LogDensity
 from toolkit.variational.draws import Key, branch, generator, matched_draws, power_of_two
-from toolkit.variational.gaussian_fits import Proof
+from toolkit.variational.gaussian_proofs import Proof
 from toolkit.variational.gaussians import inverse_factor
 from toolkit.variational.own_solvers import Problem, Solved
 from toolkit.variational.solvers.svi import Trace
