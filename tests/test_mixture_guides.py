@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import jax
@@ -18,12 +19,14 @@ from toolkit import Fit, Status, fit
 from toolkit.estimate import Estimate
 from toolkit.storage import Storage
 from toolkit.variational.building import build_guide
+from toolkit.variational.certificates import Scope
 from toolkit.variational.density import LogDensity
 from toolkit.variational.guides import GUIDES, find_guide
 from toolkit.variational.keeping import keep_fit, kept_fit
 from toolkit.variational.mixture_fits import Mixture, StratifiedELBO, ascend
 from toolkit.variational.mixture_guides import AutoMixtureNormal
 from toolkit.variational.nesting import contains
+from toolkit.variational.starts import find_starts
 
 KEY = jax.random.PRNGKey(0)
 TARGETS = models.load("gaussian_target")
@@ -133,6 +136,59 @@ def test_a_climb_that_is_cut_short_says_so() -> None:
     assert short.left > 1e-3
     assert whole.arrived
     assert whole.elbo > short.elbo > short.begun
+
+
+@pytest.fixture(scope="module")
+def heavy() -> Fit:
+    return fit(TARGETS.model(target="student_t", dimensions=2), "full_rank", key=KEY)
+
+
+def test_what_a_longer_climb_gains_is_within_the_limit(heavy: Fit) -> None:
+    """Components that overlap: a climb that ended at its first small slope left five times the limit."""
+    mixture = fit(heavy.model, "mixture_3", key=KEY, smaller=[heavy])
+    assert mixture.certificate is not None
+    assert mixture.certificate.scope is Scope.LOCAL
+    parts = [np.asarray(mixture.params[f"auto_{name}"]) for name in ("weights", "locs", "scale_trils")]
+    found, density = Mixture(np.log(parts[0]), *parts[1:]), LogDensity(heavy.model)
+    objective = StratifiedELBO(density, found, 1_024, key=(99,))
+    end = ascend(objective, residual=1e-8)
+    gains = []
+    for number in range(4):
+        pair = [StratifiedELBO(density, one, 1_024, key=(number,)) for one in (found, objective.mixture(end.x))]
+        before, after = (one(np.zeros(objective.parameters))[0] for one in pair)
+        gains.append(after - before)
+    gain = Estimate.of_mean(np.array(gains))
+    assert gain.value - 5 * gain.se < mixture.gap_limit
+
+
+@pytest.mark.parametrize("name", ["mixture", "mixture_4"])
+@pytest.mark.parametrize("budget", [500, 1_000, 10_000, 60_000])
+def test_it_keeps_to_its_budget(unequal: dict[str, Fit], name: str, budget: int) -> None:
+    full = unequal["full_rank"]
+    short = fit(full.model, name, key=KEY, smaller=[full], starts=2, max_gradients=budget)
+    assert short.cost.gradient_evaluations <= budget
+    if budget < 60_000 or name == "mixture_4":
+        assert short.status is Status.BUDGET
+        assert short.message.startswith("no bound: of the budget ")
+        assert "which do not suffice" in short.message
+    assert short.elbo.value > full.elbo.value - 5 * math.hypot(short.elbo.se, full.elbo.se)
+
+
+def test_places_without_a_component_are_counted() -> None:
+    model = TARGETS.model(target="two_modes", dimensions=2, correlation=0.5, weight=0.99995)
+    mixture = fit(model, "mixture", key=KEY)
+    assert "led to 2 places, of which 1 holds less than 0.0001 and gets no component, and it has 2" in mixture.why
+
+
+def test_a_place_is_dropped_only_once_it_has_been_climbed_to() -> None:
+    """A start whose own ELBO is far too low, beside the panel's Gaussian whose ELBO is not."""
+    model = TARGETS.model(target="two_modes", dimensions=2, correlation=0.5, weight=0.7)
+    starts = find_starts(model, key=KEY)
+    assert len(starts.points) == 2
+    rough = replace(starts.points[1], loc=starts.points[1].loc + 1.0, elbo=starts.points[1].elbo - 20.0)
+    mixture = fit(model, "mixture", key=KEY, starts=replace(starts, points=(starts.points[0], rough)))
+    np.testing.assert_allclose(mixture.params["auto_weights"], [0.7, 0.3], atol=2e-3)
+    assert "led to 2 places, and it has 2" in mixture.why
 
 
 @pytest.mark.slow

@@ -10,7 +10,10 @@ maximum to find. Each component begins at a mode of its own: at the Gaussian tha
 evidence gives it. Where there are fewer modes than components, the heaviest component is split in two.
 
 The bound is that of `toolkit.variational.certificates`: climbs from the fit on draws that it has not seen. It speaks of
-the optimum that they reach, and of no other number of components.
+the optimum that they reach, and of no other number of components. Where components overlap the ELBO is nearly flat
+along some directions, in which neither a small slope nor a small step says that a climb is over: so it goes on until
+its last steps, its slope and Newton's step by the curvature that it has met are a hundredth of what the bound counts as
+left.
 
 References:
     Miller, Foti & Adams (2017), Variational boosting: iteratively refining posterior approximations, ICML, section 3.
@@ -23,6 +26,7 @@ References:
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,7 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import solve_triangular
 from jax.scipy.special import logsumexp
-from scipy.optimize import OptimizeResult, minimize
+from scipy.optimize import LbfgsInvHessProduct, OptimizeResult, minimize
 from scipy.special import log_softmax
 
 from toolkit.status import Status
@@ -47,16 +51,20 @@ from toolkit.variational.gaussian_proofs import Proof
 from toolkit.variational.gaussians import inverse_factor
 from toolkit.variational.own_solvers import Problem, Solved
 from toolkit.variational.solvers.svi import Trace
+from toolkit.variational.starts import HOPELESS
 
 _FIRST_DRAWS, _MOST_DRAWS = 512, 8_192  # for each component
 _DRAWS_A_DIMENSION = 8
 _TIMES = 4  # as many draws in a round as in the one before: those of its certificate together
 _PIECE = 256  # draws of a component whose densities are computed at once
-_EVALUATIONS = 300  # of a climb, at most
+_EVALUATIONS, _LEAST_EVALUATIONS = 300, 10  # of a climb, at most; and at least, or the budget pays for none
+_LOOKS = 2  # evaluations of `_not_below`
 _SCREENED = 40  # evaluations from each split that is tried
 _SPLITS, _AXES, _ANY = 3, 32, 8  # splits that are climbed from, of so many axes and other directions that are tried
 _APART = 0.6  # sds of the component that is split between its location and those of its halves
-_RESIDUAL = 0.01  # of the tolerance, that a climb may leave
+_COUNTED, _RESIDUAL = 1e-2, 1e-4  # of the tolerance: what a bound counts as left, and what seems left where climbs end
+_ROUNDING = 1e-6  # of that: a slope from which no step can be told
+_MEMORY, _LAST_STEPS = 30, 3  # steps from which a climb knows the curvature, and whose gains are looked at
 _NEGLIGIBLE = 1e-4  # weight of a mode that gets no component
 _NEAR = 1.0  # sds between a start and the panel's Gaussian that lies at the same mode
 _MOST_COMPONENTS = 50
@@ -166,39 +174,56 @@ def ascend(objective: StratifiedELBO, *, residual: float, max_evaluations: int =
 
     Args:
         objective: ELBO and gradient.
-        residual: In nats: it ends when both its last step and the gradient's square, which is what is left where the
-            curvature is one, are below it.
+        residual: In nats: it ends when what its last three steps gained, the gradient's square, and twice what Newton's
+            step would gain are all below it. The curvature behind the latter is what the steps have met, and one where
+            none has been. With fewer steps it has arrived only where the gradient is rounding.
         max_evaluations: The most evaluations.
     """
-    course = list[float]()
+    course, gains = list[float](), list[float]()
     best: tuple[float, np.ndarray, np.ndarray] = (-np.inf, np.zeros(objective.parameters), np.zeros(0))
-    height = -np.inf
+    pairs: deque[tuple[np.ndarray, np.ndarray]] = deque(maxlen=_MEMORY)
+    here: tuple[float, np.ndarray, np.ndarray] | None = None
 
     def loss(x: np.ndarray) -> tuple[float, np.ndarray]:
-        nonlocal best
+        nonlocal best, here
         if len(course) >= max_evaluations:  # SciPy looks only between line searches
             raise _Enough
         elbo, gradient = objective(x)
         course.append(elbo)
         if elbo > best[0]:
             best = elbo, x.copy(), gradient
+        if len(course) == 1:
+            here = best
         return (-elbo, -gradient) if np.isfinite(elbo) else (1e300, np.zeros_like(x))
 
-    gained = np.inf
+    def left() -> float:
+        gradient, newton = best[2], 0.0
+        if pairs:
+            steps, bends = (np.array(part) for part in zip(*pairs, strict=True))
+            newton = float(gradient @ LbfgsInvHessProduct(steps, bends).matvec(gradient))
+        return max(float(gradient @ gradient), newton, sum(gains[-_LAST_STEPS:])) if gradient.size else np.inf
+
+    def is_over() -> bool:
+        remains = left()
+        return remains <= (residual if len(gains) >= _LAST_STEPS else _ROUNDING * residual)
 
     def looked(intermediate_result: OptimizeResult) -> None:
-        nonlocal height, gained
-        gained, height = best[0] - height, best[0]
-        if gained < residual and float(best[2] @ best[2]) < residual:
+        nonlocal here
+        assert here is not None
+        gains.append(best[0] - here[0])
+        step, bend = best[1] - here[1], here[2] - best[2]
+        if step @ bend > 0:
+            pairs.append((step, bend))
+        here = best
+        if is_over():
             raise StopIteration
 
     begin = np.zeros(objective.parameters)
-    options = {"maxcor": 30, "maxfun": max_evaluations, "maxiter": max_evaluations, "ftol": 0.0, "gtol": 0.0}
+    options = {"maxcor": _MEMORY, "maxfun": max_evaluations, "maxiter": max_evaluations, "ftol": 0.0, "gtol": 0.0}
     with np.errstate(over="ignore", invalid="ignore"), suppress(_Enough):
         minimize(loss, begin, jac=True, method="L-BFGS-B", callback=looked, options=options)
-    elbo, x, gradient = best
-    left = max(float(gradient @ gradient), gained if np.isfinite(gained) else 0.0) if gradient.size else np.inf
-    return Ascent(x, course[0], elbo, left, left <= residual, np.array(course))
+    elbo, x, _ = best
+    return Ascent(x, course[0], elbo, left(), is_over(), np.array(course))
 
 
 class _Enough(Exception):  # noqa: N818 - no error: what SciPy's `minimize` has no other word for
@@ -246,49 +271,75 @@ class _Found:
 
 def _found(problem: Problem, density: LogDensity, components: int | None) -> _Found:
     """The mixture, its certificate, the ELBO at each evaluation, and where it began."""
-    modes = _modes(problem)
-    wanted = components or max(2, modes.components)
-    kept = np.argsort(-modes.log_weights)[:wanted]
-    mixture = Mixture(log_softmax(modes.log_weights[kept]), modes.locs[kept], modes.factors[kept])
-    words = f"the starts led to {modes.components} place{'s' if modes.components > 1 else ''}"
     key, residual = problem.key, _RESIDUAL * problem.tolerance
     draws = min(max(_FIRST_DRAWS, power_of_two(_DRAWS_A_DIMENSION * density.size)), _MOST_DRAWS)
-    courses = list[np.ndarray]()
+
+    def left() -> int:
+        return max(problem.max_gradients - density.evaluations, 0)
+
+    def lacking(then: str = "") -> str:
+        return f"of the budget {left():,} gradients are left, which do not suffice{then}"
 
     def report(stage: str, elbo: float) -> None:
         problem.progress("fit mixture", density.evaluations, problem.max_gradients, f"{stage}, ELBO {elbo:.2f}")
 
+    places = _places(problem, density, residual, draws, left)
+    wanted = components or max(2, places.mixture.components)
+    kept = np.argsort(-places.mixture.log_weights)[:wanted]
+    whole = places.mixture
+    mixture = Mixture(log_softmax(whole.log_weights[kept]), whole.locs[kept], whole.factors[kept])
+    courses = list[np.ndarray]()
+    short = ""
     while mixture.components < wanted:
+        if 2 * _price_of_split(mixture, draws) > left():  # the other half is for a climb and its bound
+            short = lacking(f" to split {_count(mixture.components, 'component')} into more")
+            break
         mixture, course = _split(density, mixture, draws, residual, key=branch(key, 10 + mixture.components))
         courses.append(course)
-    proof = Proof(None, Status.BUDGET, "")
+    proof = Proof(None, Status.BUDGET, short)
     for number in range(4):
         own = branch(key, 100 + number)
+        affordable = left() // (draws * mixture.components)
+        most = min(_EVALUATIONS, affordable if short else affordable // 2)
+        if most < _LEAST_EVALUATIONS:
+            proof = Proof(proof.certificate, Status.BUDGET, short or lacking())
+            if not number and mixture.components > 1:  # of which it is not known whether it is above the Gaussian
+                paid = affordable >= _LOOKS
+                mixture = _not_below(density, mixture, problem, draws, key=own) if paid else _gaussian(problem, 1)
+            break
         objective = StratifiedELBO(density, mixture, draws, key=branch(own, 0))
-        end = ascend(objective, residual=residual)
+        end = ascend(objective, residual=residual, max_evaluations=most - _LOOKS)
         courses.append(end.course)
         report("climbing", end.elbo)
         mixture = objective.mixture(end.x)
         mixture = _not_below(density, mixture, problem, draws, key=branch(own, 1))
+        if short:
+            break
         each = (1 + SETS) * len(end.course)
-        certificate = _bound(density, mixture, draws, residual, key=branch(own, 2), report=report)
+        bound = _bound(density, mixture, draws, problem.tolerance, key=branch(own, 2), left=left, report=report)
+        if bound.unpaid or (not end.arrived and most < _EVALUATIONS):
+            proof = Proof(None, Status.BUDGET, lacking())
+            break
+        certificate = bound.certificate
         enough = certificate is not None and certificate.limit < problem.tolerance
         proof = Proof(certificate)
         if enough:
             break
-        left = problem.max_gradients - density.evaluations
         if _TIMES * draws > _MOST_DRAWS:
             proof = Proof(certificate, Status.TOO_FEW_DRAWS, f"{draws:,} draws of each component do not pin more")
             break
         draws *= _TIMES
-        if each * draws * mixture.components > left:
-            told = f"of the budget {max(left, 0):,} gradients are left, which do not suffice"
-            proof = Proof(certificate, Status.BUDGET, told)
+        if each * draws * mixture.components > left():
+            proof = Proof(certificate, Status.BUDGET, lacking())
             break
     mixture = _heaviest_first(mixture)
     weights = ", ".join(f"{weight:.3g}" for weight in np.exp(mixture.log_weights))
-    words += f", and it has {mixture.components} component{'s' if mixture.components > 1 else ''}, of weight {weights}"
-    return _Found(mixture, proof, np.concatenate(courses), words)
+    words = f"{places.words}, and it has {_count(mixture.components, 'component')}, of weight {weights}"
+    return _Found(mixture, proof, np.concatenate(courses) if courses else np.zeros(0), words)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _heaviest_first(mixture: Mixture) -> Mixture:
@@ -296,30 +347,82 @@ def _heaviest_first(mixture: Mixture) -> Mixture:
     return Mixture(mixture.log_weights[order], mixture.locs[order], mixture.factors[order])
 
 
-def _modes(problem: Problem) -> Mixture:
-    """The Gaussians that grew from each mode, weighted by their evidence; at the best one's, the panel's Gaussian."""
+@dataclass(frozen=True)
+class _Places:
+    """The Gaussians at the places that starts led to, weighted by their evidence, and how many got none."""
+
+    mixture: Mixture
+    dropped: int
+
+    @property
+    def words(self) -> str:
+        """Such as `"the starts led to 2 places, of which 1 holds less than 0.0001 and gets no component"`."""
+        text = f"the starts led to {_count(self.mixture.components + self.dropped, 'place')}"
+        if self.dropped:
+            holds = "holds" if self.dropped == 1 else "hold"
+            gets = "gets" if self.dropped == 1 else "get"
+            text += f", of which {self.dropped:,} {holds} less than {_NEGLIGIBLE:g} and {gets} no component"
+        return text
+
+
+def _places(problem: Problem, density: LogDensity, residual: float, draws: int, left: Callable[[], int]) -> _Places:
+    """The Gaussians that grew from each mode, weighted by their evidence; at the best one's, the panel's Gaussian.
+
+    What a start knows of its evidence is rough where the panel's Gaussian has been climbed to. So a place that seems
+    negligible is climbed to before it gets no component, unless it is hopeless, or the budget's quarter does not pay.
+    """
     assert problem.starts is not None
+    assert problem.gaussian is not None
+    best = _gaussian(problem, 1)
+    known = [
+        (start.elbo, Mixture(np.zeros(1), start.loc[None], inverse_factor(start.precision)[None]))
+        for start in problem.starts.points
+        if start.precision is not None and np.isfinite(start.elbo)
+    ]
+
+    def is_apart(one: Mixture) -> bool:
+        return float(np.linalg.norm(np.linalg.solve(best.factors[0], one.locs[0] - best.locs[0]))) > _NEAR
+
+    height = problem.gaussian.elbo.value if problem.gaussian.elbo else max(elbo for elbo, _ in known)
+    others = [(elbo, one) for elbo, one in known if is_apart(one)]
+    for place, (elbo, one) in enumerate(others):
+        hopeful = height - HOPELESS < elbo < height + np.log(_NEGLIGIBLE)
+        if hopeful and 4 * _SCREENED * draws <= left():
+            objective = StratifiedELBO(density, one, draws, key=branch(problem.key, 50 + place))
+            end = ascend(objective, residual=residual, max_evaluations=_SCREENED)
+            others[place] = (max(elbo, end.elbo), objective.mixture(end.x))
+    members = [(height, best), *((elbo, one) for elbo, one in others if is_apart(one))]
+    log_weights = log_softmax([elbo for elbo, _ in members])
+    kept = log_weights > np.log(_NEGLIGIBLE)
+    mixtures = [one for (_, one), keep in zip(members, kept, strict=True) if keep]
+    return _Places(
+        Mixture(
+            log_softmax(log_weights[kept]),
+            np.concatenate([one.locs for one in mixtures]),
+            np.concatenate([one.factors for one in mixtures]),
+        ),
+        int((~kept).sum()),
+    )
+
+
+def _gaussian(problem: Problem, components: int) -> Mixture:
+    """The full-rank Gaussian, as so many equal components."""
     assert problem.gaussian is not None
     form = gaussian_form(problem.gaussian.autoguide, problem.space)
     assert form is not None
     best = form.member(problem.gaussian.params)
     assert best.factor is not None
-    known = [
-        (start.elbo, start.loc, inverse_factor(start.precision))
-        for start in problem.starts.points
-        if start.precision is not None and np.isfinite(start.elbo)
-    ]
-    apart = [float(np.sum(np.linalg.solve(best.factor, loc - best.loc) ** 2)) for _, loc, _ in known]
-    height = problem.gaussian.elbo.value if problem.gaussian.elbo else max(elbo for elbo, _, _ in known)
-    others = [one for one, square in zip(known, apart, strict=True) if square > _NEAR**2]
-    members = [(height, best.loc, best.factor), *others]
-    log_weights = log_softmax([elbo for elbo, _, _ in members])
-    kept = log_weights > np.log(_NEGLIGIBLE)
     return Mixture(
-        log_softmax(log_weights[kept]),
-        np.stack([loc for (_, loc, _), keep in zip(members, kept, strict=True) if keep]),
-        np.stack([factor for (_, _, factor), keep in zip(members, kept, strict=True) if keep]),
+        np.full(components, -np.log(components)),
+        np.tile(best.loc, (components, 1)),
+        np.tile(best.factor, (components, 1, 1)),
     )
+
+
+def _price_of_split(mixture: Mixture, draws: int) -> int:
+    """Gradients that `_split` takes, at most."""
+    of_screening = (min(mixture.size, _AXES) + _ANY) * _PIECE
+    return (of_screening + _SPLITS * _SCREENED * draws) * (mixture.components + 1)
 
 
 def _split(
@@ -367,40 +470,48 @@ def _halved(mixture: Mixture, which: int, direction: np.ndarray) -> Mixture:
 
 def _not_below(density: LogDensity, mixture: Mixture, problem: Problem, draws: int, *, key: Key) -> Mixture:
     """The mixture, or the full-rank Gaussian as one of equal components where that has the higher ELBO on new draws."""
-    assert problem.gaussian is not None
-    form = gaussian_form(problem.gaussian.autoguide, problem.space)
-    assert form is not None
-    best = form.member(problem.gaussian.params)
-    assert best.factor is not None
-    count = mixture.components
-    alike = Mixture(np.full(count, -np.log(count)), np.tile(best.loc, (count, 1)), np.tile(best.factor, (count, 1, 1)))
-    heights = []
+    alike, heights = _gaussian(problem, mixture.components), []
     for one in (mixture, alike):
         objective = StratifiedELBO(density, one, draws, key=key)
         heights.append(objective(np.zeros(objective.parameters))[0])
     return mixture if heights[0] >= heights[1] else alike
 
 
+@dataclass(frozen=True)
+class _Bound:
+    """A certificate; None where no draws have a finite density, or where the budget cut a climb short (`unpaid`)."""
+
+    certificate: Certificate | None = None
+    unpaid: bool = False
+
+
 def _bound(
     density: LogDensity,
     mixture: Mixture,
     draws: int,
-    residual: float,
+    tolerance: float,
     *,
     key: Key,
+    left: Callable[[], int],
     report: Callable[[str, float], None],
-) -> Certificate | None:
-    """What climbs from the mixture gain on draws that it has not seen; None where no draws have a finite density."""
-    gains, arrived = [], True
+) -> _Bound:
+    """What climbs from the mixture gain on draws that it has not seen."""
+    gains, arrived = list[float](), True
     for number in range(SETS):
+        most = min(_EVALUATIONS, left() // ((SETS - number) * draws * mixture.components))
+        if most < _LEAST_EVALUATIONS:
+            return _Bound(unpaid=True)
         objective = StratifiedELBO(density, mixture, draws, key=branch(key, number))
-        end = ascend(objective, residual=residual)
+        end = ascend(objective, residual=_RESIDUAL * tolerance, max_evaluations=most)
         if not np.isfinite(end.begun):
-            return None
-        gains.append(end.elbo - end.begun + max(end.left, residual))
+            return _Bound()
+        if not end.arrived and most < _EVALUATIONS:
+            return _Bound(unpaid=True)
+        gains.append(end.elbo - end.begun + max(end.left, _COUNTED * tolerance))
         arrived = arrived and end.arrived
         report(f"bounding, {number + 1} of {SETS}", end.begun)
-    return certificate_of(np.array(gains), Scope.LOCAL if arrived else Scope.ESTIMATE, draws * mixture.components)
+    scope = Scope.LOCAL if arrived else Scope.ESTIMATE
+    return _Bound(certificate_of(np.array(gains), scope, draws * mixture.components))
 
 
 def _placed(x: Any, frame: dict[str, Any]) -> tuple[Any, Any, Any]:
