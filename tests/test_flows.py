@@ -14,6 +14,7 @@ import numpyro.distributions as dist
 import pytest
 from numpyro import handlers
 from numpyro.infer.autoguide import AutoGuide
+from numpyro.infer.reparam import LocScaleReparam
 from targets import pair
 
 from toolkit import Dataset, Fit, Guide, Model, Status, fit
@@ -113,6 +114,24 @@ def test_bent_by_any_weights_its_density_is_that_of_its_draws(name: str) -> None
     np.testing.assert_allclose(found, by_change, atol=1e-6)
 
 
+def test_an_inverse_settles_in_single_precision_and_row_by_row() -> None:
+    def target() -> None:
+        numpyro.sample("z", dist.Normal(jnp.zeros(2), 1.0).to_event(1))
+
+    with jax.enable_x64(False):
+        built = AutoBNAF(target, hidden_factors=[2])
+        with handlers.seed(rng_seed=0):
+            trace = handlers.trace(built).get_trace()
+        params = {name: site["value"] for name, site in trace.items() if site["type"] == "param"}
+        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+        params["auto_arn__0$params"] = [*params["auto_arn__0$params"][:-1], jnp.asarray(2.0, jnp.float32)]
+        moved = 3 * jax.random.normal(KEY, (50, 2), jnp.float32)
+        moved = moved.at[:3].set(jnp.array([[jnp.inf, 0.0], [jnp.nan, 0.0], [1e6, -1e6]], jnp.float32))
+        found = jax.jit(lambda at: built.get_posterior(params).log_prob(at))(moved)
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(np.isnan(found), np.arange(50) < 2)
+
+
 def test_a_flow_bends_where_a_gaussian_cannot(full: Fit, iaf: Fit) -> None:
     assert iaf.status is Status.ARRIVED
     assert full.elbo.value < -0.5
@@ -149,6 +168,24 @@ def test_a_budget_too_small_for_a_round_leaves_the_gaussian(full: Fit) -> None:
     short = fit(BANANA, "iaf", key=KEY, smaller=[full], max_gradients=10_000)
     assert short.status is Status.BUDGET
     assert abs(short.elbo.value - full.elbo.value) < 5 * math.hypot(short.elbo.se, full.elbo.se)
+
+
+@pytest.mark.slow
+def test_in_a_chart_with_parameters_it_begins_with_the_gaussian_s() -> None:
+    def groups(y: object = None) -> None:
+        mu = numpyro.sample("mu", dist.Normal(0.0, 5.0))
+        with numpyro.plate("group", 3):
+            effect = numpyro.sample("effect", dist.Normal(mu, 1.0))
+            numpyro.sample("y", dist.Normal(effect, 1.0), obs=y)
+
+    charts = {"learned": {"effect": LocScaleReparam(None)}}
+    model = Model(groups, Dataset("three", {"y": np.array([0.0, 1.0, 3.0])}), charts=charts, chart="learned")
+    full = fit(model, "full_rank", key=KEY, starts=1, max_gradients=2_000)  # no step is paid for: one can be set
+    at = replace(full, params=full.params | {"effect_centered": np.array(0.8)}, status=Status.ARRIVED)
+    flow = fit(model, "iaf", key=KEY, starts=1, smaller=[at], max_gradients=10)
+    assert flow.params["effect_centered"] == pytest.approx(0.8)
+    expected = Estimate.of_mean(at.log_weights(KEY, 4_000))
+    assert abs(flow.elbo.value - expected.value) < 5 * math.hypot(flow.elbo.se, expected.se)
 
 
 @pytest.mark.slow

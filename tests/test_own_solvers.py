@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from numpyro.infer.autoguide import AutoDiagonalNormal
+from numpyro.infer.reparam import LocScaleReparam
 
 from toolkit import Dataset, Guide, Model, Status, fit, study
 from toolkit.variational.own_solvers import Problem, Solved
@@ -78,6 +81,28 @@ def test_what_it_says_of_itself_is_kept(model: Model) -> None:
 def test_no_other_solver_may_be_asked_for(model: Model) -> None:
     with pytest.raises(ValueError, match="'auto' for 'closed', which has an algorithm of its own; got 'svi'"):
         fit(model, "closed", key=jax.random.key(0), solver="svi")
+
+
+def eight(group: np.ndarray, y: object = None) -> None:
+    mu = numpyro.sample("mu", dist.Normal(0.0, 5.0))
+    with numpyro.plate("groups", 4):
+        effect = numpyro.sample("effect", dist.Normal(mu, 1.0))
+    with numpyro.plate("row", len(group)):
+        numpyro.sample("y", dist.Normal(effect[group], 1.0), obs=y)
+
+
+@pytest.mark.parametrize("name", ["mixture", "mixture_3", "chain", "ep", "closed"])
+def test_a_chart_with_parameters_of_its_own_is_refused(name: str) -> None:
+    """They would stay where they begin, and the family would not contain those that learn them."""
+    data = Dataset("eight", {"group": np.repeat(np.arange(4), 2), "y": np.arange(8.0)})
+    charts = {"learned": {"effect": LocScaleReparam(None)}}
+    learned = Model(eight, data, charts=charts, chart="learned", guides=(CLOSED,))
+    sentence = (
+        f"Expected a chart without parameters of its own for '{name}', whose algorithm does not learn them; 'learned' "
+        "has effect_centered: take another one."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        fit(learned, name, key=jax.random.key(0))
 
 
 def test_a_model_has_guides_of_its_own_by_name_in_a_study(model: Model) -> None:

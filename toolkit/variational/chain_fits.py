@@ -62,18 +62,9 @@ _HOPE = 0.9  # of the limit before, at most, if the most draws are to be asked a
 
 
 def solve_chain(problem: Problem) -> Solved:
-    """The best Gaussian along the model's chain, with a certificate.
-
-    Raises:
-        ValueError: The chart has parameters of its own.
-    """
+    """The best Gaussian along the model's chain, with a certificate."""
     guide = problem.program
     assert isinstance(guide, AutoChainNormal)
-    own = problem.model.parameters(problem.chart)
-    if own:
-        raise ValueError(
-            f"Expected a chart without parameters of its own; '{problem.chart}' has {', '.join(own)}: take another one."
-        )
     return _Search(problem, ChainDensity(problem, guide.chain)).solved(guide)
 
 

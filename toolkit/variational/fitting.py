@@ -38,7 +38,7 @@ from toolkit.variational.gaussians import DENSE_LIMIT, RankGain, rank_by_gain
 from toolkit.variational.guides import BY_GAIN, FULL_RANK, GUIDES, Guide, default_rank, find_guide
 from toolkit.variational.minibatches import Minibatch, find_minibatch
 from toolkit.variational.nesting import contains
-from toolkit.variational.own_solvers import Problem, Solved
+from toolkit.variational.own_solvers import Problem, Solved, check_chart
 from toolkit.variational.starts import Starts, find_starts
 from toolkit.variational.stochastic_fits import Prepared, fit_by_svi, start_at
 from toolkit.variational.tails import find_level_edge, flat_coordinates
@@ -145,6 +145,8 @@ def fit(
                 f"Expected starts of this model in chart '{chart}'; got starts in chart '{starts.chart}', with the "
                 f"sites {', '.join(starts.space.names)}: find them with chart='{chart}'."
             )
+        if guide.solve:
+            check_chart(model, chart, guide.name)
         if guide.solve and not guide.from_gaussian:
             problem = _problem(model, guide, space, key, tolerance, max_gradients, progress)
             problem = replace(problem, contained=_contained(guide, smaller, space, chart))
@@ -166,7 +168,7 @@ def fit(
             return Fit(
                 guide, model, Status.NO_VALID_START, _broken_at_origin(model, starts), cost=cost, solver=chosen, why=why
             )
-        budget = max(max_gradients - starts.gradient_evaluations, 0)
+        budget, learned = max(max_gradients - starts.gradient_evaluations, 0), {}
         if batch and isinstance(built, AutoDAIS):
             raise ValueError(
                 f"Expected a guide that does not ask for the density itself, for minibatches; '{guide.name}' asks for "
@@ -186,9 +188,10 @@ def fit(
                 fitted = _by_itself(replace(problem, gaussian=gaussian), guide, guide.solve, key, elbo_draws)
                 return replace(fitted, cost=cost + fitted.cost)
             starts = replace(starts, points=(start_at(gaussian, space),))
+            learned = {name: gaussian.params[name] for name in model.parameters(chart)}
             why = f"{why}; it begins at the best Gaussian, whose ELBO is {gaussian.elbo} nats"
         if chosen == SVI:
-            fitted = fit_by_svi(model, guide, starts, prepared, batch, key, tolerance, budget, progress)
+            fitted = fit_by_svi(model, guide, starts, prepared, batch, key, tolerance, budget, progress, learned)
         else:
             form = gaussian_form(built, space)
             assert form is not None

@@ -45,7 +45,9 @@ from toolkit.variational.structured_guides import AutoScaled
 _LEAST_HIDDEN = 24  # units of a hidden layer: in two dimensions two, NumPyro's own choice, hardly bend anything
 _SMALL = 16  # dimensions up to which a block network's step takes about a millisecond at NumPyro's own width
 _GATE = -4.0  # of a logit: a flow that begins so moves draws by about a fiftieth of a sd
-_STEPS, _ENOUGH = 400, 1e-10  # of a numerical inverse, and the error at which it is one
+_STEPS = 400  # of a numerical inverse
+# Its error in units of rounding: where it is an inverse, and what is left of one that sums of a network have rounded.
+_ENOUGH, _ROUNDED = 256.0, 1_024.0
 
 
 class AutoFlow(AutoScaled):
@@ -236,7 +238,7 @@ def _monotone(params: Any, rng: np.random.Generator) -> Any:
 
 
 class _Invertible(BlockNeuralAutoregressiveTransform):
-    """The transform with an inverse by iteration; NaN where that does not settle."""
+    """The transform with an inverse by iteration; NaN in the rows where that does not settle."""
 
     def _inverse(self, y: Any) -> Any:
         """The root of a triangular map that rises in each coordinate.
@@ -245,10 +247,11 @@ class _Invertible(BlockNeuralAutoregressiveTransform):
         changes its sign: a coordinate settles once those before it have (Song, Meng, Liao & Ermon 2021, Accelerating
         feedforward computation via parallel nonlinear equation solving, ICML).
         """
+        rounding = jnp.finfo(y.dtype).eps * jnp.maximum(1, jnp.abs(y))
 
         def wanted(state: tuple[Any, ...]) -> Any:
             number, _, error, _ = state
-            return (number < _STEPS + 4 * y.shape[-1]) & (jnp.abs(error).max() > _ENOUGH)
+            return (number < _STEPS + 4 * y.shape[-1]) & (jnp.abs(error) > _ENOUGH * rounding).any()
 
         def step(state: tuple[Any, ...]) -> tuple[Any, ...]:
             number, x, error, longest = state
@@ -260,4 +263,4 @@ class _Invertible(BlockNeuralAutoregressiveTransform):
 
         begin = 0, y, y - self.bn_arn(y)[0], jnp.ones_like(y)
         _, x, error, _ = jax.lax.while_loop(wanted, step, begin)
-        return jnp.where(jnp.abs(error).max() <= 1e3 * _ENOUGH, x, jnp.nan)
+        return jnp.where((jnp.abs(error) <= _ROUNDED * rounding).all(-1, keepdims=True), x, jnp.nan)

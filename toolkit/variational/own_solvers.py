@@ -26,6 +26,19 @@ if TYPE_CHECKING:
     from toolkit.variational.starts import Starts
 
 
+def check_chart(model: Model, chart: str, name: str) -> None:
+    """Nothing, if a guide of that name, which brings its own algorithm, can look at the chart.
+
+    Raises:
+        ValueError: The chart has parameters of its own, which such an algorithm would leave where they begin.
+    """
+    if own := model.parameters(chart):
+        raise ValueError(
+            f"Expected a chart without parameters of its own for '{name}', whose algorithm does not learn them; "
+            f"'{chart}' has {', '.join(own)}: take another one."
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Problem:
     """A model and a family, for an algorithm that finds a member.

@@ -35,7 +35,7 @@ from toolkit.variational.guides import Guide
 from toolkit.variational.minibatches import Minibatch
 from toolkit.variational.objectives import StickTheLandingELBO
 from toolkit.variational.solvers.rounds import optimise_in_rounds
-from toolkit.variational.solvers.svi import BLOCK, Programs, Solution, lower_programs, optimise
+from toolkit.variational.solvers.svi import BLOCK, Programs, Solution, begun_with, lower_programs, optimise
 from toolkit.variational.starts import DENSE_LIMIT, Start, Starts
 from toolkit.variational.tails import find_heavy_tail, find_level_edge, flat_coordinates
 
@@ -100,11 +100,12 @@ def fit_by_svi(
     tolerance: float,
     max_gradients: int,
     progress: Progress,
+    learned: Mapping[str, Any] | None = None,
 ) -> Fit:
     """The best of the fits from each start, which share one budget and, for a Gaussian guide, one set of programs.
 
     What is left of the budget need not be enough for a block of steps from each: then the best starts have it, or the
-    best one is taken as it is.
+    best one is taken as it is. Steps begin with what has been `learned` of the model's own parameters before.
     """
     key = jax.random.key_data(key)  # JAX has two forms of a key, and programs are compiled for one of them
     progress(f"fit {guide.name}", 0, 1, "compiling")
@@ -129,6 +130,7 @@ def fit_by_svi(
             tolerance,
             max_steps,
             progress,
+            learned or {},
         )
         for i, start in enumerate(points)
     ]
@@ -157,6 +159,7 @@ def _run(
     tolerance: float,
     max_steps: int,
     progress: Progress,
+    learned: Mapping[str, Any],
 ) -> tuple[Fit, float]:
     """One start's fit, and the ELBO to choose between starts by."""
 
@@ -177,6 +180,8 @@ def _run(
         program, working = _program(model, guide, minibatch), _without_frame(built)
         programs = lower_programs(program, working, Trace_ELBO(_PARTICLES), given, key, minibatch)()
         compiling, step_size = programs.compile_seconds, _FIRST_STEP
+    if learned:
+        programs = begun_with(programs, learned)
     climb = optimise_in_rounds if isinstance(built, AutoFlow) else optimise
     solution = climb(
         programs, given, key=key, step_size=step_size, tolerance=tolerance, max_steps=max_steps, report=report

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -311,6 +311,14 @@ def block_mean(values: np.ndarray) -> tuple[float, float]:
     """Mean and standard error of a block's finite ELBO estimates, which are independent given the iterates."""
     finite = values[np.isfinite(values) & (np.abs(values) < 1e100)]
     return Estimate.of_mean(finite) if finite.size > 1 else Estimate(math.nan, math.nan)
+
+
+def begun_with(programs: Programs, known: Mapping[str, Any]) -> Programs:
+    """The programs with other first values, constrained, of the parameters by these names."""
+    svi, state = programs.svi, programs.initial
+    unconstrained = svi.constrain_fn({name: jnp.asarray(value) for name, value in known.items()}, invert=True)
+    params = svi.optim.get_params(state.optim_state) | unconstrained
+    return replace(programs, initial=state._replace(optim_state=svi.optim.init(params)))
 
 
 def with_step_size(svi: SVI, state: Any, step_size: float, params: Params) -> Any:
