@@ -188,7 +188,9 @@ class AutoBNAF(AutoFlow):
             _Invertible(part.bn_arn) if isinstance(part, BlockNeuralAutoregressiveTransform) else part
             for part in posterior.transforms
         ]
-        return dist.TransformedDistribution(self.get_base_dist(), parts)
+        # Validated, a compiled density would be 0 where it is not known, for a value that is NaN.
+        base = dist.Normal(jnp.zeros(self.latent_dim), 1, validate_args=False).to_event(1)
+        return dist.TransformedDistribution(base, parts, validate_args=False)
 
 
 def _begun_at(network: tuple[Any, Any], number: int, begin: Callable[[Any, Any], Any]) -> tuple[Any, Any]:

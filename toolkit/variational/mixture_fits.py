@@ -27,7 +27,7 @@ References:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -55,10 +55,10 @@ from toolkit.variational.starts import HOPELESS
 
 _FIRST_DRAWS, _MOST_DRAWS = 512, 8_192  # for each component
 _DRAWS_A_DIMENSION = 8
-_TIMES = 4  # as many draws in a round as in the one before: those of its certificate together
+_ROUNDS, _TIMES = 6, 4  # as many draws in a round as in the one before: those of its certificate together
 _PIECE = 256  # draws of a component whose densities are computed at once
 _EVALUATIONS, _LEAST_EVALUATIONS = 300, 10  # of a climb, at most; and at least, or the budget pays for none
-_LOOKS = 2  # evaluations of `_not_below`
+_LOOKS = 3  # evaluations that say whether a climb has ended above where it began, and above the Gaussian
 _SCREENED = 40  # evaluations from each split that is tried
 _SPLITS, _AXES, _ANY = 3, 32, 8  # splits that are climbed from, of so many axes and other directions that are tried
 _APART = 0.6  # sds of the component that is split between its location and those of its halves
@@ -297,7 +297,7 @@ def _found(problem: Problem, density: LogDensity, components: int | None) -> _Fo
         mixture, course = _split(density, mixture, draws, residual, key=branch(key, 10 + mixture.components))
         courses.append(course)
     proof = Proof(None, Status.BUDGET, short)
-    for number in range(4):
+    for number in range(_ROUNDS):
         own = branch(key, 100 + number)
         affordable = left() // (draws * mixture.components)
         most = min(_EVALUATIONS, affordable if short else affordable // 2)
@@ -305,31 +305,41 @@ def _found(problem: Problem, density: LogDensity, components: int | None) -> _Fo
             proof = Proof(proof.certificate, Status.BUDGET, short or lacking())
             if not number and mixture.components > 1:  # of which it is not known whether it is above the Gaussian
                 paid = affordable >= _LOOKS
-                mixture = _not_below(density, mixture, problem, draws, key=own) if paid else _gaussian(problem, 1)
+                alike = _gaussian(problem, mixture.components)
+                mixture = _highest(density, (mixture, alike), draws, key=own)[0] if paid else _gaussian(problem, 1)
             break
         objective = StratifiedELBO(density, mixture, draws, key=branch(own, 0))
         end = ascend(objective, residual=residual, max_evaluations=most - _LOOKS)
         courses.append(end.course)
         report("climbing", end.elbo)
-        mixture = objective.mixture(end.x)
-        mixture = _not_below(density, mixture, problem, draws, key=branch(own, 1))
+        any_of = objective.mixture(end.x), mixture, _gaussian(problem, mixture.components)
+        mixture, _ = _highest(density, any_of, draws, key=branch(own, 1))
         if short:
             break
         each = (1 + SETS) * len(end.course)
         bound = _bound(density, mixture, draws, problem.tolerance, key=branch(own, 2), left=left, report=report)
         if bound.unpaid or (not end.arrived and most < _EVALUATIONS):
-            proof = Proof(None, Status.BUDGET, lacking())
+            # The limit of the round before holds for what is no lower, too.
+            proof = Proof(proof.certificate, Status.BUDGET, lacking())
             break
         certificate = bound.certificate
-        enough = certificate is not None and certificate.limit < problem.tolerance
-        proof = Proof(certificate)
-        if enough:
+        if certificate is not None and certificate.limit < problem.tolerance:
+            proof = Proof(certificate)
             break
+        proof = Proof(certificate, Status.BUDGET, f"more than {_ROUNDS} rounds of it")
+        price = each * draws * mixture.components
+        if price > left():
+            proof = Proof(certificate, Status.BUDGET, lacking())
+            break
+        # What a climb gains is what the fit lacks, and what its draws can be fitted to: more of them help with that.
+        mixture, gain = _highest(density, (mixture, *bound.ends), draws, key=branch(own, 3))
+        if certificate is not None and certificate.limit - gain < problem.tolerance / 2:
+            continue
         if _TIMES * draws > _MOST_DRAWS:
             proof = Proof(certificate, Status.TOO_FEW_DRAWS, f"{draws:,} draws of each component do not pin more")
             break
         draws *= _TIMES
-        if each * draws * mixture.components > left():
+        if _TIMES * price > left():
             proof = Proof(certificate, Status.BUDGET, lacking())
             break
     mixture = _heaviest_first(mixture)
@@ -468,20 +478,28 @@ def _halved(mixture: Mixture, which: int, direction: np.ndarray) -> Mixture:
     )
 
 
-def _not_below(density: LogDensity, mixture: Mixture, problem: Problem, draws: int, *, key: Key) -> Mixture:
-    """The mixture, or the full-rank Gaussian as one of equal components where that has the higher ELBO on new draws."""
-    alike, heights = _gaussian(problem, mixture.components), []
-    for one in (mixture, alike):
+def _highest(density: LogDensity, mixtures: Sequence[Mixture], draws: int, *, key: Key) -> tuple[Mixture, float]:
+    """Of mixtures with as many components the one with the highest ELBO on new draws, and by how much over the first.
+
+    The first that is as high as any.
+    """
+    heights = []
+    for one in mixtures:
         objective = StratifiedELBO(density, one, draws, key=key)
         heights.append(objective(np.zeros(objective.parameters))[0])
-    return mixture if heights[0] >= heights[1] else alike
+    best = int(np.argmax(heights))
+    return mixtures[best], heights[best] - heights[0] if best else 0.0
 
 
 @dataclass(frozen=True)
 class _Bound:
-    """A certificate; None where no draws have a finite density, or where the budget cut a climb short (`unpaid`)."""
+    """A certificate, and where its climbs ended.
+
+    There is none where a draw has no finite density, or where the budget cut a climb short (`unpaid`).
+    """
 
     certificate: Certificate | None = None
+    ends: tuple[Mixture, ...] = ()
     unpaid: bool = False
 
 
@@ -496,7 +514,7 @@ def _bound(
     report: Callable[[str, float], None],
 ) -> _Bound:
     """What climbs from the mixture gain on draws that it has not seen."""
-    gains, arrived = list[float](), True
+    gains, ends, arrived = list[float](), list[Mixture](), True
     for number in range(SETS):
         most = min(_EVALUATIONS, left() // ((SETS - number) * draws * mixture.components))
         if most < _LEAST_EVALUATIONS:
@@ -508,10 +526,11 @@ def _bound(
         if not end.arrived and most < _EVALUATIONS:
             return _Bound(unpaid=True)
         gains.append(end.elbo - end.begun + max(end.left, _COUNTED * tolerance))
+        ends.append(objective.mixture(end.x))
         arrived = arrived and end.arrived
         report(f"bounding, {number + 1} of {SETS}", end.begun)
     scope = Scope.LOCAL if arrived else Scope.ESTIMATE
-    return _Bound(certificate_of(np.array(gains), scope, draws * mixture.components))
+    return _Bound(certificate_of(np.array(gains), scope, draws * mixture.components), tuple(ends))
 
 
 def _placed(x: Any, frame: dict[str, Any]) -> tuple[Any, Any, Any]:
