@@ -349,7 +349,17 @@ def test_a_budget_that_is_used_up_is_told(model: Model) -> None:
     found = fit(model, "em", key=KEY, max_gradients=60)
     assert found.status is Status.BUDGET
     assert found.usable
-    assert "after 1 sweeps" in found.message
+    assert found.message.startswith("20 of 20 starts had not arrived when the budget was used up; the highest of them ")
+    assert found.message.endswith(f" after 1 sweep, of {found.cost.gradient_evaluations} in all")
+    assert (found.optima, found.reached) == ((), ())
+
+
+def test_what_the_budget_cut_short_is_no_optimum(model: Model, climbed: Fit) -> None:
+    found = fit(model, "em", key=KEY, max_gradients=1_300)
+    assert 0 < sum(found.reached) < 20
+    assert found.status is Status.ARRIVED
+    assert found.optima[0].value == pytest.approx(climbed.optima[0].value, abs=0.01)
+    assert f"{20 - sum(found.reached)} had not arrived when the budget was used up" in found.message
 
 
 def test_a_wrong_step_is_told_by_its_name(model: Model) -> None:

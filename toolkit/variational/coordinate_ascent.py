@@ -312,5 +312,5 @@ def _told(ended: Ascent) -> str:
     """What the report says of the end beside the status."""
     if ended.status is Status.BUDGET and ended.sweeps:
         much = f"about {ended.left:.2g} nats left to gain" if math.isfinite(ended.left) else "gains that do not shrink"
-        return f"after {ended.sweeps:,} sweeps, with {much}"
+        return f"after {ended.sweeps:,} sweep{'' if ended.sweeps == 1 else 's'}, with {much}"
     return ended.message

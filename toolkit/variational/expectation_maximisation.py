@@ -19,7 +19,6 @@ References:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -43,8 +42,11 @@ class ExpectationMaximisation:
 
     Every start is followed to its end, and asked there, a hundredth of the way to another start, whether a better one
     can be climbed to: the steps stand still at saddles too. Ends at one optimum are counted as one, whatever the order
-    of labels. A
-    sweep counts as one gradient of the log density towards the budget, which the starts share.
+    of labels; one that the budget cut short is no optimum. A sweep counts as one gradient of the log density towards
+    the budget, which the starts share.
+
+    States are mixed on the straight line between them: the latent sites' constrained spaces must be convex, as those of
+    simplices, intervals and covariance matrices are, and those of spheres and of factors of correlations are not.
 
     Attributes:
         expect: The E step: the parameters of r(h) that are best given the latent sites.
@@ -85,13 +87,26 @@ class ExpectationMaximisation:
         if not sound:
             told = f"from each of {self.starts} starts"
             return Solved({}, Status.DIVERGED, told, solver="expectation_maximisation", why=why, gradients=sweeps)
-        optima = self._distinct(sound, problem.model.labels, _SAME * problem.tolerance)
-        best = optima[0].end
+        slack = _SAME * problem.tolerance
+        optima = self._distinct([e for e in sound if e.status is Status.ARRIVED], problem.model.labels, slack)
+        best = max((optimum.end for optimum in optima), key=lambda end: end.elbo, default=None)
+        unfinished = [end for end in sound if end.status is not Status.ARRIVED]
+        highest = max(unfinished, key=lambda end: end.elbo, default=None)
+        if best is None or (highest is not None and highest.elbo > best.elbo + slack):
+            assert highest is not None
+            return Solved(
+                self._params(problem, highest),
+                highest.status,
+                _told_unfinished(highest, optima, len(unfinished), self.starts, sweeps),
+                solver="expectation_maximisation",
+                why=why,
+                trace=highest.trace,
+                gradients=sweeps,
+            )
         return Solved(
-            # AutoDelta's own names of its parameters.
-            {f"{name}_auto_loc": best.state[name] for name in problem.space.names},
+            self._params(problem, best),
             best.status,
-            _told(optima, self.starts),
+            _told(optima, self.starts, len(unfinished)),
             solver="expectation_maximisation",
             why=why,
             trace=best.trace,
@@ -101,13 +116,18 @@ class ExpectationMaximisation:
             gradients=sweeps,
         )
 
+    @staticmethod
+    def _params(problem: Problem, end: Ascent) -> dict[str, np.ndarray]:
+        """By AutoDelta's own names."""
+        return {f"{name}_auto_loc": end.state[name] for name in problem.space.names}
+
     def _climb(self, rng: np.random.Generator, problem: Problem) -> Ascent:
         """Where one start ends; a saddle, at which the steps stand still as at an optimum, is left again."""
         sweeps = max(2, problem.max_gradients // self.starts)
         first = self._ascend(self.begin(rng), problem.tolerance, sweeps // 2)
         if first.status is not Status.ARRIVED:
             return first
-        # Towards another start, since constrained space is convex: no step leads out of it.
+        # Towards another start: where constrained space is convex no step leads out of it.
         aside = {name: (1 - _ASIDE) * first.state[name] + _ASIDE * other for name, other in self.begin(rng).items()}
         second = self._ascend(aside, problem.tolerance, sweeps - first.sweeps)
         total = first.sweeps + second.sweeps
@@ -141,7 +161,6 @@ class ExpectationMaximisation:
 
     def _same(self, first: Ascent, second: Ascent, labels: Labels | None, slack: float) -> bool:
         """Whether two ends are of one height, and the density does not sink between them, in one order of labels."""
-        slack = max(slack, 2 * _left(first), 2 * _left(second))
         if abs(first.elbo - second.elbo) > slack:
             return False
         a, b = first.state, second.state
@@ -161,16 +180,22 @@ class _Optimum:
     starts: int
 
 
-def _left(end: Ascent) -> float:
-    """What an end that used up its budget still has to gain, so far as that is known."""
-    return end.left if math.isfinite(end.left) else 0.0
-
-
-def _told(optima: Sequence[_Optimum], starts: int) -> str:
+def _told(optima: Sequence[_Optimum], starts: int, unfinished: int) -> str:
     best = optima[0]
     text = f"the best of {len(optima)} distinct optima, to which {best.starts} of {starts} starts led"
     if len(optima) == 1:
         text = f"the only optimum that was found, by {best.starts} of {starts} starts"
-    if best.end.status is Status.BUDGET:
-        text += f"; after {best.end.sweeps:,} sweeps"
-    return text
+    return text + (f"; {unfinished} had not arrived when the budget was used up" if unfinished else "")
+
+
+def _told_unfinished(highest: Ascent, optima: Sequence[_Optimum], unfinished: int, starts: int, sweeps: int) -> str:
+    """Of an end that the budget cut short above all that arrived."""
+    made = "1 sweep" if highest.sweeps == 1 else f"{highest.sweeps:,} sweeps"
+    text = (
+        f"{unfinished} of {starts} starts had not arrived when the budget was used up; the highest of them is no "
+        f"optimum, at a log density of {highest.elbo:.6g} after {made}, of {sweeps:,} in all"
+    )
+    if not optima:
+        return text
+    many = "1 distinct optimum" if len(optima) == 1 else f"{len(optima)} distinct optima"
+    return f"{text}; {many} that others arrived at lie{'s' * (len(optima) == 1)} lower"
