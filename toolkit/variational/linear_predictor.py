@@ -181,8 +181,6 @@ def linear_predictor(model: Model, chart: str) -> Regression:
     """
     begun = time.perf_counter()
     space = latent_space(model, chart)
-    if own := model.parameters(chart):
-        raise _no_regression(f"chart '{chart}' has parameters of its own ({', '.join(own)})", "take another chart")
     if model.summed_out:
         raise _no_regression(f"{', '.join(model.summed_out)} of '{model.name}' is discrete and summed out")
     if space.size > DENSE_LIMIT:

@@ -41,6 +41,7 @@ from jax.scipy.special import logsumexp
 from scipy.optimize import LbfgsInvHessProduct, OptimizeResult, minimize
 from scipy.special import log_softmax
 
+from toolkit.estimate import Estimate
 from toolkit.status import Status
 from toolkit.threads import threads_for
 from toolkit.variational.autoguides import gaussian_form
@@ -58,7 +59,8 @@ _DRAWS_A_DIMENSION = 8
 _ROUNDS, _TIMES = 6, 4  # as many draws in a round as in the one before: those of its certificate together
 _PIECE = 256  # draws of a component whose densities are computed at once
 _EVALUATIONS, _LEAST_EVALUATIONS = 300, 10  # of a climb, at most; and at least, or the budget pays for none
-_LOOKS = 3  # evaluations that say whether a climb has ended above where it began, and above the Gaussian
+_LOOKED_AT = 4  # sets of draws that say which of several mixtures is the highest
+_LOOKS = 3 * _LOOKED_AT  # evaluations that say whether a climb has ended above where it began, and above the Gaussian
 _SCREENED = 40  # evaluations from each split that is tried
 _SPLITS, _AXES, _ANY = 3, 32, 8  # splits that are climbed from, of so many axes and other directions that are tried
 _APART = 0.6  # sds of the component that is split between its location and those of its halves
@@ -301,18 +303,18 @@ def _found(problem: Problem, density: LogDensity, components: int | None) -> _Fo
         own = branch(key, 100 + number)
         affordable = left() // (draws * mixture.components)
         most = min(_EVALUATIONS, affordable if short else affordable // 2)
-        if most < _LEAST_EVALUATIONS:
+        if most < _LOOKS + _LEAST_EVALUATIONS:
             proof = Proof(proof.certificate, Status.BUDGET, short or lacking())
             if not number and mixture.components > 1:  # of which it is not known whether it is above the Gaussian
-                paid = affordable >= _LOOKS
+                paid = affordable >= 2 * _LOOKED_AT
                 alike = _gaussian(problem, mixture.components)
-                mixture = _highest(density, (mixture, alike), draws, key=own)[0] if paid else _gaussian(problem, 1)
+                mixture = _highest(density, (alike, mixture), draws, key=own)[0] if paid else _gaussian(problem, 1)
             break
         objective = StratifiedELBO(density, mixture, draws, key=branch(own, 0))
         end = ascend(objective, residual=residual, max_evaluations=most - _LOOKS)
         courses.append(end.course)
         report("climbing", end.elbo)
-        any_of = objective.mixture(end.x), mixture, _gaussian(problem, mixture.components)
+        any_of = _gaussian(problem, mixture.components), mixture, objective.mixture(end.x)
         mixture, _ = _highest(density, any_of, draws, key=branch(own, 1))
         if short:
             break
@@ -327,7 +329,7 @@ def _found(problem: Problem, density: LogDensity, components: int | None) -> _Fo
             proof = Proof(certificate)
             break
         proof = Proof(certificate, Status.BUDGET, f"more than {_ROUNDS} rounds of it")
-        price = each * draws * mixture.components
+        price = (each + (1 + SETS) * _LOOKED_AT) * draws * mixture.components
         if price > left():
             proof = Proof(certificate, Status.BUDGET, lacking())
             break
@@ -481,14 +483,21 @@ def _halved(mixture: Mixture, which: int, direction: np.ndarray) -> Mixture:
 def _highest(density: LogDensity, mixtures: Sequence[Mixture], draws: int, *, key: Key) -> tuple[Mixture, float]:
     """Of mixtures with as many components the one with the highest ELBO on new draws, and by how much over the first.
 
-    The first that is as high as any.
+    A later one counts as higher than those before where it is by two standard errors: climbs on few draws may gain
+    what others lack, and the highest of many would have won by noise.
     """
     heights = []
     for one in mixtures:
-        objective = StratifiedELBO(density, one, draws, key=key)
-        heights.append(objective(np.zeros(objective.parameters))[0])
-    best = int(np.argmax(heights))
-    return mixtures[best], heights[best] - heights[0] if best else 0.0
+        sets = [StratifiedELBO(density, one, draws, key=branch(key, number)) for number in range(_LOOKED_AT)]
+        heights.append(np.array([objective(np.zeros(objective.parameters))[0] for objective in sets]))
+    best = 0
+    for number in range(1, len(mixtures)):
+        better = bool(np.isfinite(heights[number]).all())
+        if better and np.isfinite(heights[best]).all():
+            gain = Estimate.of_mean(heights[number] - heights[best])
+            better = gain.value > 2 * gain.se
+        best = number if better else best
+    return mixtures[best], float((heights[best] - heights[0]).mean()) if best else 0.0
 
 
 @dataclass(frozen=True)
