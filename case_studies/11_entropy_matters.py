@@ -54,7 +54,7 @@ def flippers(birds: int) -> Dataset:
 # factorised Gaussian.
 
 # %%
-guides = ["em", "mean_field"] if options.quick else ["em", "map", "laplace", "mean_field"]
+guides = ["em", "laplace", "mean_field"] if options.quick else ["em", "map", "laplace", "mean_field"]
 done = study(
     curated.model(flippers(120 if options.quick else 342)),
     guides=guides,
