@@ -159,11 +159,11 @@ def test_what_a_longer_climb_gains_is_within_the_limit(heavy: Fit) -> None:
     assert mixture.certificate.scope is Scope.LOCAL
     parts = [np.asarray(mixture.params[f"auto_{name}"]) for name in ("weights", "locs", "scale_trils")]
     found, density = Mixture(np.log(parts[0]), *parts[1:]), LogDensity(heavy.model)
-    objective = StratifiedELBO(density, found, 1_024, key=(99,))
+    objective = StratifiedELBO(density, found, 512, key=(99,))
     end = ascend(objective, residual=1e-8)
     gains = []
     for number in range(4):
-        pair = [StratifiedELBO(density, one, 1_024, key=(number,)) for one in (found, objective.mixture(end.x))]
+        pair = [StratifiedELBO(density, one, 512, key=(number,)) for one in (found, objective.mixture(end.x))]
         before, after = (one(np.zeros(objective.parameters))[0] for one in pair)
         gains.append(after - before)
     gain = Estimate.of_mean(np.array(gains))
