@@ -24,7 +24,7 @@ from toolkit.variational.guides import Guide
 from toolkit.variational.solvers.svi import Trace
 
 _KIND = "fit"
-_VERSION = 15
+_VERSION = 16
 """Part of every kept fit's name: raised when the same settings would no longer give the same fit."""
 
 
