@@ -561,6 +561,7 @@ def test_a_dependence_that_is_at_rest_at_one_pair_of_points_is_seen_at_another()
     assert plate_blocks(Model(in_pieces, Dataset("relu", {"y": np.array(0.3)}))).full
 
 
+@pytest.mark.slow
 def test_a_simplex_counts_with_its_unconstrained_coordinates() -> None:
     def topics(counts: Any = None) -> None:
         base = numpyro.sample("base", dist.Normal(0, 1).expand([4]).to_event(1), infer={"event_dims": ["word"]})

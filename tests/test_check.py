@@ -182,9 +182,10 @@ def test_labels_that_may_switch_are_found_to() -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (
+        pytest.param(
             {"axes": BOTH, "apart": 1e-3},
             "Expected the same density in every order of the 3 labels of centre, weight; another order changes it by ",
+            marks=pytest.mark.slow,
         ),
         ({"axes": {"centre": -1}}, "declare every latent that carries the label with its right axis"),
         ({"axes": BOTH, "count": 2}, "Expected 2 labels on axis -1 of site 'centre'; got shape (3,)."),

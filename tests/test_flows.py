@@ -97,6 +97,7 @@ def _shut(network: list) -> list:
 
 
 @pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.slow
 def test_bent_by_any_weights_its_density_is_that_of_its_draws(name: str) -> None:
     built, params, _ = begun(name)
     rng = np.random.default_rng(1)

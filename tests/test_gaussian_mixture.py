@@ -262,6 +262,7 @@ def test_without_a_prior_on_variances_the_likelihood_has_no_bound() -> None:
 # As a guide
 
 
+@pytest.mark.slow
 def test_it_is_numpyro_s_map_in_constrained_space(model: Model, climbed: Fit) -> None:
     """AutoDelta climbs the density of the constrained sites: the same point, by gradients."""
     point = fit(model, "map", key=KEY, tolerance=1e-4)
@@ -394,6 +395,7 @@ def drawn(model: Model) -> Any:
     return reference(model, key=KEY)
 
 
+@pytest.mark.slow
 def test_nuts_passes_from_dispersed_starts(drawn: Any) -> None:
     assert drawn.status is Status.PASSED, drawn.reasons
 
@@ -417,6 +419,7 @@ def compared(model: Model, climbed: Fit, drawn: Any) -> Any:
     return compare(model, drawn, [climbed, mean_field], key=jax.random.key(1))
 
 
+@pytest.mark.slow
 def test_a_point_is_told_for_what_it_is(compared: Any, climbed: Fit) -> None:
     row = compared.guides.loc["em"]
     assert row["verdict"] == "wrong"
