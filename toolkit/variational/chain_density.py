@@ -38,7 +38,7 @@ from toolkit.variational.chains import (
 from toolkit.variational.own_solvers import Problem
 from toolkit.variational.solvers.natural import Taken
 
-_AT_ONCE = 200_000  # numbers in the draws that are looked at together: where they leave a core's cache each takes twice as long
+_AT_ONCE = 200_000  # numbers in the draws looked at together: beyond a core's cache each takes twice as long
 _TOGETHER, _LEAST = 128, 16  # draws of a climb, and of a look
 
 
