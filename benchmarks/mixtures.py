@@ -26,7 +26,7 @@ import pandas as pd
 import models
 from toolkit import Dataset, Estimate, Model, fit
 from toolkit.variational.density import LogDensity
-from toolkit.variational.mixture_fits import Mixture, StratifiedELBO, ascend
+from toolkit.variational.mixture_climbs import Mixture, StratifiedELBO, ascend
 
 _DRAWS, _SETS = 4_096, 8
 _RESIDUAL, _EVALUATIONS = 1e-8, 1_000

@@ -23,7 +23,7 @@ from toolkit.variational.certificates import Scope
 from toolkit.variational.density import LogDensity
 from toolkit.variational.guides import GUIDES, find_guide
 from toolkit.variational.keeping import keep_fit, kept_fit
-from toolkit.variational.mixture_fits import Mixture, StratifiedELBO, ascend
+from toolkit.variational.mixture_climbs import Mixture, StratifiedELBO, ascend
 from toolkit.variational.mixture_guides import AutoMixtureNormal
 from toolkit.variational.nesting import contains
 from toolkit.variational.starts import find_starts
