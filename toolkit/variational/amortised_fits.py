@@ -14,12 +14,12 @@ import scipy.linalg
 
 from toolkit.status import Status
 from toolkit.variational.amortised_guides import FREE, AutoAmortisedNormal, Layout
+from toolkit.variational.certificates import USABLE_LIMIT
 from toolkit.variational.gaussians import Frame, Member, Quadratic
 
 _LOG_2PI = float(np.log(2 * np.pi))
 _ROOT_2 = float(np.sqrt(2.0))
 _AWAY = 1e-6  # nats: a unit from which another step promises more is not at its mode
-_USABLE_LIMIT = 2.0  # nats, as of other Gaussian fits without proof
 
 
 @dataclass(frozen=True)
@@ -204,5 +204,5 @@ def with_units(
         f"{away.sum():.2g} nats"
     )
     if ended.ok:
-        ended = Status.UNPROVEN if away.sum() <= _USABLE_LIMIT else Status.BUDGET
+        ended = Status.UNPROVEN if away.sum() <= USABLE_LIMIT else Status.BUDGET
     return ended, f"{message}; {told}" if message else told

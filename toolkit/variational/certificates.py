@@ -36,6 +36,12 @@ from toolkit.variational.solvers.fixed_draws import EVALUATIONS, Climbed, FixedD
 from toolkit.variational.solvers.natural import Rule, Slope
 
 SETS = 4
+USABLE_LIMIT = 2.0
+"""Nats of a limit above which a fit without proof is no longer usable: a convention.
+
+Where the posterior is in the family so much room is a KL of 2 nats, from which on Pinsker's bound on probabilities says
+nothing.
+"""
 _LEVEL = 0.95
 _NEGATIVE = 1e-5  # the probability of an estimate so far below zero that it is none
 

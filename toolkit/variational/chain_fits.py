@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from toolkit.status import Status
-from toolkit.variational.certificates import SETS, Certificate, Scope, certificate_of
+from toolkit.variational.certificates import SETS, USABLE_LIMIT, Certificate, Scope, certificate_of
 from toolkit.variational.chain_density import (
     ChainDensity,
     ChainELBO,
@@ -57,7 +57,6 @@ _ROUNDS = 16  # that may gain little
 _RESIDUAL = 0.01  # of the tolerance, that a climb may leave
 _OPTIMISM = 0.4  # of the tolerance, that a certificate may be too high by
 _EXACT = 1e-6  # of the tolerance: a gain that is rounding, on a posterior that is a Gaussian along the chain
-_USABLE_LIMIT = 2.0  # nats, as of other Gaussian fits without proof
 _HOPE = 0.9  # of the limit before, at most, if the most draws are to be asked again
 
 
@@ -279,7 +278,7 @@ class _Search:
             draws = min(wanted, _MOST_DRAWS)
         if certificate is None:
             return found, _Proof(None, ended, f"no bound: {why}")
-        status = Status.UNPROVEN if certificate.limit <= _USABLE_LIMIT else ended
+        status = Status.UNPROVEN if certificate.limit <= USABLE_LIMIT else ended
         return found, _Proof(certificate, status, f"up to {certificate.limit:.2g} nats: {why}")
 
     def _at(self, found: _Found, frame: Frame, x: np.ndarray) -> _Found:

@@ -16,7 +16,7 @@ import numpy as np
 from toolkit.estimate import Estimate
 from toolkit.status import Status
 from toolkit.variational.autoguides import GaussianForm
-from toolkit.variational.certificates import SETS, Bounded, Certificate, Scope, bound_gap, estimate_gap
+from toolkit.variational.certificates import SETS, USABLE_LIMIT, Bounded, Certificate, Scope, bound_gap, estimate_gap
 from toolkit.variational.density import LogDensity
 from toolkit.variational.draws import Key, branch, power_of_two
 from toolkit.variational.gaussian_optima import (
@@ -47,9 +47,6 @@ _ROUNDS = 8
 _OPTIMISM = 0.4  # of the tolerance, that a certificate may be too high by: what draws are enough for
 _LEARNED = 60  # pairs of steps that a certificate's climbs are told of
 _EVALUATIONS_EXPECTED = 6  # of a certificate's climb
-# Nats of a certificate's limit above which a fit without proof is no longer usable: a convention. Where the posterior
-# is in the family so much room is a KL of 2 nats, from which on Pinsker's bound on probabilities says nothing.
-_USABLE_LIMIT = 2.0
 _GROWN = 2  # times the limit before: such a limit from the most draws says that they do not pin the family
 _MOST_TIMES = 16  # as many draws in a round as in the one before
 _TIGHT = 3  # times the draws must be affordable, or the round is taken to be the last
@@ -72,7 +69,7 @@ class Proof:
     @property
     def status(self) -> Status:
         """How the fit ended: a limit above the tolerance still leaves it usable, but not one that says nothing."""
-        usable = self.certificate and self.certificate.limit <= _USABLE_LIMIT
+        usable = self.certificate and self.certificate.limit <= USABLE_LIMIT
         return Status.UNPROVEN if usable and self.ended is not Status.ARRIVED else self.ended
 
     @property
