@@ -217,6 +217,7 @@ def _reference(rng: np.random.Generator, model: Model, values: np.ndarray) -> Si
         seed_text="seed 0",
         methods="R-hat and ESS after rank normalisation (Vehtari et al. 2021).",
         usable=True,
+        modes=False,
     )
 
 
@@ -268,6 +269,7 @@ def _fit(rng: np.random.Generator, model: Model, name: str) -> SimpleNamespace:
         invalid_steps=3 if name == "low_rank" else 0,
         cost=Cost(0.5 + 0.1 * seconds, seconds, 32_000, 8_400_000),
         usable=True,
+        modes=False,
     )
 
 

@@ -511,7 +511,8 @@ def test_the_next_command_has_the_next_seed(command: str, again: tuple[str, ...]
         ),
         ({"status": Status.DIVERGENCES, "charts": True}, "elbowroom study x", "elbowroom study x --chart other"),
         ({"status": Status.LOW_ENERGY, "charts": True}, "elbowroom study x", "elbowroom study x --chart other"),
-        ({"status": Status.LOW_ENERGY}, "elbowroom study x", "elbowroom study x --draws 8000 --warmup 2000"),
+        ({"status": Status.LOW_ENERGY}, "elbowroom study x", None),
+        ({"modes": True}, "elbowroom study x", None),
         (  # a trial run goes to what a study has by default
             {"least": 12.0, "draws": {"beta": np.zeros((4, 50))}},
             "elbowroom study x --draws 50 --warmup 50",

@@ -45,6 +45,8 @@ def advise(
     reference_problem: str,
     reference_chart: str,
     reference_seconds: float,
+    reference_modes: bool,
+    longer_helps: bool,
 ) -> tuple[str, ...]:
     """The next steps, the most important first.
 
@@ -58,11 +60,13 @@ def advise(
         reference_problem: Why the reference gives no verdict; empty if it does.
         reference_chart: The chart that NUTS ran in.
         reference_seconds: What NUTS cost; NaN if the reference is not NUTS's, or unknown.
+        reference_modes: Whether its chains are stuck or sit in different modes.
+        longer_helps: Whether longer chains may mend what it failed.
     """
     sentences = []
     if reference_problem:
         # JAX takes an array's last entry for what lies beyond it: no longer run and no chart mends that.
-        mend = index_past_its_array(model) or _repair_reference(model, reference_chart)
+        mend = index_past_its_array(model) or _repair_reference(model, reference_chart, reference_modes, longer_helps)
         sentences.append(f"No guide can be judged yet: {reference_problem}. {mend}")
     wrong = guides[guides["verdict"] == Verdict.WRONG.value]
     rows = {str(name): row for name, row in guides.iterrows()}
@@ -163,12 +167,32 @@ def _with_guide(guide: str) -> str:
     return f"`--guides {guide}`"
 
 
-def _repair_reference(model: Model, tried: str) -> str:
+def _repair_reference(model: Model, tried: str, modes: bool, longer_helps: bool) -> str:
     others = [chart for chart in model.charts if model.charts[chart] != model.charts[tried]]
-    chart = f", in another chart ({', '.join(others)})" if others else ", or write the model in other coordinates"
+    named = f" ({', '.join(others)})" if others else ""
+    chart = "another chart" if others else "other coordinates"
+    until = "; until then read where the guides agree and disagree."
+    if modes:
+        return (
+            "Longer chains mend that only if they cross from mode to mode; another seed tells whether one was merely "
+            f"stuck. Hold it against `mixture` ({_with_guide('mixture')}), which weighs the modes that its starts "
+            f"find{until}"
+        )
     flat = model.flat_priors
-    proper = f"Give {', '.join(flat)} a proper prior, since with a flat one the posterior may be improper; or r"
-    return f"{proper if flat else 'R'}un NUTS longer{chart}; until then read where the guides agree and disagree."
+    proper = (
+        f"Give {', '.join(flat)} a proper prior, since with a flat one the posterior may be improper; or "
+        if flat
+        else ""
+    )
+    if not longer_helps:
+        how = f"run NUTS in {chart}{named}" if others else f"write the model in {chart}, such as non-centred ones"
+        return _sentence(f"{proper}{how}: what a chain hardly enters, a longer one hardly enters either{until}")
+    how = f"in {chart}{named}" if others else f"or write the model in {chart}"
+    return _sentence(f"{proper}run NUTS longer, {how}{until}")
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _means_right(guide: str, table: pd.DataFrame) -> bool:

@@ -210,7 +210,19 @@ def compare(
         agreement=agreement(alone, thresholds),
         reference_ok=not problem,
         sample={name: thinned(source) for name, source in sources.items()},
-        advice=advise(model, guides, table, whole, repairs, predicted.scores, problem, chart, seconds)
+        advice=advise(
+            model,
+            guides,
+            table,
+            whole,
+            repairs,
+            predicted.scores,
+            problem,
+            chart,
+            seconds,
+            reference_modes=reference is not None and reference.modes,
+            longer_helps=reference is None or reference.status not in (Status.LOW_ENERGY, Status.DIVERGENCES),
+        )
         if len(guides)
         else (),
         gaps=split,

@@ -128,13 +128,14 @@ def next_commands(study: Any) -> tuple[str, ...]:
     """What to run next: the study's command with the next seed; where its reference failed, with what may mend that.
 
     None for a program's own command, whose arguments are not known, and where no option of a study would help: a
-    reference from a file, no valid start, an error.
+    reference from a file, no valid start, an error, chains that are stuck or sit in different modes, a slow energy
+    where there is no other chart.
     """
     command, reference = study.command, study.reference
     changes: dict[str, str] = {}
     if study.comparison.reference_ok:
         changes = {"seed": f"{study.seed + 1}"}
-    elif reference.usable and reference.origin.startswith("NUTS"):
+    elif reference.usable and reference.origin.startswith("NUTS") and not reference.modes:
         changes = _mended(reference, command)
     for option, value in changes.items():
         command = _changed(command, option, value)
@@ -152,6 +153,8 @@ def _mended(reference: Any, command: str) -> dict[str, str]:
         if reference.status is Status.DIVERGENCES:
             # A fifth of the rejections: smaller steps follow a narrow part of the posterior further.
             return {"target_accept": f"{1 - (1 - float(_given(command, 'target_accept'))) / 5:.3g}"}
+        if reference.status is Status.LOW_ENERGY:
+            return {}
     chains, kept = next(iter(reference.draws.values())).shape[:2]
     least = reference.diagnostics[["ess_bulk", "ess_tail"]].min(axis=None)
     wanted = ESS_LIMIT / least if least > 0 else math.inf
