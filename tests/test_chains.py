@@ -300,6 +300,36 @@ def test_every_axis_is_tried_and_plates_are_told_apart() -> None:
         find_chain(a_model(equally_long), along="time")
 
 
+def test_a_walk_and_what_a_plate_holds_for_each_of_its_steps_are_one_chain() -> None:
+    def robust(y: Any) -> None:
+        x = numpyro.sample("x", dist.GaussianRandomWalk(1.0, len(y)))
+        with numpyro.plate("time", len(y)):
+            scale = numpyro.sample("scale", dist.Gamma(2.0, 2.0))
+            numpyro.sample("y", dist.Normal(x, scale**-0.5), obs=y)
+
+    found = find_chain(a_model(robust))
+    assert found.words == "a chain of 23 blocks of 2 along the first axis (x, scale), each coupled to the next"
+
+
+def test_a_chain_that_is_no_cheaper_than_full_rank_is_told_as_such() -> None:
+    def anchored(y: Any) -> None:
+        offsets = numpyro.sample("offsets", dist.Normal(jnp.zeros(40), 1.0).to_event(1))
+        x = numpyro.sample("x", dist.GaussianRandomWalk(1.0, len(y)))
+        numpyro.sample("y", dist.Normal(x + offsets.sum() ** 2, 1.0).to_event(1), obs=y)
+
+    found = find_chain(a_model(anchored))
+    assert (found.sites, len(found.shared), found.saves) == (("x",), 40, False)
+    assert "40 shared coordinates coupled to all, more than lie along it, so that little is saved" in found.words
+
+    def crossed(y: Any) -> None:
+        numpyro.sample("x", dist.Normal(jnp.zeros((150, 400)), 1.0).to_event(2))
+        numpyro.sample("y", dist.Normal(jnp.zeros(len(y)), 1.0).to_event(1), obs=y)
+
+    assert find_chain(a_model(crossed), along="x").note.startswith(
+        "along any axis three blocks and the shared coordinates are more than 300"
+    )
+
+
 def test_a_dependence_that_the_hessian_does_not_see_is_found() -> None:
     def all_pairs(y: Any) -> None:
         x = numpyro.sample("x", dist.GaussianRandomWalk(1.0, len(y)))

@@ -142,6 +142,10 @@ class _Search:
             proof = _Proof(proof.certificate, Status.BUDGET, told)
         return self._ended(chain_params(guide, found.at.loc, found.at.factor), proof, found.course)
 
+    @property
+    def _cost(self) -> str:
+        return " whose cost is linear in the chain's length" if self.chain.saves else ""
+
     def _ended(self, params: dict[str, np.ndarray], proof: _Proof, course: Course) -> Solved:
         elbo, se = np.array(course).reshape(-1, 2).T
         return Solved(
@@ -149,7 +153,7 @@ class _Search:
             proof.status,
             proof.message,
             solver="natural_gradient",
-            why=f"natural gradients and climbs whose cost is linear in the chain's length; {self.chain.words}",
+            why=f"natural gradients and climbs{self._cost}; {self.chain.words}",
             trace=Trace(np.arange(1, len(elbo) + 1), elbo, se) if course else None,
             certificate=proof.certificate,
             gradients=self.density.gradients,

@@ -64,7 +64,11 @@ def chain_of_program(
 ) -> Chain:
     """The chain of a NumPyro program, see `find_chain`."""
     axes = _axes(program, args, kwargs, space, along)
-    note = f"no latent site has an axis of {_LEAST_STEPS} steps or more"
+    note = (
+        f"along any axis three blocks and the shared coordinates are more than {_MOST_PRODUCTS} coordinates"
+        if axes
+        else f"no latent site has an axis of {_LEAST_STEPS} steps or more"
+    )
     products: Products | None = None
     for chain in _candidates(space, axes):
         note = "along no axis does a step depend on its neighbours and the shared coordinates alone"
@@ -137,10 +141,11 @@ def _axes(
 ) -> list[tuple[str, dict[str, int]]]:
     """What a chain may lie along, the longest first: in words, and the axis of each site that goes with it.
 
-    Axes of one plate go together, and so do those of one length that no plate names; then each axis is tried alone.
+    All axes of one length go together; then those of one plate, and those of one length that no plate names; then each
+    axis is tried alone.
     """
     sites = trace_sites(functools.partial(program, *args), kwargs)
-    together = dict[tuple[str, int], dict[str, int]]()
+    together, as_long = dict[tuple[str, int], dict[str, int]](), dict[int, dict[str, int]]()
     alone = list[tuple[int, str, int]]()
     for name, shape in zip(space.names, space.shapes, strict=True):
         batch = len(sites[name].shape) - sites[name].event_dims
@@ -148,6 +153,7 @@ def _axes(
         for axis, size in enumerate(shape):
             if size >= _LEAST_STEPS:
                 together.setdefault((plates.get(axis, ""), size), {}).setdefault(name, axis)
+                as_long.setdefault(size, {}).setdefault(name, axis)
                 alone.append((size, name, axis))
     if along is not None:
         known = dict.fromkeys([*(plate for plate, _ in together if plate), *space.names])
@@ -156,6 +162,8 @@ def _axes(
     found = [
         (size, f"'{plate}'" if plate else _ordinal(members), members) for (plate, size), members in together.items()
     ]
+    # Such as a random walk, and noise of each of its steps in a plate.
+    found += [(size, _ordinal(every), every) for size, every in as_long.items() if every not in together.values()]
     found += [(size, _ordinal({name: axis}), {name: axis}) for size, name, axis in alone]
     found.sort(key=lambda one: -one[0] * len(one[2]))
     if along in space.names:

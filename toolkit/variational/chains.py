@@ -129,7 +129,13 @@ class Chain:
         text = (
             f"a chain of {self.blocks:,} blocks of {self.block:,} along {self.along} ({', '.join(self.sites)}), {reach}"
         )
-        return text + (f"; {shared} coupled to all" if self.shared else "")
+        text += f"; {shared} coupled to all" if self.shared else ""
+        return text + ("" if self.saves else ", more than lie along it, so that little is saved over full_rank")
+
+    @property
+    def saves(self) -> bool:
+        """Whether fewer coordinates are shared than lie along the chain."""
+        return len(self.shared) < self.size - len(self.shared)
 
 
 class Pattern(NamedTuple):
