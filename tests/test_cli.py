@@ -106,6 +106,14 @@ def test_show_gives_question_data_options_and_sites():
         assert text in result.output
 
 
+@pytest.mark.parametrize("module", ["toolkit", "toolkit.cli"])
+def test_the_command_is_there_as_a_module(module):
+    done = subprocess.run(
+        [sys.executable, "-m", module, "list"], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert "collinear_logistic" in done.stdout
+
+
 def test_study_s_help_tells_the_exit_codes():
     text = " ".join(run("study", "--help").output.split())
     for part in ("0, a report was written", "1, a report was written, but", "2, a mistake", "130, stopped"):

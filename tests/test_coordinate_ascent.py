@@ -129,6 +129,8 @@ def test_an_elbo_that_is_no_number_is_a_status() -> None:
 
 ERRORS = {
     "no factor": ({}, "Expected at least one factor"),
+    "not there": ({"a": lambda state: {"loc": state["sd"]}}, "factor 'a' reads; it has loc, and not 'sd'"),
+    "no parameters": ({"a": lambda state: state["loc"]}, "factor 'a' to give parameters by name; got (ndarray|float)"),
     "parameter": ({"a": lambda state: {"scale": state["loc"]}}, "factor 'a' to give parameters .* it gives scale"),
 }  # fmt: skip
 
@@ -248,6 +250,18 @@ def test_the_updates_hold_for_one_model(model: Model) -> None:
     other = Model(seen, Dataset("x", {"x": np.array(Y)}), name="other")
     with pytest.raises(ValueError, match="takes the arrays of model 'other', which are x; got one that takes y"):
         fit(other, Guide("cavi", program, solve=solver()), key=jax.random.key(0))
+
+
+def test_the_program_has_the_start_s_parameters(model: Model) -> None:
+    other = replace(solver(), start={"loc": np.zeros(2), "scale": np.ones(2)})
+    with pytest.raises(ValueError, match="parameters of the guide's program, loc; got loc, scale"):
+        fit(model, Guide("cavi", program, solve=other), key=jax.random.key(0))
+
+
+def test_an_update_that_gives_no_number_is_named(model: Model) -> None:
+    wrong = replace(solver(), updates={**solver().updates, "1": lambda s: {"loc": s["loc"] * np.nan}})
+    fitted = fit(model, Guide("cavi", program, solve=wrong), key=jax.random.key(0))
+    assert (fitted.status, fitted.message) == (Status.DIVERGED, "in sweep 1, by the update of factor '1'")
 
 
 def test_the_updates_hold_for_one_chart(model: Model) -> None:

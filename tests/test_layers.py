@@ -22,6 +22,7 @@ LAYERS: tuple[set[str], ...] = (
     {"studies", "targets"},
     {"leaderboards"},
     {"cli"},
+    {"__main__"},
 )
 PLOTTING = {"matplotlib", "arviz_plots", "seaborn", "plotly", "bokeh"}
 INFERENCE = {"fit", "reference", "compare", "NUTS", "HMC", "MCMC", "SVI", "Predictive"}

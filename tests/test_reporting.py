@@ -30,7 +30,7 @@ from toolkit.estimate import Estimate
 from toolkit.reporting import first_screen
 from toolkit.reporting.arrival import gap_cell, optima_cell, optima_sentences, solver_sentences
 from toolkit.reporting.differences import differences, worst_first
-from toolkit.reporting.figures.canvas import blank, drawn, file_png, file_svg, ratio_axis, segments, styled
+from toolkit.reporting.figures.canvas import blank, drawn, file_png, file_svg, ratio_axis, segments, styled, titled
 from toolkit.reporting.figures.graph import Node, layered
 from toolkit.reporting.figures.pairs import binned_density, correlation_matrices, mass_levels, worst_pairs
 from toolkit.reporting.figures.traces import elbo_traces
@@ -730,3 +730,23 @@ def test_ratios_have_a_place_on_their_axis_and_ticks_around_it(least: float, mos
 def test_nothing_is_minus_zero() -> None:
     assert nats(-1e-13) == "0.000"
     assert str(Estimate(-1e-5, 1e-3)) == "0.0000 ± 0.0010"
+
+
+def test_what_to_type_is_set_as_code() -> None:
+    study = studies.make_study(3, focus=False)
+    study.comparison.advice = ("Next: a mixture (`--guides mixture`) of *two*.",)
+    made = render(study)
+    assert "Next: a mixture (<code>--guides mixture</code>) of *two*." in made.html
+    assert r"Next: a mixture (`--guides mixture`) of \*two\*." in made.markdown
+
+
+@pytest.mark.parametrize(
+    ("name", "most", "lines"),
+    [
+        ("mean_field", 18, ["mean_field"]),
+        ("amortised@noncentred", 13, ["amortised", "@noncentred"]),
+        ("my_very_long_guide", 9, ["my_very_", "long_", "guide"]),
+    ],
+)
+def test_long_names_above_panels_are_broken_where_they_can_be(name: str, most: int, lines: list[str]) -> None:
+    assert titled(name, most).split("\n") == lines

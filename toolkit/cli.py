@@ -481,3 +481,7 @@ def _last() -> Path:
     if not note.is_file():
         raise ValueError("Expected a report to have been written; none is known: run 'elbowroom study' first.")
     return Path(note.read_text())
+
+
+if __name__ == "__main__":
+    main()

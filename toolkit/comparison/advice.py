@@ -118,8 +118,14 @@ def _report(cheapest: pd.Series, reference_seconds: float) -> str:
     count, right = cheapest["quantities"], cheapest["right"]
     found = "its only quantity is right" if count == 1 else f"all {count} of its quantities are right"
     if right < count:
-        asked = f"Report what you asked for from {cheapest.name}"
-        return f"{asked}: it is right in that, and in {right} of {count} quantities in all.{saved}"
+        counts = {"right": right, "wrong": cheapest["wrong"], "undecided": cheapest["cannot_tell"]}
+        told = ", ".join(
+            f"{number} {'is' if number == 1 else 'are'} {word}" for word, number in counts.items() if number
+        )
+        return (
+            f"Report what you asked for from {cheapest.name}: it is right in that. Of {count} "
+            f"{'quantity' if count == 1 else 'quantities'} in all, {told}.{saved}"
+        )
     return f"Report {cheapest.name}'s intervals: {found}.{saved}"
 
 

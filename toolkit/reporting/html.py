@@ -30,6 +30,7 @@ def environment() -> Environment:
         keep_trailing_newline=True,
     )
     made.filters["breakable"] = _breakable
+    made.filters["coded"] = _coded
     made.tests["table"] = lambda block: isinstance(block, Table)
     made.tests["picture"] = lambda block: isinstance(block, Picture)
     made.tests["text"] = lambda block: isinstance(block, Text)
@@ -53,8 +54,13 @@ def to_html(contents: Contents, drawings: Mapping[str, str]) -> str:
 
 
 def _breakable(text: str) -> Markup:
-    """Escaped text that may break inside a class name and before a bracket."""
-    return Markup(re.sub(r"(?<=[a-z])(?=[A-Z\[])", "<wbr>", str(escape(text))))
+    """Escaped text that may break inside a class name, before a bracket and at the chart of a guide's name."""
+    return Markup(re.sub(r"(?<=[a-z])(?=[A-Z\[])|(?=@)|(?<=_)", "<wbr>", str(escape(text))))
+
+
+def _coded(text: str) -> Markup:
+    """Escaped text, in which what stands between two backticks is set as code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def style() -> str:

@@ -14,6 +14,7 @@ def to_markdown(contents: Contents) -> str:
     """The same contents as the HTML, with figures as links to the files beside it."""
     made = environment().overlay()
     made.filters["md"] = escaped
+    made.filters["coded_md"] = _coded
     made.globals["table"] = table_text
     text = made.get_template("report.md.j2").render(report=contents)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
@@ -22,6 +23,12 @@ def to_markdown(contents: Contents) -> str:
 def escaped(text: str) -> str:
     """Text in which nothing is read as Markdown or HTML."""
     return _SPECIAL.sub(r"\\\1", text.replace("&", "&amp;").replace("\n", " "))
+
+
+def _coded(text: str) -> str:
+    """The same, but for what stands between two backticks, which stays code."""
+    parts = re.split(r"(`[^`]+`)", text)
+    return "".join(part if number % 2 else escaped(part) for number, part in enumerate(parts))
 
 
 def table_text(table: Table) -> str:

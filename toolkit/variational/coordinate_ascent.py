@@ -25,7 +25,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import jax
 import numpy as np
+from numpyro import handlers
 
 from toolkit.estimate import Estimate
 from toolkit.status import Status
@@ -113,7 +115,7 @@ def ascend(
                 passed.append(float(elbo(state)))
         risen = passed[-1] if looked else float(elbo(state))
         if not math.isfinite(risen):
-            state, status, message = before, Status.DIVERGED, f"in sweep {sweep:,}"
+            state, status, message = before, Status.DIVERGED, _broken(updates, before, sweep)
             break
         falls = [earlier - later for earlier, later in pairwise(passed if looked else [current, risen])]
         if any(fall > _rounding(current) for fall in falls):
@@ -196,7 +198,7 @@ class CoordinateAscent:
             raise ValueError(
                 f"Expected chart '{self.chart}', for which the closed-form updates hold; got '{problem.chart}'."
             )
-        _check_arrays(problem)
+        _check_program(problem, self.start)
 
         def report(sweep: int, elbo: float) -> None:
             problem.progress("coordinate ascent", sweep, sweep + 1, f"ELBO {elbo:.2f}")
@@ -234,8 +236,8 @@ class CoordinateAscent:
         )
 
 
-def _check_arrays(problem: Problem) -> None:
-    """The guide's program takes what the model takes; else it is the guide of another model."""
+def _check_program(problem: Problem, start: State) -> None:
+    """The guide's program takes what the model takes, and has the start's parameters; else it is another's."""
     taken = inspect.signature(problem.program)
     try:
         taken.bind(**problem.model.arrays)
@@ -245,6 +247,14 @@ def _check_arrays(problem: Problem) -> None:
             f"{', '.join(problem.model.arrays) or 'none'}; got one that takes {', '.join(taken.parameters) or 'none'}: "
             "closed-form updates are those of one model."
         ) from error
+    with jax.enable_x64(True):
+        trace = handlers.trace(handlers.seed(problem.program, 0)).get_trace(**problem.model.arrays)
+    named = [name for name, site in trace.items() if site["type"] == "param"]
+    if set(named) != set(start):
+        raise ValueError(
+            f"Expected a start with the parameters of the guide's program, {', '.join(named) or 'none'}; got "
+            f"{', '.join(start) or 'none'}."
+        )
 
 
 def _check_optimum(problem: Problem, ended: Ascent, elbo: Callable[[State], float]) -> None:
@@ -260,7 +270,17 @@ def _check_optimum(problem: Problem, ended: Ascent, elbo: Callable[[State], floa
 
 
 def _updated(state: State, name: str, update: Update) -> State:
-    changed = update(state)
+    try:
+        changed = update(state)
+    except KeyError as error:
+        raise ValueError(
+            f"Expected a start with every parameter that the update of factor '{name}' reads; it has "
+            f"{', '.join(state)}, and not {error}."
+        ) from error
+    if not isinstance(changed, Mapping):
+        raise ValueError(  # noqa: TRY004 - misuse is a ValueError everywhere
+            f"Expected the update of factor '{name}' to give parameters by name; got {type(changed).__name__}."
+        )
     if unknown := set(changed) - set(state):
         raise ValueError(
             f"Expected the update of factor '{name}' to give parameters that the start has, of "
@@ -299,6 +319,15 @@ def _fall(
         f"Expected no update to lower the ELBO; that of factor '{worst}' lowered it by {falls[worst]:.3g} nats in "
         f"sweep {sweep:,}: check its formula, and the ELBO's."
     )
+
+
+def _broken(updates: Mapping[str, Update], state: State, sweep: int) -> str:
+    """Where the ELBO stopped being a number, with the factor whose update gave none, if it was an update."""
+    for name, update in updates.items():
+        state = _updated(state, name, update)
+        if not all(np.isfinite(value).all() for value in state.values()):
+            return f"in sweep {sweep:,}, by the update of factor '{name}'"
+    return f"in sweep {sweep:,}"
 
 
 def _trace(elbos: Sequence[float]) -> Trace:

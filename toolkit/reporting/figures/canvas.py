@@ -130,6 +130,16 @@ def plain(text: str, most: int = 34) -> str:
     return text.replace("$", r"\$")
 
 
+def titled(text: str, most: int) -> str:
+    """A guide's name above a panel, in lines of at most so many characters where it can be broken: at a _ or an @."""
+    lines = [""]
+    for piece in re.split(r"(?<=_)|(?=@)", text):
+        if lines[-1] and len(lines[-1] + piece) > most:
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(plain(line) for line in lines)
+
+
 def segments(axes: Axes, starts: Sequence[Any], ends: Sequence[Any], **options: Any) -> None:
     """Straight lines from starts to ends, each the (x, y) of all lines, on axes whose scales and limits are set.
 

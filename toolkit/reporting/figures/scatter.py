@@ -15,7 +15,7 @@ from matplotlib.transforms import Transform
 
 from toolkit.comparison.verdicts import Thresholds
 from toolkit.reporting.contents import Picture
-from toolkit.reporting.figures.canvas import MANY_MARKS, blank, plain, ratio_axis, segments, shift_axis, styled
+from toolkit.reporting.figures.canvas import MANY_MARKS, blank, plain, ratio_axis, segments, shift_axis, styled, titled
 from toolkit.reporting.palette import LINE, RIGHT, Look
 
 _LABELLED = 3
@@ -46,7 +46,7 @@ def overview(
             axes[0, 0].xaxis.set_major_locator(MaxNLocator(most, steps=[1, 2, 4, 5, 10], min_n_ticks=3))
         for panel, name in zip(axes.flat, looks, strict=False):
             _panel(panel, frame.xs(name), looks[name], thresholds)
-            panel.set_title(plain(name), color=looks[name].text.light)
+            panel.set_title(titled(name, {1: 34, 2: 24, 3: 18}.get(columns, 13)), color=looks[name].text.light)
         for panel in axes.flat[len(looks) :]:
             panel.set_visible(False)
         figure.supylabel(f"sd ratio to {against} (log)", fontsize=9)
@@ -71,7 +71,7 @@ def shift_and_ratio(frame: pd.DataFrame, looks: Mapping[str, Look], thresholds: 
         for panel, name in zip(axes.flat, looks, strict=False):
             own = frame.xs(name)
             _panel(panel, own, looks[name], thresholds, bars=True)
-            panel.set_title(plain(name), color=looks[name].text.light, pad=44)
+            panel.set_title(titled(name, 34), color=looks[name].text.light, pad=44)
             _number_worst(panel, own, looks[name])
             panel.tick_params(labelbottom=True, labelleft=True)
         for panel in axes.flat[len(looks) :]:
