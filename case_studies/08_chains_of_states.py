@@ -66,7 +66,7 @@ precision = steps.T @ (news[:, None] * steps) + np.eye(len(y)) / curated.OBSERVA
 theory = 0.5 * (np.log(np.diag(precision)).sum() - np.linalg.slogdet(precision)[1])
 lacks = {fitted.guide.name: log_evidence - fitted.elbo.value for fitted in known.fits}
 for name, nats in lacks.items():
-    print(f"{name}: {nats:.4f} nats below the evidence")
+    print(f"{name}: {nats:z.4f} nats below the evidence")
 print(f"theory for the mean field: {theory:.4f}")
 
 # %% [markdown]
