@@ -165,7 +165,8 @@ def _try(model: Model, guides: pd.DataFrame, corrections: pd.DataFrame) -> str:
         steps.append(f"{row['title']}, which is right in {found} of {row['quantities']} quantities ({name} below)")
     if not steps:
         return "Next, write the model in other coordinates (non-centred, rotated, log scale): no richer family is left."
-    return f"Next, in this order: {'; '.join(steps)}. NUTS stays the answer until one of them is right."
+    charts = "" if len(model.charts) > 1 else " Other coordinates, such as non-centred ones, may do as much."
+    return f"Next, in this order: {'; '.join(steps)}. NUTS stays the answer until one of them is right.{charts}"
 
 
 def _with_guide(guide: str) -> str:
