@@ -383,7 +383,7 @@ def test_units_that_are_not_at_their_modes_are_told(monkeypatch: pytest.MonkeyPa
     known = fit_of("amortised")
     monkeypatch.setattr("toolkit.variational.unit_summaries._STEPS", 0)
     for made in (fit(counted(6), "amortised", key=KEY, starts=1), fit(known.model, carried(known), key=KEY)):
-        assert made.status is Status.BUDGET
+        assert made.status is Status.AWAY
         assert re.search("of (6|12) units were not found at their modes, from which another step prom", made.message)
     little = known.params | {"auto_units_left_0": np.full(12, 0.1)}
     assert with_units(known.autoguide, little, Status.ARRIVED, "") == (

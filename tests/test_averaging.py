@@ -19,6 +19,7 @@ TARGETS = models.load("gaussian_target")
 
 
 @pytest.mark.parametrize("correlation", [0.0, 0.8])
+@pytest.mark.slow
 def test_at_a_mean_fields_optimum_it_is_known(correlation: float) -> None:
     """Along the path, locations and scales have tr(H^-1 C) = d each, and half the squared partial correlations."""
     model = TARGETS.model(dimensions=3, correlation=correlation)

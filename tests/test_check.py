@@ -187,7 +187,11 @@ def test_labels_that_may_switch_are_found_to() -> None:
             "Expected the same density in every order of the 3 labels of centre, weight; another order changes it by ",
             marks=pytest.mark.slow,
         ),
-        ({"axes": {"centre": -1}}, "declare every latent that carries the label with its right axis"),
+        pytest.param(
+            {"axes": {"centre": -1}},
+            "declare every latent that carries the label with its right axis",
+            marks=pytest.mark.slow,
+        ),
         ({"axes": BOTH, "count": 2}, "Expected 2 labels on axis -1 of site 'centre'; got shape (3,)."),
         ({"axes": {**BOTH, "center": -1}}, "Expected labels on sites of the model; it has no site center."),
     ],

@@ -425,7 +425,9 @@ def test_a_density_of_zero_everywhere_leaves_a_report_and_exit_code_1(tmp_path):
         pytest.param(
             "factor_only", "Predictive draws are left out: the likelihood is a factor", marks=pytest.mark.slow
         ),
-        ("flat", "Prior and prior predictive draws are left out: the prior of mu is flat"),
+        pytest.param(
+            "flat", "Prior and prior predictive draws are left out: the prior of mu is flat", marks=pytest.mark.slow
+        ),
         pytest.param("mixture", "Discrete sites summed out by enumeration: high.", marks=pytest.mark.slow),
     ],
 )

@@ -236,11 +236,21 @@ def test_what_moving_gains_keeps_to_supports() -> None:
         return float(heights)
 
     best = {"scale": np.array(2.0), "weights": np.array([0.2, 0.8])}
-    assert what_moving_gains(guide, {}, best, elbo) == pytest.approx({"scale": 0.0, "weights": 0.0}, abs=1e-12)
-    short = what_moving_gains(guide, {}, {"scale": np.array(1.0), "weights": np.array([0.5, 0.5])}, elbo)
+    assert what_moving_gains(guide, {}, best, elbo, best) == pytest.approx({"scale": 0.0, "weights": 0.0}, abs=1e-12)
+    begin = {"scale": np.array(1.0), "weights": np.array([0.5, 0.5])}
+    assert list(what_moving_gains(guide, {}, begin, elbo, ["scale"])) == ["scale"]
+    short = what_moving_gains(guide, {}, begin, elbo, begin)
     away = elbo(best) - elbo({**best, "weights": np.array([0.5, 0.5])})
     assert 0.5 * (elbo(best) - elbo({**best, "scale": np.array(1.0)})) < short["scale"] < 0.2
     assert 0.5 * away < short["weights"] <= away
+
+
+def test_an_elbo_that_fails_where_a_parameter_may_be_asks_for_its_constraint() -> None:
+    def guide() -> None:
+        numpyro.param("sd", 1e-4)
+
+    with pytest.raises(ValueError, match=r"give 'sd' its constraint in the program"):
+        what_moving_gains(guide, {}, {"sd": np.array(1e-4)}, lambda state: math.log(state["sd"]), ["sd"])
 
 
 def test_the_updates_hold_for_one_model(model: Model) -> None:

@@ -129,6 +129,7 @@ def test_equal_weights_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("resampled", [False, True])
+@pytest.mark.slow
 def test_weights_bring_too_narrow_a_guide_to_the_posterior(resampled: bool) -> None:
     """Where some weights are large, draws repeat: taken only once each, they would stay near the guide."""
     model = TARGETS.model(dimensions=1, correlation=0.0)

@@ -97,6 +97,7 @@ def compilations() -> Iterator[list[str]]:
         jax.monitoring.unregister_event_duration_listener(note)
 
 
+@pytest.mark.slow
 def test_few_and_many_points_are_jaxs_own_value_and_gradient() -> None:
     model = rows_of(1)
     density = LogDensity(model)

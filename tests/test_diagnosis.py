@@ -171,6 +171,7 @@ def test_too_little_is_misuse(options: dict[str, int]) -> None:
 # -- calibration over simulated data ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_vsbc_is_numpyro_s_with_holm_s_correction() -> None:
     fitted = fit(line(), "mean_field", key=KEY)
     found = vsbc(fitted, 20, key=KEY)

@@ -73,6 +73,7 @@ def ranks_promoted():
 
 
 @pytest.mark.usefixtures("ranks_promoted")
+@pytest.mark.slow
 def test_nested_plates_and_another_chart_keep_the_density() -> None:
     y = np.random.default_rng(1).normal(size=(4, 3))
     model = Model(nested, Dataset("d", {"y": y}), charts={"noncentred": {"e": LocScaleReparam(0)}})

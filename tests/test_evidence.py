@@ -231,6 +231,7 @@ def test_it_is_that_of_one_labelling() -> None:
     assert close(found.estimate, two_means_evidence(y) - np.log(2))
 
 
+@pytest.mark.slow
 def test_a_proposal_s_draws_of_another_labelling_do_not_count() -> None:
     """Without that, their density would be counted where the reference has no draws."""
     y = two_clusters(0.6)  # one hill over both labellings

@@ -115,6 +115,7 @@ def test_bent_by_any_weights_its_density_is_that_of_its_draws(name: str) -> None
     np.testing.assert_allclose(found, by_change, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_inverse_settles_in_single_precision_and_row_by_row() -> None:
     def target() -> None:
         numpyro.sample("z", dist.Normal(jnp.zeros(2), 1.0).to_event(1))

@@ -17,6 +17,7 @@ class Status(Enum):
     BUDGET = "the optimiser used up its budget before the ELBO was known to have stopped rising"
     UNPROVEN = "the limit on how far the family's best may lie above is higher than the tolerance"
     TOO_FEW_DRAWS = "draws are too few for the family's parameters: they can be fitted to any draws that are affordable"
+    AWAY = "some units were not found at their modes, so that the family is not the one that was meant"
     NOISY = "the ELBO is too noisy to tell whether it still rises"
     BELOW_SMALLER_FAMILY = "a smaller family that this one contains has a higher ELBO: the optimiser is at fault"
     NO_VALID_START = "no start was found at which the model's density is finite"
@@ -54,7 +55,7 @@ _OK = frozenset({Status.ARRIVED, Status.UNPROVEN, Status.EXACT, Status.PASSED, S
 _UNCLIMBED = {
     Status.ARRIVED: "the algorithm settled: going on no longer changes the approximation",
     Status.BUDGET: "the budget was used up before the algorithm had settled",
-    Status.UNPROVEN: "the algorithm settled for some of the observations only",
+    Status.UNPROVEN: "the algorithm settled in part: what is left open is said beside it",
     Status.DIVERGED: "the algorithm did not settle",
 }
 _NO_OPTIMUM = frozenset(

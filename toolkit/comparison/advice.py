@@ -28,9 +28,10 @@ _EXPRESS = {
     "iaf": "a flow, which bends",
 }
 _RICHEST = "full_rank"
+_OWN_ALGORITHM = ("chain", "mixture")  # which looks at no chart with parameters, and is no case for another solver
 _STRUCTURED: dict[str, Callable[[Model], bool]] = {
     "blocks": lambda model: bool(plate_blocks(model).runs),
-    "chain": lambda model: bool(find_chain(model).blocks),
+    "chain": lambda model: (chain := find_chain(model)).blocks > 0 and chain.saves,
 }
 """Whether a model has the structure that a guide is for."""
 
@@ -87,7 +88,8 @@ def _fit_better(guides: pd.DataFrame) -> list[str]:
     """What to do for fits that used up their budget, or of which it is not known how far from the best they are."""
     status, wrong = guides["status"], guides["verdict"] == Verdict.WRONG.value
     late = _names(guides[status == "BUDGET"])
-    few = _names(guides[status == "TOO_FEW_DRAWS"])
+    own = guides.index.str.partition("@").get_level_values(0).str.replace(r"_\d+$", "", regex=True).isin(_OWN_ALGORITHM)
+    few = _names(guides[(status == "TOO_FEW_DRAWS") & ~own])
     unproven = _names(guides[(status == "UNPROVEN") & wrong])
     sentences = []
     if late:
@@ -153,9 +155,7 @@ def _try(model: Model, guides: pd.DataFrame, corrections: pd.DataFrame) -> str:
         if chart != model.chart and f"{_RICHEST}@{chart}" not in names
     ][:1]
     richer = (
-        name
-        for name in _LADDER[highest + 1 :]
-        if name not in tried and name in _EXPRESS and (name not in _STRUCTURED or _STRUCTURED[name](model))
+        name for name in _LADDER[highest + 1 :] if name not in tried and name in _EXPRESS and _applies(name, model)
     )
     steps += [f"{_EXPRESS[name]} ({_with_guide(name)})" for name in itertools.islice(richer, 2)]
     mended = [(str(name), row) for name, row in corrections.iterrows() if row["verdict"] and not row["wrong"]]
@@ -167,6 +167,13 @@ def _try(model: Model, guides: pd.DataFrame, corrections: pd.DataFrame) -> str:
         return "Next, write the model in other coordinates (non-centred, rotated, log scale): no richer family is left."
     charts = "" if len(model.charts) > 1 else " Other coordinates, such as non-centred ones, may do as much."
     return f"Next, in this order: {'; '.join(steps)}. NUTS stays the answer until one of them is right.{charts}"
+
+
+def _applies(name: str, model: Model) -> bool:
+    """Whether a guide of that name can be fitted to the model, and has what it is for."""
+    if name in _OWN_ALGORITHM and model.parameters(model.chart):
+        return False
+    return name not in _STRUCTURED or _STRUCTURED[name](model)
 
 
 def _with_guide(guide: str) -> str:
@@ -181,9 +188,9 @@ def _repair_reference(model: Model, tried: str, modes: bool, longer_helps: bool)
     until = "; until then read where the guides agree and disagree."
     if modes:
         return (
-            "Longer chains mend that only if they cross from mode to mode; another seed tells whether one was merely "
-            f"stuck. Hold it against `mixture` ({_with_guide('mixture')}), which weighs the modes that its starts "
-            f"find{until}"
+            "Longer chains mend that only where they cross: its reasons say whether one is stuck, labels have switched "
+            f"or there are several modes, and what to do; `mixture` ({_with_guide('mixture')}) weighs the modes that "
+            f"starts lead to{until}"
         )
     flat = model.flat_priors
     proper = (

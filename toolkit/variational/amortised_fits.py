@@ -199,10 +199,9 @@ def with_units(
     away = left[~(left <= _AWAY)]
     if not (len(away) and ended.has_optimum):
         return ended, message
-    told = (
-        f"{len(away):,} of {len(left):,} units were not found at their modes, from which another step promised "
-        f"{away.sum():.2g} nats"
-    )
+    promised = f"{away.sum():.2g} nats" if np.isfinite(away.sum()) else "no finite density"
+    lost = f"{len(away):,} of {len(left):,} units were not found at their modes"
+    told = f"{lost}, from which another step promised {promised}"
     if ended.ok:
-        ended = Status.UNPROVEN if away.sum() <= USABLE_LIMIT else Status.BUDGET
+        ended = Status.UNPROVEN if away.sum() <= USABLE_LIMIT else Status.AWAY
     return ended, f"{message}; {told}" if message else told

@@ -240,7 +240,7 @@ class _Search:
         """
         draws, near = _FIRST_DRAWS, 0
         certificate: Certificate | None = None
-        ended, why = Status.TOO_FEW_DRAWS, f"{_ROUNDS} rounds of climbs did not bring it lower"
+        ended, why = Status.TOO_FEW_DRAWS, f"{_ROUNDS} rounds of climbs gained at most {_WORTH:g} nat each"
         number = idle = 0
         while idle < _ROUNDS:
             number, idle = number + 10, idle + 1

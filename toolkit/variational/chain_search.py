@@ -71,11 +71,11 @@ def chain_of_program(
     )
     products: Products | None = None
     for chain in _candidates(space, axes):
-        note = "along no axis does a step depend on its neighbours and the shared coordinates alone"
+        note = "along no axis that was tried does a step depend on its neighbours and the shared coordinates alone"
         products = products or _hessian_products(program, args, kwargs, space)
         holds = _holds(products, chain)
         if holds is None:
-            note = f"its Hessian is not finite at {_POINTS} of {_TRIES} points around the origin of unconstrained space"
+            note = f"its Hessian is finite at fewer than {_POINTS} of {_TRIES} points around the origin"
             break
         if holds:
             return chain
@@ -168,7 +168,15 @@ def _axes(
     found.sort(key=lambda one: -one[0] * len(one[2]))
     if along in space.names:
         return [(words, members) for _, words, members in found if members.get(along) == 0]
-    return [(words, members) for _, words, members in found if along is None or words == f"'{along}'"]
+    if along is None:
+        return [(words, members) for _, words, members in found]
+    # With a plate go the other axes of its length, if they hold together.
+    inside = [(size, members) for size, words, members in found if words == f"'{along}'"]
+    return [
+        (f"'{along}'", members)
+        for size, _, members in found
+        if any(size == length and own.items() <= members.items() for length, own in inside)
+    ]
 
 
 def _ordinal(members: Mapping[str, int]) -> str:

@@ -130,7 +130,7 @@ class Chain:
             f"a chain of {self.blocks:,} blocks of {self.block:,} along {self.along} ({', '.join(self.sites)}), {reach}"
         )
         text += f"; {shared} coupled to all" if self.shared else ""
-        return text + ("" if self.saves else ", more than lie along it, so that little is saved over full_rank")
+        return text + ("" if self.saves else ", as many as lie along it or more: little is saved over full_rank")
 
     @property
     def saves(self) -> bool:

@@ -213,7 +213,7 @@ class CoordinateAscent:
             report=report,
         )
         if ended.status is Status.ARRIVED:
-            _check_optimum(problem, ended, self.elbo)
+            _check_optimum(problem, ended, self.elbo, self.updates)
         why = "the best of each factor given the others is known in closed form"
         certificate = None
         if self.left is None:
@@ -257,9 +257,15 @@ def _check_program(problem: Problem, start: State) -> None:
         )
 
 
-def _check_optimum(problem: Problem, ended: Ascent, elbo: Callable[[State], float]) -> None:
-    """Nothing is gained by moving a parameter from where the updates have led, or one of them is wrong."""
-    gains = what_moving_gains(problem.program, problem.model.arrays, ended.state, elbo)
+def _check_optimum(
+    problem: Problem, ended: Ascent, elbo: Callable[[State], float], updates: Mapping[str, Update]
+) -> None:
+    """Nothing is gained by moving a parameter from where the updates have led, or one of them is wrong.
+
+    A parameter that no update gives is held on purpose.
+    """
+    given = {name for update in updates.values() for name in update(ended.state)}
+    gains = what_moving_gains(problem.program, problem.model.arrays, ended.state, elbo, given)
     worst = max(gains, key=lambda name: gains[name], default="")
     if worst and gains[worst] > max(ended.left, _SHARE * problem.tolerance) + _rounding(ended.elbo):
         raise ValueError(

@@ -112,10 +112,13 @@ def _found(problem: Problem, density: LogDensity, components: int | None) -> _Fo
     courses = list[np.ndarray]()
     short = ""
     while mixture.components < wanted:
-        if 2 * _price_of_split(mixture, draws) > left():  # the other half is for a climb and its bound
+        # The other half is for a climb and its bound.
+        screened = _evaluations_of_split(mixture, draws, left() // 2)
+        if screened < _LEAST_EVALUATIONS:
             short = lacking(f" to split {_count(mixture.components, 'component')} into more")
             break
-        mixture, course = _split(density, mixture, draws, residual, key=branch(key, 10 + mixture.components))
+        own = branch(key, 10 + mixture.components)
+        mixture, course = _split(density, mixture, draws, residual, screened, key=own)
         courses.append(course)
     proof = Proof(None, Status.BUDGET, short)
     for number in range(_ROUNDS):
@@ -133,19 +136,27 @@ def _found(problem: Problem, density: LogDensity, components: int | None) -> _Fo
         end = ascend(objective, residual=residual, max_evaluations=most - _LOOKS)
         courses.append(end.course)
         report("climbing", end.elbo)
-        any_of = _gaussian(problem, mixture.components), mixture, objective.mixture(end.x)
+        # A limit that is kept holds for what is no lower: the Gaussian is asked in the first round alone.
+        first = () if number else (_gaussian(problem, mixture.components),)
+        any_of = (*first, mixture, objective.mixture(end.x))
         mixture, _ = _highest(density, any_of, draws, key=branch(own, 1))
         if short:
             break
         each = (1 + SETS) * len(end.course)
         bound = _bound(density, mixture, draws, problem.tolerance, key=branch(own, 2), left=left, report=report)
-        if bound.unpaid or (not end.arrived and most < EVALUATIONS):
+        if bound.unpaid:
             # The limit of the round before holds for what is no lower, too.
             proof = Proof(proof.certificate, Status.BUDGET, lacking())
             break
         certificate = bound.certificate
-        if certificate is not None and certificate.limit < problem.tolerance:
+        if certificate is None:
+            proof = Proof(None, Status.DIVERGED, "draws of the mixture have no finite density")
+            break
+        if certificate.limit < problem.tolerance:
             proof = Proof(certificate)
+            break
+        if not end.arrived and most < EVALUATIONS:
+            proof = Proof(certificate, Status.BUDGET, lacking())
             break
         proof = Proof(certificate, Status.BUDGET, f"more than {_ROUNDS} rounds of it")
         price = (each + (1 + SETS) * _LOOKED_AT) * draws * mixture.components
@@ -154,7 +165,7 @@ def _found(problem: Problem, density: LogDensity, components: int | None) -> _Fo
             break
         # What a climb gains is what the fit lacks, and what its draws can be fitted to: more of them help with that.
         mixture, gain = _highest(density, (mixture, *bound.ends), draws, key=branch(own, 3))
-        if certificate is not None and certificate.limit - gain < problem.tolerance / 2:
+        if certificate.limit - gain < problem.tolerance / 2:
             continue
         if _TIMES * draws > _MOST_DRAWS:
             proof = Proof(certificate, Status.TOO_FEW_DRAWS, f"{draws:,} draws of each component do not pin more")
@@ -250,14 +261,14 @@ def _gaussian(problem: Problem, components: int) -> Mixture:
     )
 
 
-def _price_of_split(mixture: Mixture, draws: int) -> int:
-    """Gradients that `_split` takes, at most."""
+def _evaluations_of_split(mixture: Mixture, draws: int, gradients: int) -> int:
+    """How long the climbs of `_split` may be for so many gradients, in evaluations."""
     of_screening = (min(mixture.size, _AXES) + _ANY) * PIECE
-    return (of_screening + _SPLITS * _SCREENED * draws) * (mixture.components + 1)
+    return min(_SCREENED, (gradients // (mixture.components + 1) - of_screening) // (_SPLITS * draws))
 
 
 def _split(
-    density: LogDensity, mixture: Mixture, draws: int, residual: float, *, key: Key
+    density: LogDensity, mixture: Mixture, draws: int, residual: float, screened: int, *, key: Key
 ) -> tuple[Mixture, np.ndarray]:
     """The mixture with its heaviest component split along a direction that raises the ELBO most, after a short climb.
 
@@ -276,7 +287,7 @@ def _split(
     ends = []
     for _, halves in tried[:_SPLITS]:
         objective = StratifiedELBO(density, halves, draws, key=branch(key, 1))
-        end = ascend(objective, residual=residual, max_evaluations=_SCREENED)
+        end = ascend(objective, residual=residual, max_evaluations=screened)
         ends.append((end.elbo, objective.mixture(end.x), end.course))
     _, best, course = max(ends, key=lambda one: one[0])
     return best, course

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ def what_moving_gains(
     arrays: Mapping[str, Any],
     state: Mapping[str, np.ndarray],
     elbo: Callable[[dict[str, np.ndarray]], float],
+    names: Collection[str],
 ) -> dict[str, float]:
     """The most that moving one number of each parameter raises the ELBO by, in nats; 0 where it does not.
 
@@ -33,14 +34,18 @@ def what_moving_gains(
         arrays: What it takes.
         state: Its parameters by name.
         elbo: The ELBO of a state in nats, in closed form.
+        names: Of the parameters to move.
 
     Returns:
         Parameter name to what was gained.
+
+    Raises:
+        ValueError: The ELBO fails at a value that the program's constraint allows.
     """
     with jax.enable_x64(True):
         trace = handlers.trace(handlers.seed(program, 0)).get_trace(**arrays)
         height, gains = elbo(dict(state)), dict[str, float]()
-        for name in [name for name, site in trace.items() if site["type"] == "param" and name in state]:
+        for name in [name for name, site in trace.items() if site["type"] == "param" and name in names]:
             support = trace[name]["kwargs"].get("constraint", constraints.real)
             transform = biject_to(support)
             value = jnp.asarray(state[name])
@@ -50,7 +55,13 @@ def what_moving_gains(
 
             def moved(steps: np.ndarray, name: str = name, place: Any = place, transform: Any = transform) -> float:
                 there = np.asarray(transform(jnp.asarray(place + steps.reshape(place.shape))))
-                return float(elbo({**state, name: there}))
+                try:
+                    return float(elbo({**state, name: there}))
+                except (ValueError, ArithmeticError, np.linalg.LinAlgError) as error:
+                    raise ValueError(
+                        f"Expected an ELBO wherever the program's constraint allows '{name}' to be; at {there} it "
+                        f"fails ({error}): give '{name}' its constraint in the program, such as constraints.positive."
+                    ) from error
 
             back = float(moved(np.zeros(place.size)) - height)  # there and back again costs rounding
             numbers = np.arange(place.size)

@@ -153,7 +153,6 @@ def segments(axes: Axes, starts: Sequence[Any], ends: Sequence[Any], **options: 
 
 
 _MOST_EXTREME = (1e-6, 1e6)  # a fit that has run off may be beyond, and is not what the others are to be seen beside
-_FEW_DECADES = 4  # on a log axis, to which ticks between them still belong
 _RATIOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 _NEAR_ONE = (0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.4)
 
@@ -164,7 +163,7 @@ def ratio_axis(axes: Axes, values: Sequence[float] | np.ndarray, *, vertical: bo
     finite = np.clip(finite, *_MOST_EXTREME)
     low, high = min(finite.min() / 1.12, 0.8), max(finite.max() * 1.12, 1.25)
     decades = [10.0**power for power in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)]
-    ticks = [t for t in _RATIOS if low <= t <= high] if len(decades) <= _FEW_DECADES else decades
+    ticks = [t for t in _RATIOS if low <= t <= high] if _RATIOS[0] <= low and high <= _RATIOS[-1] else decades
     if len(ticks) < 3:
         ticks = [t for t in _NEAR_ONE if low <= t <= high]
     while len(ticks) > 7:
