@@ -244,7 +244,10 @@ class AutoAmortisedNormal(AutoBlockNormal):
         except ValueError as error:
             if self.like is None:
                 raise
-            raise ValueError(f"Expected a model with {self.like.blocks.words}; got another: {error}") from error
+            raise ValueError(
+                f"Expected other data of the model that was fitted, with {self.like.blocks.words}; got a model without "
+                "these plates: a fit is carried to the same model only."
+            ) from error
         space = self._space
         if space.size > DENSE_LIMIT:
             raise ValueError(
