@@ -1,4 +1,4 @@
-"""How large are effects in the population, and how much do they differ between groups?
+"""Hierarchical regression: how large are effects in the population, and how much do they differ between groups?
 
 A regression whose intercept and slopes vary over groups (firms, counties, subjects), stated as a formula over the
 columns of a data frame: `"log_radon ~ floor + log_uranium + (floor | county)"`.
@@ -246,6 +246,7 @@ def model(
         quantities=_quantities(groupings, given.static["likelihood"], given.static["correlated"]),
         charts=_charts(groupings, given.static["correlated"]),
         chart=EXAMPLES[given.name].chart if given.name in EXAMPLES else "noncentred",
+        title="Hierarchical regression",
         question=f"How large are the effects, and how do they differ by {' and '.join(g.name for g in groupings)}?",
     )
 
