@@ -750,3 +750,12 @@ def test_what_to_type_is_set_as_code() -> None:
 )
 def test_long_names_above_panels_are_broken_where_they_can_be(name: str, most: int, lines: list[str]) -> None:
     assert titled(name, most).split("\n") == lines
+
+
+def test_a_point_has_no_more_digits_than_anyone_reads() -> None:
+    focus = studies.make_study().comparison.focus
+    own = (focus["source"] == "low_rank") & ~focus["event"].astype(bool)
+    focus.loc[own, ["mean", "low", "high"]] = 0.398104142013785967
+    focus.loc[own, "mean_se"] = 1e-17
+    table = focus_table(focus, looks(studies.GUIDES), "NUTS", True)
+    assert "0.398 [0.398, 0.398]" in {cell.text for row in table.rows for cell in row}

@@ -17,6 +17,7 @@ from toolkit.reporting.palette import Look
 from toolkit.sampling.diagnostics import rounded_rhat
 
 NONE = "–"
+_POINT = 1e-9  # of a mean: a smaller error is that of sums over equal draws
 SHARED = (
     "Guides of one chart share the search for starts and the density's compiled programs. A study pays for them once "
     "(“starts” among the seconds by stage); each guide's seconds count them in full, as if it had been fitted alone."
@@ -213,7 +214,8 @@ def _focus_cell(row: pd.Series, place: int | None, judged: bool) -> Cell:
         return Cell(NONE, note=sentence, place=place)
     # The ends of an interval are less certain than its middle: one decimal fewer than the mean's error allows.
     places = max(0, decimals(row["mean_se"]) - 1)
-    low, high, mean = (minus(f"{round(row[c], places) + 0.0:.{places}f}") for c in ("low", "high", "mean"))
+    form = f".{places}f" if row["mean_se"] > _POINT * abs(row["mean"]) else ".3g"  # of a point the error is rounding
+    low, high, mean = (minus(f"{row[column]:z{form}}") for column in ("low", "high", "mean"))
     return Cell(f"{mean} [{low}, {high}]", note=sentence, place=place)
 
 
