@@ -291,6 +291,27 @@ def test_advice_blames_no_family_whose_fit_is_unproven(model: Model, truth: Refe
     assert any("draws seldom run out, as they did for full_rank" in text for text in advice)
 
 
+def test_advice_names_no_other_solver_for_a_guide_with_its_own(model: Model, truth: Reference) -> None:
+    few = [_named(name, NARROW, status=Status.TOO_FEW_DRAWS) for name in ("chain", "mixture_3@plain")]
+    assert not any("--solver svi" in text for text in compare(model, truth, few, key=KEY).advice)
+
+
+@pytest.mark.parametrize(
+    ("status", "modes", "wanted", "not_wanted"),
+    [
+        (Status.RHAT, False, "Run NUTS longer, or write the model in other coordinates", "mixture"),
+        (Status.RHAT, True, "Longer chains mend that only where they cross", "Run NUTS longer"),
+        (Status.LOW_ENERGY, False, "Write the model in other coordinates, such as non-centred ones", "Run NUTS longer"),
+    ],
+)
+def test_advice_mends_what_the_reference_failed(
+    model: Model, truth: Reference, status: Status, modes: bool, wanted: str, not_wanted: str
+) -> None:
+    (advice,) = compare(model, Reference(model, truth.draws, status, modes=modes), [_full_rank()], key=KEY).advice
+    assert wanted in advice
+    assert not_wanted not in advice
+
+
 def test_advice_says_how_many_more_draws_would_decide(model: Model) -> None:
     few = reference(model, key=jax.random.PRNGKey(1), chains=4, draws=200)
     result = compare(model, few, [_full_rank()], key=KEY)
