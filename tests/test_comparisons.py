@@ -312,6 +312,13 @@ def test_advice_mends_what_the_reference_failed(
     assert not_wanted not in advice
 
 
+def test_advice_mends_no_reference_that_is_not_there(model: Model) -> None:
+    (advice,) = compare(model, None, [_full_rank()], key=KEY).advice
+    assert advice.startswith(
+        "No guide can be judged yet: there is no reference. Until then read where the guides agree"
+    )
+
+
 def test_advice_says_how_many_more_draws_would_decide(model: Model) -> None:
     few = reference(model, key=jax.random.PRNGKey(1), chains=4, draws=200)
     result = compare(model, few, [_full_rank()], key=KEY)

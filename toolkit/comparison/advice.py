@@ -46,6 +46,7 @@ def advise(
     reference_problem: str,
     reference_chart: str,
     reference_seconds: float,
+    reference_failed: bool,
     reference_modes: bool,
     longer_helps: bool,
 ) -> tuple[str, ...]:
@@ -61,13 +62,18 @@ def advise(
         reference_problem: Why the reference gives no verdict; empty if it does.
         reference_chart: The chart that NUTS ran in.
         reference_seconds: What NUTS cost; NaN if the reference is not NUTS's, or unknown.
+        reference_failed: Whether the problem is its checks, or that it has no draws.
         reference_modes: Whether its chains are stuck or sit in different modes.
         longer_helps: Whether longer chains may mend what it failed.
     """
     sentences = []
     if reference_problem:
         # JAX takes an array's last entry for what lies beyond it: no longer run and no chart mends that.
-        mend = index_past_its_array(model) or _repair_reference(model, reference_chart, reference_modes, longer_helps)
+        mend = index_past_its_array(model) or (
+            _repair_reference(model, reference_chart, reference_modes, longer_helps)
+            if reference_failed
+            else "Until then read where the guides agree and disagree."
+        )
         sentences.append(f"No guide can be judged yet: {reference_problem}. {mend}")
     wrong = guides[guides["verdict"] == Verdict.WRONG.value]
     rows = {str(name): row for name, row in guides.iterrows()}

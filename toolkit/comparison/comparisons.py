@@ -220,8 +220,9 @@ def compare(
             problem,
             chart,
             seconds,
+            reference_failed=reference is not None and problem == _reference_problem(reference),
             reference_modes=reference is not None and reference.modes,
-            longer_helps=reference is None or reference.status not in (Status.LOW_ENERGY, Status.DIVERGENCES),
+            longer_helps=reference is not None and reference.status not in (Status.LOW_ENERGY, Status.DIVERGENCES),
         )
         if len(guides)
         else (),
