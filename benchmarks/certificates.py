@@ -11,6 +11,7 @@ and finished rows are skipped. In the summary a fit without a usable result coun
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import time
 from pathlib import Path
@@ -23,6 +24,7 @@ import pandas as pd
 import posteriors
 import targets_large
 import yardsticks
+from rows import filled
 
 from toolkit import Fit, Model, fit
 from toolkit.estimate import Estimate
@@ -177,22 +179,18 @@ def main() -> None:
     parser.add_argument("--guides", nargs="+", default=list(DEFAULT_GUIDES))
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
-    parser.add_argument("--summary", action="store_true", help="print what is there already")
+    parser.add_argument("--summary", action="store_true", help="print what is there already, of these guides")
     given = parser.parse_args()
     table = pd.read_csv(given.out) if given.out.exists() else pd.DataFrame()
-    done = set() if table.empty else set(zip(table.posterior, table.guide, table.seed, strict=True))
-    for name in () if given.summary else given.posteriors:
-        size = LogDensity(load(name)).size
-        seeds = given.seeds if size <= _MANY_SEEDS else max(1, given.seeds // 4)
-        for guide in given.guides:
-            for seed in range(seeds):
-                if (name, guide, seed) in done:
-                    continue
-                row = measure(name, guide, seed)
-                print(row, flush=True)
-                table = pd.concat([table, pd.DataFrame([row])], ignore_index=True)
-                table.to_csv(given.out, index=False)
-    print(summary(table))
+
+    def seeds(name: str) -> range:
+        few = LogDensity(load(name)).size > _MANY_SEEDS
+        return range(max(1, given.seeds // 4) if few else given.seeds)
+
+    names = () if given.summary else given.posteriors
+    cells = ((name, guide, seed) for name in names for guide, seed in itertools.product(given.guides, seeds(name)))
+    table = filled(table, given.out, ("posterior", "guide", "seed"), cells, measure)
+    print(summary(table[table.guide.isin(given.guides)]))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ soon as it is there, and finished rows are skipped.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pandas as pd
+from rows import filled
 
 import models
 from toolkit import Dataset, Estimate, Model, fit
@@ -114,17 +116,9 @@ def main() -> None:
     parser.add_argument("--summary", action="store_true", help="print what is there already")
     given = parser.parse_args()
     table = pd.read_csv(given.out, keep_default_na=False, na_values=["nan"]) if given.out.exists() else pd.DataFrame()
-    done = set() if table.empty else set(zip(table.target, table.guide, table.seed, strict=True))
-    for name in () if given.summary else given.targets:
-        for guide in given.guides:
-            for seed in range(given.seeds):
-                if (name, guide, seed) in done:
-                    continue
-                row = measure(name, guide, seed)
-                print(row, flush=True)
-                table = pd.concat([table, pd.DataFrame([row])], ignore_index=True)
-                table.to_csv(given.out, index=False)
-    print(summary(table))
+    names = () if given.summary else given.targets
+    cells = itertools.product(names, given.guides, range(given.seeds))
+    print(summary(filled(table, given.out, ("target", "guide", "seed"), cells, measure)))
 
 
 if __name__ == "__main__":
